@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make run` (install, then the main job on the built-in model) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: install run test test-all check bench system-deps peers clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+run: install                ## the main job: a ranked table and plots of the KV-cache methods on the built-in model
+	$(BIN)/broadsheet compare caches --budgets 0.25 --html out/caches.html --json out/caches.json
+
+test: install               ## the fast tests
+	$(BIN)/python -m pytest
+
+test-all: install           ## the slow ones too
+	$(BIN)/python -m pytest -m "not gpu and not peers"
+
+check: install              ## lint, types, fast tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+peers: install              ## the libraries that the benches compare with, and their tests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
+	$(BIN)/python -m pytest -m peers
+
+bench: install              ## rewrites every committed number under benchmarks/results
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/broadsheet claims --write
+
+system-deps:                ## nothing beyond Python, pip and make is needed
+	@echo "no system packages are needed"
+
+clean:
+	rm -rf $(VENV) out build dist

@@ -1,0 +1,39 @@
+"""The command line. Commands import what they need when they run: listing papers must not wait for torch."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point: every foreseeable failure is one line on standard error and exit code 2."""
+    from .app import app
+
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _stop("stopped; finished cells are kept, the same command goes on from here", 130)
+    except Exception as error:
+        _explain(error)
+
+
+def _explain(error: Exception) -> None:
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        sys.exit(error.exit_code)
+    if isinstance(error, click.exceptions.Abort):
+        _stop("stopped; finished cells are kept, the same command goes on from here", 130)
+    if isinstance(error, click.ClickException):
+        error.show()
+        sys.exit(error.exit_code)
+    from broadsheet.core.records import StorageError
+
+    if isinstance(error, ValueError | StorageError):
+        _stop(f"broadsheet: {' '.join(str(error).split())}", 2)
+    raise error
+
+
+def _stop(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,343 @@
+"""The commands of ``broadsheet``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from broadsheet import catalogue
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from broadsheet.core.records import Record
+
+app = typer.Typer(
+    name="broadsheet",
+    help="The daily papers on efficient, instruction-following language models, each one running.\n\n"
+    "Start with: broadsheet compare caches",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JSON = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - is standard output.")]
+MODEL = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder, or a hub name.")]
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def papers(
+    query: Annotated[str, typer.Argument(help="Words that must all occur.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
+) -> None:
+    """List the papers, or those that match QUERY."""
+    found = catalogue.search(query)
+    if as_json:
+        from broadsheet.lab.claims import statuses
+
+        rows = [
+            {
+                "slug": p.slug,
+                "title": p.title,
+                "family": p.family,
+                "status": p.status,
+                "method": p.method or None,
+                "claims": [
+                    {"metric": c.metric, "paper": c.paper, "ours": s.ours, "status": s.status}
+                    for c, s in zip(p.claims, statuses(p), strict=True)
+                ],
+            }
+            for p in found
+        ]
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    if not found:
+        raise ValueError(f"no paper matches '{query}'")
+    width = max(len(p.slug) for p in found)
+    for paper in found:
+        mark = "●" if paper.status == "running" else "○"
+        title = paper.title if len(paper.title) <= 80 else paper.title[:79] + "…"
+        typer.echo(f"{mark} {paper.slug:<{width}}  {paper.family:<10}  {paper.year}  {title}")
+    running = sum(p.status == "running" for p in found)
+    typer.echo(f"\n{len(found)} papers, {running} running (●).  broadsheet show SLUG tells more.")
+
+
+@app.command()
+def show(slug: Annotated[str, typer.Argument(help="A paper's slug, as 'papers' lists it.")]) -> None:
+    """Show one paper: summary, claims and what we measured."""
+    from textwrap import fill
+
+    from broadsheet.lab.claims import statuses
+
+    paper = catalogue.paper(slug)
+    typer.echo(f"{paper.title}\n{paper.authors} {paper.year} · {paper.family} · {paper.status}")
+    for label, value in (("arXiv", paper.arxiv), ("code", paper.code), ("method", paper.method)):
+        if value:
+            typer.echo(f"{label}: {value}")
+    typer.echo("\n" + fill(" ".join(paper.summary.split()), 100) + "\n")
+    for claim, status in zip(paper.claims, statuses(paper), strict=True):
+        typer.echo(f"· {claim.metric} ({claim.setting})\n    paper: {claim.paper}\n    here:  {status.ours or '–'}")
+        typer.echo(f"    {status.status}" + (f": {claim.reason}" if claim.reason else ""))
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def compare(
+    family: Annotated[str, typer.Argument(help="The family of methods, for example caches.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated methods; default: all.")] = "",
+    model: MODEL = "pocket-2m",
+    budgets: Annotated[str, typer.Option(help="Fractions of the full cache's bytes, comma-separated.")] = "0.5,0.25,0.125",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
+    tasks: Annotated[str, typer.Option(help="Session tasks, comma-separated; default: the bench's.")] = "",
+    modes: Annotated[str, typer.Option(help="multi-turn, multi-request or both.")] = "",
+    sessions: Annotated[int | None, typer.Option(help="Sessions a task and mode (or documents of --text).")] = None,
+    context: Annotated[int | None, typer.Option(help="Context tokens of a generated session.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Questions a session.")] = None,
+    text: Annotated[str, typer.Option(help="A text file: measure perplexity and KL instead of sessions.")] = "",
+    prefix: Annotated[int | None, typer.Option(help="With --text: tokens that are cached.")] = None,
+    continuation: Annotated[int | None, typer.Option(help="With --text: tokens that are scored.")] = None,
+    data: Annotated[str, typer.Option(help="Official SCBench records: a file, folder or hub name.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    timing: Annotated[bool, typer.Option(help="Also time prefill and decoding.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already stored.")] = False,
+    as_json: JSON = None,
+    as_html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report with plots.")] = None,
+) -> None:
+    """Compare a family's methods on the same work at equal real bytes.
+
+    Finished cells are stored under BROADSHEET_HOME: ctrl-C loses at most the cell under way, and the same command goes
+    on from there.
+
+    Examples:
+
+      broadsheet compare caches --budgets 0.25 --html out.html
+
+      broadsheet compare caches --model ./my-llama --text wiki.txt --methods full,kivi,gear
+    """
+    from broadsheet.core.records import write_json
+    from broadsheet.lab import compare as lab
+    from broadsheet.lab.report import write_html
+
+    given = {
+        "model": model,
+        "tasks": _split(tasks),
+        "modes": _split(modes),
+        "sessions": sessions,
+        "context_tokens": context,
+        "turns": turns,
+        "text": text,
+        "prefix": prefix,
+        "continuation": continuation,
+        "data": data,
+        "device": device,
+        "timing": timing,
+    }
+    workload = lab.bench(family).Workload(**{k: v for k, v in given.items() if v not in (None, "", ())})
+    try:
+        fractions = [float(value) for value in _split(budgets)]
+    except ValueError:
+        raise ValueError(f"budgets are numbers such as 0.5,0.25; got '{budgets}'") from None
+    records = _with_progress(
+        lambda progress: lab.compare(
+            family, workload, _split(methods) or None, fractions, seeds, fresh=fresh, progress=progress
+        )
+    )
+    if as_json:
+        write_json(records, as_json)
+    if as_html:
+        write_html(records, as_html, f"Broadsheet: {family} compared")
+    if as_json != "-":
+        _print_table(records)
+        if as_html:
+            typer.echo(f"report with plots: {as_html}")
+
+
+@app.command()
+def run(
+    slug: Annotated[str, typer.Argument(help="A running paper (or baseline).")],
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="A parameter of the method or its workload.")
+    ] = None,
+    model: MODEL = "pocket-2m",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    as_json: JSON = None,
+) -> None:
+    """Run one paper's method beside its reference, with its own parameters.
+
+    Example: broadsheet run gear -o bits=4 -o rank_prefill=2 -o sessions=16
+    """
+    from broadsheet.core.records import write_json
+    from broadsheet.lab.run import family_of, run_method
+
+    options = {}
+    for pair in option or []:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise ValueError(f"-o takes NAME=VALUE, got '{pair}'")
+        options[name] = _value(value)
+    family = family_of(slug)
+    records = _with_progress(lambda progress: run_method(family, slug, options, model, device, progress))
+    if as_json:
+        write_json(records, as_json)
+    if as_json != "-":
+        _print_table(records)
+
+
+@app.command()
+def claims(
+    slug: Annotated[str, typer.Argument(help="One paper; default: all that run.")] = "",
+    write: Annotated[bool, typer.Option("--write", help="Also write docs/claims.md (from a checkout).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
+) -> None:
+    """Recompute the papers' claims from the committed records."""
+    from broadsheet.lab import claims as lab
+
+    chosen = [catalogue.paper(slug)] if slug else [p for p in catalogue.papers().values() if p.status == "running"]
+    if as_json:
+        rows = [
+            {"slug": p.slug, "id": c.id, "metric": c.metric, "paper": c.paper, "ours": s.ours, "status": s.status}
+            for p in chosen
+            for c, s in zip(p.claims, lab.statuses(p), strict=True)
+        ]
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for paper in chosen:
+        typer.echo(f"{paper.slug}: {paper.title}")
+        for claim, status in zip(paper.claims, lab.statuses(paper), strict=True):
+            typer.echo(f"  {status.status:<24} {claim.metric}: paper {claim.paper}; here {status.ours or '–'}")
+    if write:
+        typer.echo(f"wrote {lab.write_page()}")
+
+
+# --- data, models, machine --------------------------------------------------------------------------------------
+
+
+@app.command()
+def sessions(
+    task: Annotated[str, typer.Argument(help="A microworld task, for example kv.")],
+    count: Annotated[int, typer.Option("--sessions", min=1)] = 100,
+    context: Annotated[int, typer.Option(min=32, help="Context tokens.")] = 1024,
+    turns: Annotated[int, typer.Option(min=1)] = 5,
+    seed: int = 0,
+) -> None:
+    """Write generated sessions as JSON lines (the SCBench schema) to standard output."""
+    from broadsheet.core.microworld.tasks import make_sessions
+
+    for session in make_sessions(task, count, context, turns, seed):
+        typer.echo(json.dumps(session.to_json(), ensure_ascii=False))
+
+
+@app.command(name="train-pocket")
+def train_pocket(
+    folder: Annotated[str, typer.Argument(help="Where checkpoints and the model go.")],
+    recipe: Annotated[str, typer.Option(help="The recipe's name.")] = "pocket-2m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Train a pocket model from scratch, or go on from FOLDER's checkpoint."""
+    import torch
+
+    from broadsheet.core.microworld.train import RECIPES, train
+
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe '{recipe}'; known: {', '.join(RECIPES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    for row in train(RECIPES[recipe], folder, device, every=20):
+        typer.echo(
+            f"{row['step']:>6}/{row['of']} {row['stage']:<10} loss {row['loss']:.3f}  "
+            f"answer tokens right {row['accuracy']:.3f}  {row['tokens_per_s']:.0f} tokens/s"
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine and installation have, and what is missing for what."""
+    from broadsheet.lab.doctor import examine
+
+    for name, state, note in examine():
+        typer.echo(f"{state:<8} {name:<14} {note}")
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _with_progress(work: Any) -> list[Record]:
+    """Runs ``work(progress)`` under a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        line = bar.add_task("loading", total=None)
+
+        def progress(cell: Any, number: int, total: int, stored: bool) -> None:
+            budget = "" if cell.budget is None else f" at {cell.budget:g}"
+            seed = f" seed {cell.seed}" if cell.seed else ""
+            bar.update(line, completed=number, total=total, description=f"{cell.method}{budget}{seed}")
+
+        return work(progress)
+
+
+def _print_table(records: Sequence[Record]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from broadsheet.lab.report import cell, columns, describe
+    from broadsheet.lab.table import rows
+
+    heads = columns(records)
+    table = Table(title=describe(records), title_justify="left", header_style="bold", box=None, padding=(0, 1))
+    table.add_column("method")
+    for name in ("budget", "bytes", *(name for name, _, _ in heads), "by turn"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last: float | None = None
+    for row in rows(records):
+        if row.budget != last and table.row_count:
+            table.add_section()
+        last = row.budget
+        budget = "full" if row.budget is None else f"{row.budget:g}"
+        if row.least is not None:
+            table.add_row(row.method, budget, f"≥ {row.least:.3f}", style="dim")
+            continue
+        cells = [cell(row, metric, setting) for _, metric, setting in heads]
+        table.add_row(row.method, budget, f"{row.values.get('bytes_ratio', 0):.3f}", *cells, _sparkline(row))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+def _sparkline(row: Any) -> str:
+    """Accuracy at turns 1, 2, ... of the multi-turn mode, as bars."""
+    points = sorted(
+        (dict(key)["turn"], value)
+        for (metric, key), value in row.slices.items()
+        if metric == "accuracy" and set(dict(key)) == {"mode", "turn"} and dict(key)["mode"] == "multi-turn"
+    )
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for _, value in points)

@@ -1,0 +1,168 @@
+"""Append-only results.
+
+A record is one measured number with everything needed to question it. Records are written as JSON lines; a record is on disk
+before the next cell starts, so a kill or a full disk loses at most the cell under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured value.
+
+    ``parameters`` are the method's hyperparameters; ``setting`` says which cell of the bench the value belongs to (task,
+    mode, turn, budget ...); ``ci`` is a 95 % interval or None; ``n`` the number of samples behind the value.
+    """
+
+    paper: str
+    method: str
+    bench: str
+    metric: str
+    value: float
+    unit: str = ""
+    ci: tuple[float, float] | None = None
+    n: int = 1
+    seed: int = 0
+    model: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    setting: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=dict)
+    revision: str = ""
+    time: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Record:
+        if row.get("ci") is not None:
+            row = {**row, "ci": tuple(row["ci"])}
+        return cls(**row)
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Library versions, git revision (when run from a checkout) and device name."""
+    versions = {"python": platform.python_version()}
+    for package in ("broadsheet", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = ""
+    return {"versions": versions, "revision": revision}
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def home() -> Path:
+    """Where user state lives: ``BROADSHEET_HOME`` or the platform's data folder."""
+    if folder := os.environ.get("BROADSHEET_HOME"):
+        return Path(folder)
+    from platformdirs import user_data_dir
+
+    return Path(user_data_dir("broadsheet"))
+
+
+class StorageError(RuntimeError):
+    """Records could not be written; the message says where and what to do."""
+
+
+class RecordStore:
+    """Cells of records in one JSON-lines file: ``{"cell": key, "records": [...]}`` a line.
+
+    A cell is all that one (method, budget, seed) measured; it is written with one append and flushed to disk. A line torn
+    by a kill is ignored when read, and the cell is measured again.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def cells(self) -> dict[str, list[Record]]:
+        """Finished cells by key; a later line replaces an earlier one."""
+        found: dict[str, list[Record]] = {}
+        if not self.path.exists():
+            return found
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    found[row["cell"]] = [Record.from_json(record) for record in row["records"]]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue  # torn by a kill
+        return found
+
+    def add(self, cell: str, records: Iterable[Record]) -> None:
+        """Appends one cell; raises `StorageError` (earlier cells stay intact) when the disk refuses."""
+        line = json.dumps({"cell": cell, "records": [record.to_json() for record in records]}, ensure_ascii=False)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and self.path.stat().st_size > 0 and not self._ends_clean()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(("\n" if torn else "") + line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"cannot write records to {self.path}: {error.strerror}; free space or set BROADSHEET_HOME, "
+                "then run again: finished cells are kept"
+            ) from None
+
+    def _ends_clean(self) -> bool:
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+
+def cell_key(**what: Any) -> str:
+    """A short stable hash of everything that determines a cell."""
+    text = json.dumps(what, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(records: Iterable[Record], target: str) -> None:
+    """Writes a JSON list to the file ``target``, or to standard output for ``-``."""
+    text = json.dumps([record.to_json() for record in records], indent=1, ensure_ascii=False)
+    if target == "-":
+        sys.stdout.write(text + "\n")
+        return
+    path = Path(target)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_json(path: str | Path) -> Iterator[Record]:
+    """Reads what `write_json` wrote."""
+    for row in json.loads(Path(path).read_text(encoding="utf-8")):
+        yield Record.from_json(row)

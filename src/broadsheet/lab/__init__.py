@@ -1,0 +1,1 @@
+"""Comparisons, claims and reports: what is done with the records that the benches make."""

@@ -1,0 +1,132 @@
+"""Pictures of a comparison: quality against real bytes, quality by turn, time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from .table import Row
+
+_METRICS = {
+    "accuracy": "accuracy",
+    "kl": "KL to the full cache (nats per token)",
+    "perplexity": "perplexity",
+}
+#: Okabe-Ito, told apart by most colour-blind readers; the full cache is black.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B", "#6A3D9A", "#B2DF8A")
+_MARKERS = "osD^vPX*<>hp"
+
+
+def _figure(width: float = 7.2, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def _style(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    others = [name for name in methods if name != "full"]
+    styles = {
+        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(others)
+    }
+    styles["full"] = {"color": "black", "marker": "s"}
+    return styles
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.method for row in rows})
+
+
+def quality_against_bytes(rows: Sequence[Row], metric: str) -> Any:
+    """A line a method over its budgets; the full cache as a level."""
+    figure, axes = _figure()
+    styles = _style(_methods(rows))
+    for name in _methods(rows):
+        points = sorted(
+            (row.values["bytes_ratio"], row.values[metric], row.intervals.get(metric))
+            for row in rows
+            if row.method == name and metric in row.values and "bytes_ratio" in row.values
+        )
+        if not points:
+            continue
+        if name == "full":
+            axes.axhline(points[0][1], color="black", linewidth=1, linestyle="--")
+            axes.annotate("full cache", (1, points[0][1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            continue
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        error = [[v - (c[0] if c else v) for _, v, c in points], [(c[1] if c else v) - v for _, v, c in points]]
+        axes.errorbar(x, y, yerr=error, label=name, linewidth=1.4, markersize=5, elinewidth=0.7, **styles[name])
+    axes.set_xscale("log", base=2)
+    ticks = [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    axes.set_xticks(ticks, ["1", "1/2", "1/4", "1/8", "1/16"])
+    axes.set_xlabel("bytes really held / bytes of the full 16-bit cache")
+    axes.set_ylabel(_METRICS.get(metric, metric))
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="best")
+    return figure
+
+
+def quality_by_turn(rows: Sequence[Row], mode: str) -> Any | None:
+    """Accuracy at each turn at the smallest budget that was run, a line a method; None when no turns were measured."""
+    budgets = [row.budget for row in rows if row.budget is not None]
+    least = min(budgets, default=None)
+    chosen = [row for row in rows if row.least is None and (row.budget == least or row.method == "full")]
+    figure, axes = _figure()
+    styles = _style(_methods(rows))
+    drawn = False
+    for row in chosen:
+        points = sorted(
+            (dict(key)["turn"], value)
+            for (metric, key), value in row.slices.items()
+            if metric == "accuracy" and set(dict(key)) == {"mode", "turn"} and dict(key)["mode"] == mode
+        )
+        if points:
+            drawn = True
+            dashes = {"linestyle": "--"} if row.method == "full" else {}
+            axes.plot(*zip(*points), label=row.method, linewidth=1.4, markersize=5, **styles[row.method], **dashes)
+            axes.set_xticks([turn for turn, _ in points])
+    if not drawn:
+        return None
+    axes.set_xlabel(f"turn ({mode}, budget {least:g})" if least else f"turn ({mode})")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="best")
+    return figure
+
+
+def time_bars(rows: Sequence[Row]) -> Any | None:
+    """Decode and prefill time over the full cache's; None when it was not measured."""
+    least = min((row.budget for row in rows if row.budget is not None), default=None)
+    chosen = [r for r in rows if r.budget == least and "decode_time_ratio" in r.values]
+    if not chosen:
+        return None
+    chosen.sort(key=lambda row: row.values["decode_time_ratio"])
+    figure, axes = _figure(height=0.9 + 0.34 * len(chosen))
+    places = range(len(chosen))
+    for offset, metric, colour in ((-0.2, "prefill_time_ratio", "#56B4E9"), (0.2, "decode_time_ratio", "#0072B2")):
+        values = [row.values[metric] for row in chosen]
+        axes.barh([p + offset for p in places], values, 0.38, color=colour, label=metric.split("_")[0])
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(f" {value:.2g}×", (value, place + offset), va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(list(places), [row.method for row in chosen])
+    axes.invert_yaxis()
+    axes.set_xlabel("time / full cache's time, run alternately (shorter is faster)")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def svg(figure: Any) -> str:
+    """The figure as an SVG element, the same bytes for the same data."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "broadsheet", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

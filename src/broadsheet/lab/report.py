@@ -1,0 +1,120 @@
+"""The HTML report of a comparison: one self-contained page, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from broadsheet.core.records import Record, StorageError, now
+
+from . import plots
+from .table import Row, quality_metric, rows
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd; --paper: #fdfcf9; --card: #fff }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e1; --soft: #a8a49c; --line: #444; --paper: #1b1b1a } }
+body { font: 16px/1.5 Georgia, serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem }
+h1 { font-size: 1.7rem; border-bottom: 3px double var(--ink); padding-bottom: .4rem }
+table { border-collapse: collapse; font: 14px/1.4 system-ui, sans-serif; width: 100% }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+tr.best td { font-weight: bold } tr.out td { color: var(--soft) }
+figure { margin: 1.5rem 0; background: var(--card); padding: .5rem } figure svg { width: 100%; height: auto }
+figcaption, .soft { color: var(--soft); font-size: .9rem } .wide { overflow-x: auto }
+"""
+
+
+def columns(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(heading, metric, setting) of the table's columns, by what was measured."""
+    names = {record.metric for record in records}
+    if "accuracy" in names:
+        found = [("accuracy", "accuracy", {})]
+        modes = dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting)
+        found += [(mode, "accuracy", {"mode": mode}) for mode in modes]
+        groups = dict.fromkeys(r.setting["group"] for r in records if "group" in r.setting)
+        found += [(group, "accuracy", {"group": group}) for group in groups]
+        found.append(("gold NLL", "gold_nll", {}))
+    else:
+        found = [("KL", "kl", {}), ("perplexity", "perplexity", {})]
+    return [*found, ("prefill ×", "prefill_time_ratio", {}), ("decode ×", "decode_time_ratio", {})]
+
+
+def cell(row: Row, metric: str, setting: dict[str, Any]) -> str:
+    """One table cell; the ranking column carries its interval."""
+    value = row.get(metric, **setting)
+    if value is None:
+        return ""
+    if metric == "accuracy":
+        text = f"{100 * value:.1f} %"
+        if not setting and metric in row.intervals:
+            low, high = row.intervals[metric]
+            text += f" [{100 * low:.0f}–{100 * high:.0f}]"
+        return text
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def describe(records: Sequence[Record]) -> str:
+    """One line on what was run."""
+    models = ", ".join(sorted({record.model.partition("@")[0] for record in records}))
+    seeds = len({record.seed for record in records})
+    device = ", ".join(sorted({record.device for record in records}))
+    return f"model {models}; {seeds} seed{'s' if seeds > 1 else ''}; {device}"
+
+
+def html(records: Sequence[Record], title: str) -> str:
+    """The page."""
+    table = rows(records)
+    metric, _ = quality_metric(records)
+    heads = columns(records)
+    lines = [f"<h1>{escape(title)}</h1>", f"<p class='soft'>{escape(describe(records))}; written {now()}.</p>"]
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("method", "budget", "bytes", *(h for h, _, _ in heads)))
+    lines.append(f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>")
+    best: set[float | None] = set()
+    for row in table:
+        budget = "full" if row.budget is None else f"{row.budget:g}"
+        if row.least is not None:
+            note = f"cannot go below {row.least:.3f} of the full cache here"
+            lines.append(
+                f"<tr class='out'><td>{escape(row.method)}</td><td>{budget}</td>"
+                f"<td colspan='{len(heads) + 1}' style='text-align:left'>{note}</td></tr>"
+            )
+            continue
+        winner = row.budget is not None and row.budget not in best
+        best.add(row.budget)
+        cells = "".join(f"<td>{escape(cell(row, m, s))}</td>" for _, m, s in heads)
+        lines.append(
+            f"<tr{' class=best' if winner else ''}><td>{escape(row.method)}</td><td>{budget}</td>"
+            f"<td>{row.values.get('bytes_ratio', float('nan')):.3f}</td>{cells}</tr>"
+        )
+    lines.append("</tbody></table></div>")
+    lines.append(
+        "<p class='soft'>Ranked by quality within a budget. Bytes are those really held after the prompt, over those of an "
+        "uncompressed 16-bit cache; intervals are 95 % bootstrap intervals over sessions; times are medians of alternated "
+        "runs.</p>"
+    )
+    figures = [(plots.quality_against_bytes(table, metric), "Quality against the bytes really held.")]
+    for mode in dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting):
+        figures.append((plots.quality_by_turn(table, mode), f"Accuracy by turn, {mode}, at the smallest budget."))
+    figures.append((plots.time_bars(table), "Prefill and decode time at the smallest budget."))
+    for figure, caption in figures:
+        if figure is not None:
+            lines.append(f"<figure>{plots.svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>")
+    body = "\n".join(lines)
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
+        f"content='width=device-width,initial-scale=1'><title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{body}</body></html>\n"
+    )
+
+
+def write_html(records: Sequence[Record], path: str, title: str) -> None:
+    """Writes the page; raises `StorageError` when the file cannot be written."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(html(records, title), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None

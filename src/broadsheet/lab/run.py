@@ -1,0 +1,65 @@
+"""`broadsheet run`: one method with its own parameters, beside the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from broadsheet import catalogue
+from broadsheet.core.records import Record
+
+from .compare import Cell, bench
+
+
+def family_of(slug: str) -> str:
+    """The family in which a paper, a variant or a baseline runs; raises ValueError when none does."""
+    if slug in catalogue.papers():
+        paper = catalogue.paper(slug)
+        if not paper.method:
+            raise ValueError(f"'{slug}' does not run yet; 'broadsheet papers' marks with ● those that do")
+        return paper.family
+    for family in sorted({p.family for p in catalogue.papers().values() if p.method}):
+        if slug in bench(family).methods():
+            return family
+    catalogue.paper(slug)  # names the nearest
+    raise AssertionError
+
+
+def run_method(
+    family: str,
+    slug: str,
+    options: dict[str, Any],
+    model: str,
+    device: str = "cpu",
+    progress: Callable[[Cell, int, int, bool], None] | None = None,
+) -> list[Record]:
+    """Measures ``slug`` as ``options`` configure it, and the full reference, on one workload.
+
+    Options that name a field of the workload go there, the others to the method; lists become tuples. ``method=NAME`` runs
+    another method of the family on a benchmark paper (``run scbench -o method=snapkv``).
+    """
+    module = bench(family)
+    known = module.methods()
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    name = str(options.pop("method", slug))
+    budget = options.pop("budget", None) if name != slug else None
+    of_workload = {field.name for field in fields(module.Workload)}
+    workload = module.Workload(
+        **{"model": model, "device": device, **{k: v for k, v in options.items() if k in of_workload}}
+    )
+    parameters = {k: v for k, v in options.items() if k not in of_workload}
+    names = [name] if name in known else [n for n in known if n != "full"]
+    records: list[Record] = []
+    cells = [Cell("full", None, workload.seed), *(Cell(n, budget, workload.seed) for n in names if n != "full")]
+    for number, cell in enumerate(cells):
+        if progress:
+            progress(cell, number, len(cells), False)
+        method = known[cell.method]
+        if cell.method == name and parameters:
+            allowed = {field.name for field in fields(method)}
+            for unknown in sorted(set(parameters) - allowed):
+                raise ValueError(f"{slug} has no parameter '{unknown}'; it has {', '.join(sorted(allowed))}")
+            method = replace(method, **parameters)
+        records += module.measure(cell.method, method, workload, cell.budget)
+    return records

@@ -1,0 +1,391 @@
+"""What every KV-cache method stands on.
+
+A method is a frozen dataclass of hyperparameters; ``method.cache(model)`` is a transformers `Cache` for ``model.generate`` or
+plain forward calls. A method brings one `CacheLayer` subclass with three verbs:
+
+- ``prefill(prompt)``: the whole prompt, once, however many chunks it came in. Prompt attention has been exact by then.
+- ``append(new)``: tokens that follow.
+- ``slots()``: what is stored now, ready for attention.
+
+The rule that makes multi-token follow-ups right: new tokens attend to the slots stored *before* the pass and causally to each
+other, exactly; only then are they stored. Slots carry their own validity, so no mask column is ever mistaken for a
+position. ``nbytes`` is taken from the storages a layer keeps alive, never from a formula.
+
+Tensors are never changed in place, and all have the batch first. That makes ``fork`` (a cheap snapshot that shares memory),
+beam search and batch selection generic.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from broadsheet.core.models.rotary import find_rotary
+from broadsheet.core.models.taps import Tokens, attach, attention_modules, sdpa
+from broadsheet.core.numerics.ledger import nbytes, tree_map
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model that decide what its cache costs."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> Geometry:
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            hidden_size=config.hidden_size,
+        )
+
+    def full_bytes(self, tokens: int, bytes_per_element: int = 2) -> int:
+        """Bytes of an uncompressed cache of ``tokens`` tokens, one batch row."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_element
+
+
+@dataclass
+class Slots:
+    """Stored states, ready for attention.
+
+    ``keys``, ``values``: [batch, kv_heads, slots, head_dim]; ``valid``: bool [batch, 1 or kv_heads, slots] or None when all
+    are; ``bias``: added to the logits, [batch, kv_heads, slots], or None.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+class CacheLayer(CacheLayerMixin):
+    """One layer's store. Subclasses implement `prefill`, `append` and `slots`."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    #: attributes that are references or bookkeeping, not state
+    _outside: ClassVar[frozenset[str]] = frozenset({"method", "module", "rotary", "cache", "keys", "values"})
+
+    def __init__(self, method: CacheMethod, index: int, module: nn.Module, rotary: nn.Module | None):
+        self.method = method
+        self.index = index
+        self.module = module
+        self.rotary = rotary
+        self.cache: MethodCache | None = None
+        self.seen = 0
+        self.dtype: torch.dtype | None = None
+        self.filling = True
+        self.pending: list[Tokens] = []
+        self.tapped = False
+        self.is_initialized = True
+
+    # --- what a method implements -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prefill(self, prompt: Tokens) -> None:
+        """Stores the whole prompt."""
+
+    @abstractmethod
+    def append(self, new: Tokens) -> None:
+        """Stores tokens that follow the prompt."""
+
+    @abstractmethod
+    def slots(self) -> Slots | None:
+        """What is stored now, decompressed to the model's dtype; None when nothing is."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> int:
+        """Slots that a query attends to (of the longest row and head)."""
+
+    def attend(self, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        """Attention of the new queries over the stored slots and, causally, each other. [batch, tokens, heads, head_dim]."""
+        return attend_slots(self.module, self.slots(), new, mask, scaling)
+
+    # --- the life of a layer ------------------------------------------------------------------------------------
+
+    def receive(
+        self, module: nn.Module, new: Tokens, mask: torch.Tensor | None, scaling: float | None
+    ) -> torch.Tensor:
+        self.tapped = False
+        if self.filling and self.pending and new.count == 1:
+            self.end_prefill()
+        if self.filling:
+            past = _as_slots(Tokens.join(self.pending)) if self.pending else None
+            output = attend_slots(module, past, new, mask, scaling)
+            self.pending.append(new)
+            self.seen += new.count
+            if not self.cache.chunked:
+                self.end_prefill()
+            return output
+        output = self.attend(new, mask, scaling)
+        self.seen += new.count
+        self.append(self._stored_dtype(new))
+        return output
+
+    def end_prefill(self) -> None:
+        """Compresses what the chunks brought; a no-op once done."""
+        if self.filling and self.pending:
+            prompt = self._stored_dtype(Tokens.join(self.pending))
+            self.pending, self.filling = [], False
+            self.prefill(prompt)
+
+    def _stored_dtype(self, new: Tokens) -> Tokens:
+        self.dtype = new.keys.dtype
+        dtype = self.cache.dtype or new.keys.dtype
+        return replace(new, keys=new.keys.to(dtype), values=new.values.to(dtype))
+
+    # --- transformers' contract ---------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passes the new states through: the tapped attention call that follows stores them."""
+        if not self.tapped:
+            raise RuntimeError(
+                f"this cache serves the model it was made for; call {type(self.method).__name__}(...).cache(model) again "
+                "after changing the model's attention implementation"
+            )
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not slots stored: positions go on truly."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stored = sum(part.count for part in self.pending) if self.filling else self.stored
+        return stored + query_length, self.seen - stored
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        fresh = type(self)(self.method, self.index, self.module, self.rotary)
+        fresh.cache = self.cache
+        self.__dict__ = fresh.__dict__
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a compressed cache cannot be cropped; use fork() before the tokens to be undone")
+
+    # --- generic bookkeeping ------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything this layer holds, by name."""
+        return {name: value for name, value in self.__dict__.items() if name not in self._outside}
+
+    def parts(self) -> dict[str, int]:
+        """Bytes really held, by part."""
+        sizes = {name: nbytes(value) for name, value in self.state().items()}
+        return {name: size for name, size in sizes.items() if size}
+
+    def map(self, function: Any) -> None:
+        """Applies ``function`` to every tensor held."""
+        for name, value in self.state().items():
+            self.__dict__[name] = tree_map(function, value)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.map(lambda tensor: tensor[indices])
+
+
+class MethodCache(Cache):
+    """A transformers `Cache` of one method's layers, for one model.
+
+    ``chunked``: the prompt comes in several multi-token passes; compression waits for the first single token or for
+    `end_prefill`. ``dtype``: what exact parts are stored in (default: the model's own).
+    """
+
+    def __init__(self, method: CacheMethod, layers: list[CacheLayer], chunked: bool, dtype: torch.dtype | None):
+        super().__init__(layers=layers)
+        self.method = method
+        self.chunked = chunked
+        self.dtype = dtype
+        for layer in layers:
+            layer.cache = self
+
+    def end_prefill(self) -> None:
+        """Declares the prompt complete: every layer compresses now."""
+        for layer in self.layers:
+            layer.end_prefill()
+
+    def fork(self) -> MethodCache:
+        """A snapshot that shares memory; what is done to either leaves the other alone."""
+        twin = copy(self)
+        twin.layers = []
+        for layer in self.layers:
+            other = copy(layer)
+            other.map(lambda tensor: tensor)
+            other.cache = twin
+            twin.layers.append(other)
+        return twin
+
+    @property
+    def seen(self) -> int:
+        return self.layers[0].seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really held, over all layers and rows."""
+        return nbytes([layer.state() for layer in self.layers])
+
+    def report(self) -> dict[str, Any]:
+        """Tokens seen, slots stored by layer, bytes by part."""
+        parts: dict[str, int] = {}
+        for layer in self.layers:
+            for name, size in layer.parts().items():
+                parts[name] = parts.get(name, 0) + size
+        return {
+            "method": type(self.method).__name__,
+            "seen": self.seen,
+            "stored": [layer.stored for layer in self.layers],
+            "nbytes": self.nbytes,
+            "parts": parts,
+        }
+
+
+@dataclass(frozen=True)
+class CacheMethod:
+    """Base of all cache methods: hyperparameters as fields, `cache` as the verb."""
+
+    Layer: ClassVar[type[CacheLayer]]
+
+    def layers(self, model: PreTrainedModel) -> list[CacheLayer]:
+        """One layer per attention module; a method overrides it to treat layers differently."""
+        rotary = find_rotary(model)
+        return [self.Layer(self, index, module, rotary) for index, module in enumerate(attention_modules(model))]
+
+    def cache(self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None) -> MethodCache:
+        """A fresh cache for ``model``; pass it as ``past_key_values``.
+
+        Raises ValueError when the model's attention is not covered or the method's parameters do not fit the model.
+        """
+        attach(model)
+        self.check(Geometry.of(model.config))
+        return MethodCache(self, self.layers(model), chunked, dtype)
+
+    def check(self, geometry: Geometry) -> None:
+        """Raises ValueError when these parameters do not fit a model of this geometry."""
+
+    def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
+        """This method with the parameters that come closest to, and not above, ``fraction`` of a 16-bit cache's bytes.
+
+        ``tokens``: length of the prompt. Raises `Unreachable` with the least fraction that it can do.
+        """
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Unreachable(ValueError):
+    """A method cannot get down to the asked budget."""
+
+    def __init__(self, least: float):
+        super().__init__(f"the least this method can do here is {least:.3f} of the full cache")
+        self.least = least
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raises ValueError unless 0 < value <= 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def _as_slots(tokens: Tokens) -> Slots:
+    valid = None if bool(tokens.valid.all()) else tokens.valid.unsqueeze(1)
+    return Slots(tokens.keys, tokens.values, valid)
+
+
+def attend_slots(
+    module: nn.Module, stored: Slots | None, new: Tokens, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """SDPA over ``stored`` then ``new``; only the mask's last columns, new against new, are used.
+
+    With nothing stored, or with all slots valid, no bias and one query, the call is exactly the one that a stock cache
+    makes, so a cache that kept everything gives equal bits.
+    """
+    if stored is None:
+        return sdpa(module, new.queries, new.keys, new.values, mask, scaling)
+    dtype = new.keys.dtype
+    keys = torch.cat([stored.keys.to(dtype), new.keys], 2)
+    values = torch.cat([stored.values.to(dtype), new.values], 2)
+    count = new.count
+    plain = stored.valid is None and stored.bias is None
+    if plain and count == 1 and (mask is None or bool(new.valid.all())):
+        return sdpa(module, new.queries, keys, values, None, scaling)
+    batch, kv_heads, slots = stored.keys.shape[:3]
+    allowed = torch.ones(batch, 1, count, slots, dtype=torch.bool, device=keys.device)
+    if stored.valid is not None:
+        allowed = stored.valid.unsqueeze(2).expand(-1, -1, count, -1)
+    causal = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
+    recent = causal & new.valid[:, None, None, :]
+    joint = torch.cat([allowed, recent.expand(batch, allowed.shape[1], count, count)], -1)
+    if stored.bias is not None:
+        logits = torch.zeros(batch, kv_heads, count, slots + count, dtype=dtype, device=keys.device)
+        logits[..., :slots] = stored.bias.unsqueeze(2).to(dtype)
+        joint = logits.masked_fill(~joint, torch.finfo(dtype).min)
+    if joint.shape[1] > 1:  # per KV head -> per query head
+        joint = joint.repeat_interleave(new.queries.shape[1] // joint.shape[1], 1)
+    return sdpa(module, new.queries, keys, values, joint, scaling)
+
+
+def attention_rows(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, offset: int, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax of ``queries`` [batch, heads, n, head_dim] over ``keys`` [batch, kv_heads, T, head_dim], float32.
+
+    Query i sits at column ``offset + i`` and sees the columns up to it. ``valid``: bool [batch, 1 or kv_heads, T].
+    Returns [batch, kv_heads, heads // kv_heads, n, T].
+    """
+    batch, heads, count, dim = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    grouped = queries.float().reshape(batch, kv_heads, heads // kv_heads, count, dim)
+    logits = torch.einsum("bhgnd,bhtd->bhgnt", grouped, keys.float()) * scaling
+    rows = torch.arange(offset, offset + count, device=keys.device)[:, None]
+    allowed = torch.arange(total, device=keys.device)[None, :] <= rows
+    if valid is not None:
+        allowed = allowed & valid[:, :, None, None, :]
+    return torch.nan_to_num(logits.masked_fill(~allowed, float("-inf")).softmax(-1))
+
+
+def attention_mass(
+    prompt: Tokens, scaling: float, rows: slice = slice(None), block: int = 256
+) -> torch.Tensor:
+    """How much attention each prompt token receives from the queries of ``rows``, summed: [batch, kv_heads, group, T].
+
+    A second pass in blocks of queries (O(T^2) work, O(T * block) memory); queries that are padding count nothing.
+    """
+    batch, heads, total, _ = prompt.queries.shape
+    kv_heads = prompt.keys.shape[1]
+    start, stop, _ = rows.indices(total)
+    mass = torch.zeros(batch, kv_heads, heads // kv_heads, total, device=prompt.keys.device)
+    valid = prompt.valid.unsqueeze(1)
+    for first in range(start, stop, block):
+        last = min(first + block, stop)
+        weights = attention_rows(prompt.queries[:, :, first:last], prompt.keys, scaling, first, valid)
+        mass += (weights * prompt.valid[:, None, None, first:last, None]).sum(3)
+    return mass

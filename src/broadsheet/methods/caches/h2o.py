@@ -1,0 +1,69 @@
+"""H2O: heavy hitters by accumulated attention, and recent tokens (Zhang et al. 2023, arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+
+from broadsheet.core.models.taps import Tokens
+
+from .base import CacheLayer, CacheMethod, Geometry, attention_mass, attention_rows, check_fraction
+from .streaming_llm import EvictingLayer
+
+
+class H2OLayer(EvictingLayer):
+    #: attention received so far, float32 [batch, kv_heads, slots]
+    mass: torch.Tensor | None = None
+
+    def prefill(self, prompt: Tokens) -> None:
+        self.mass = attention_mass(prompt, self.module.scaling).sum(2)
+        super().append(prompt)
+
+    def append(self, new: Tokens) -> None:
+        # What the new queries looked at, over the slots stored before them and each other.
+        keys = torch.cat([self.stored_keys, new.keys], 2)
+        valid = None
+        if self.valid is not None or not bool(new.valid.all()):
+            before = self.valid
+            if before is None:
+                before = new.valid.new_ones(keys.shape[0], 1, self.stored)
+            valid = torch.cat([before, new.valid.unsqueeze(1).expand(-1, before.shape[1], -1)], -1)
+        rows = attention_rows(new.queries, keys, self.module.scaling, self.stored, valid)
+        received = (rows * new.valid[:, None, None, :, None]).sum((2, 3))
+        received[..., : self.stored] += self.mass
+        self.mass = received
+        super().append(new)
+
+    def score(self, counts: torch.Tensor) -> torch.Tensor:
+        recent = (self.method.recent * counts).round().long()[:, None, None]
+        scores = self.mass.masked_fill(self.age() < recent, float("inf"))
+        return self.mask_padding(scores)
+
+    def keep(self, indices: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        super().keep(indices, valid)
+        self.mass = self.mass.gather(-1, indices)
+
+
+@dataclass(frozen=True)
+class H2O(CacheMethod):
+    """The slots that received most attention so far, per KV head, and the newest ones.
+
+    Parameters: ``budget`` in (0, 1], of the tokens seen; ``recent`` share of the budget for the newest tokens (paper
+    section 5: half). Scores go on accumulating while generating and are counted in the bytes.
+    """
+
+    budget: float = 0.25
+    recent: float = 0.5
+
+    Layer: ClassVar[type[CacheLayer]] = H2OLayer
+
+    def __post_init__(self) -> None:
+        check_fraction("budget", self.budget)
+        check_fraction("recent", self.recent)
+
+    def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
+        # One float32 of score a slot and head beside 2 * head_dim elements of 16 bits.
+        overhead = 4 / (4 * geometry.head_dim)
+        return replace(self, budget=fraction / (1 + overhead) if fraction < 1 else 1.0)

@@ -1,0 +1,534 @@
+"""MPCache: look-once eviction, then attention to picked clusters (Zeng et al., NeurIPS 2025, arXiv 2501.06807).
+
+Made for inference on secret-shared prompts, where comparisons and look-ups by secret index are what costs. After the prompt,
+tokens that its last queries did not look at are freed, once. Every later query scores clusters of adjacent keys by one linear
+function of their channel-wise maxima and minima, opens coarse clusters, picks fine ones among their children, and attends
+exactly to the tokens of those. Neighbouring layers take over each other's choices. All counts follow from lengths alone, so
+nothing leaks through sizes. This module is the algorithm on plain tensors; bytes are saved by ``static_keep``, and reading
+and multiplying by ``ratios``.
+
+Deviations, and why:
+
+- The first and the newest cluster are always attended to, and the top ones are taken *beside* them. The paper adds them to
+  the top ones, where they may be already, so the number of attended tokens depends on secret data.
+- The newest cluster is the one that the next token falls into, so the token being generated is always attended to, and in a
+  pass of several tokens the new tokens attend to each other exactly. Fallback: with fewer than two coarse clusters visible,
+  all stored tokens are attended to.
+- Layers that share choices also share the tokens kept after the prompt, those of the first of them. The paper evicts by
+  layer; but then cluster number i would be other tokens in every layer, and sharing its number would mean nothing.
+- With grouped-query attention each query head picks for itself.
+- The released code differs in more: the static step there keeps what exceeds a threshold on unscaled, uncausal attention
+  (a count that depends on data), and it masks instead of gathering.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+
+from broadsheet.core.models.taps import Tokens
+
+from .base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable, attend_slots, attention_mass, check_fraction
+
+#: beyond this prompt length half the window votes (released code: 20 % of the prompt, 10 % beyond)
+LONG_PROMPT = 24_000
+#: elements of keys that one tile of a multi-token pass gathers
+TILE = 1 << 22
+
+
+class Counts(NamedTuple):
+    """The public sizes of one pass; they depend on the number of stored tokens alone."""
+
+    coarse: int  #: coarse clusters, the newest (perhaps still empty) one included: G1
+    fine: int  #: fine clusters, likewise: G2
+    opened: int  #: coarse clusters opened beside the first and the newest
+    picked: int  #: fine clusters picked beside the first and the newest
+    tail: int  #: stored tokens in the newest fine cluster
+
+    @property
+    def everything(self) -> bool:
+        """Whether all clusters are attended to."""
+        return self.picked == self.fine - 2
+
+
+@dataclass
+class Clusters:
+    """Runs of ``size`` adjacent keys. All that a query needs of a full run is its summary, written when the run is full.
+
+    ``summary``: [batch, kv_heads, full runs, width], see `MPCache.summarise`; ``edge``: running statistics of the newest, open
+    run, [batch, kv_heads, width], see `MPCache.statistics`; meaningless while that run is empty.
+    """
+
+    size: int
+    summary: torch.Tensor
+    edge: torch.Tensor
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, size: int, method: MPCache) -> Clusters:
+        """Clusters of ``keys`` [batch, kv_heads, tokens, head_dim]."""
+        none = method.statistics(keys[:, :, :1])[:, :, :0]
+        edge = none.new_zeros(*none.shape[:2], none.shape[-1])
+        return cls(size, method.summarise(none, size, keys.dtype), edge).extend(keys, 0, method)
+
+    def extend(self, keys: torch.Tensor, stored: int, method: MPCache) -> Clusters:
+        """These clusters after ``keys`` [batch, kv_heads, new, head_dim] followed the ``stored`` tokens seen before."""
+        statistics = method.statistics(keys)
+        edge, full = self.edge, [self.summary]
+        if filled := stored % self.size:  # what is in the open run joins as if it were one more token
+            statistics = torch.cat([edge.unsqueeze(2), statistics], 2)
+            end = self.size - filled + 1
+            edge = method.reduce(statistics[:, :, :end], 2)
+            if statistics.shape[2] >= end:
+                full.append(method.summarise(edge.unsqueeze(2), self.size, keys.dtype))
+            statistics = statistics[:, :, end:]
+        whole = statistics.shape[2] // self.size * self.size
+        if whole:
+            runs = method.reduce(statistics[:, :, :whole].unflatten(2, (-1, self.size)), 3)
+            full.append(method.summarise(runs, self.size, keys.dtype))
+        if statistics.shape[2] > whole:
+            edge = method.reduce(statistics[:, :, whole:], 2)
+        return Clusters(self.size, torch.cat(full, 2), edge)
+
+
+@dataclass
+class Store:
+    """What rows of equal length hold: ``keys``, ``values`` [batch, kv_heads, tokens, head_dim] and their clusters."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    coarse: Clusters | None
+    fine: Clusters | None
+
+    @property
+    def count(self) -> int:
+        return self.keys.shape[2]
+
+
+class MPCacheLayer(CacheLayer):
+    """Slots in order of position, left-aligned: row b holds ``lengths[b]`` tokens, or every row all of them (None)."""
+
+    _outside: ClassVar[frozenset[str]] = CacheLayer._outside | {"kept", "picked"}
+
+    stored_keys: torch.Tensor | None = None  #: [batch, kv_heads, slots, head_dim]
+    stored_values: torch.Tensor | None = None
+    coarse: Clusters | None = None
+    fine: Clusters | None = None
+    lengths: torch.Tensor | None = None  #: [batch]
+    #: tokens that a query of the last pass attended to, stored and new, itself included; the same for all heads
+    attended: int = 0
+    #: choices of the current pass for the layers that share them, one entry a `Store`; gone when the last has read them
+    kept: list[torch.Tensor | None] | None = None
+    picked: list[torch.Tensor | None] | None = None
+
+    @property
+    def stored(self) -> int:
+        return 0 if self.stored_keys is None else self.stored_keys.shape[2]
+
+    def slots(self) -> Slots | None:
+        if self.stored_keys is None:
+            return None
+        valid = None
+        if self.lengths is not None:
+            valid = torch.arange(self.stored, device=self.lengths.device) < self.lengths[:, None, None]
+        return Slots(self.stored_keys, self.stored_values, valid)
+
+    # --- the prompt ---------------------------------------------------------------------------------------------
+
+    def prefill(self, prompt: Tokens) -> None:
+        leader = self._leader()
+        shared = leader.kept if leader else None
+        kept: list[torch.Tensor | None] = []
+        stores = []
+        for number, tokens in enumerate(_equal_rows(prompt)):
+            kept.append(shared[number] if shared else self._look_once(tokens))
+            stores.append(self._store(tokens, kept[-1]))
+        self._pass_on("kept", kept, leader)
+        self._hold(stores)
+        least = min(store.count for store in stores)
+        if self.index == 0 and self.method.selects and least + 1 < 2 * self.method.clusters[0]:
+            warnings.warn(
+                f"{least} kept tokens are fewer than two clusters of {self.method.clusters[0]}: all of them are attended to",
+                stacklevel=2,
+            )
+
+    def _look_once(self, prompt: Tokens) -> torch.Tensor | None:
+        """Static eviction (paper section 4.2): the tokens that stay, ascending [batch, kept], or None when all do.
+
+        a_j sums over the last queries of the prompt the mean over heads of softmax(q_i K^T / sqrt(d))_j; the top share of
+        ``static_keep`` stays.
+        """
+        total = prompt.count
+        kept = self.method.kept(total)
+        if kept >= total:
+            return None
+        window = self.method.voters(total)
+        votes = attention_mass(prompt, self.module.scaling, slice(total - window, total)).mean((1, 2))
+        return votes.topk(kept, -1).indices.sort(-1).values
+
+    def _store(self, prompt: Tokens, kept: torch.Tensor | None) -> Store:
+        keys, values = prompt.keys.contiguous(), prompt.values.contiguous()
+        if kept is not None:
+            wide = kept[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            keys, values = keys.gather(2, wide), values.gather(2, wide)
+        if not self.method.selects:
+            return Store(keys, values, None, None)
+        coarse, fine = (Clusters.of(keys, size, self.method) for size in self.method.clusters)
+        return Store(keys, values, coarse, fine)
+
+    # --- tokens that follow -------------------------------------------------------------------------------------
+
+    def append(self, new: Tokens) -> None:
+        stores = []
+        if self.lengths is None and bool(new.valid.all()):
+            grown = [(self._whole(), new)]
+        else:
+            grown = list(zip(self._rows(), _rows(new), strict=True))
+        for store, tokens in grown:
+            before = store.count
+            keys = torch.cat([store.keys, tokens.keys], 2)
+            values = torch.cat([store.values, tokens.values], 2)
+            coarse, fine = (
+                clusters.extend(tokens.keys, before, self.method) if clusters and tokens.count else clusters
+                for clusters in (store.coarse, store.fine)
+            )
+            stores.append(Store(keys, values, coarse, fine))
+        self._hold(stores)
+
+    def attend(self, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        """Exact attention over the picked clusters of every query and head, and the new tokens, by real gathers."""
+        leader = self._leader()
+        shared = leader.picked if leader else None
+        scaling = new.keys.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.lengths is None:
+            parts = [(self._whole(), new)]
+        else:
+            parts = list(zip(self._rows(), _rows(new, trim=False), strict=True))
+        picked: list[torch.Tensor | None] = []
+        outputs = []
+        self.attended = 0
+        for number, (store, tokens) in enumerate(parts):
+            counts = self.method.counts(store.count)
+            if store.fine is None or counts.everything:
+                picked.append(None)
+                whole = mask if self.lengths is None else None
+                outputs.append(attend_slots(self.module, Slots(store.keys, store.values), tokens, whole, scaling))
+                attended = store.count
+            else:
+                picked.append(shared[number] if shared else pick(self.method, store, tokens.queries))
+                outputs.append(attend_clusters(store, picked[-1], tokens, scaling))
+                attended = counts.tail + (1 + counts.picked) * self.method.clusters[1]
+            self.attended = max(self.attended, attended + new.count)
+        self._pass_on("picked", picked, leader)
+        return torch.cat(outputs)
+
+    # --- sharing between layers (paper section 4.4) -------------------------------------------------------------
+
+    def _leader(self) -> MPCacheLayer | None:
+        """The layer whose choices this one takes over, or None when it makes its own."""
+        method = self.method
+        if self.index < method.share_from or method.share_span == 1:
+            return None
+        place = (self.index - method.share_from) % method.share_span
+        return self.cache.layers[self.index - place] if place else None
+
+    def _pass_on(self, name: str, choices: list[torch.Tensor | None], leader: MPCacheLayer | None) -> None:
+        """Leaves ``choices`` for the followers, or forgets them after the last follower."""
+        method = self.method
+        last = (
+            self.index < method.share_from
+            or (self.index - method.share_from) % method.share_span == method.share_span - 1
+            or self.index == len(self.cache.layers) - 1
+        )
+        setattr(leader or self, name, None if last else choices)
+
+    # --- rows of unequal length ---------------------------------------------------------------------------------
+
+    def _whole(self) -> Store:
+        return Store(self.stored_keys, self.stored_values, self.coarse, self.fine)
+
+    def _rows(self) -> Iterator[Store]:
+        """Each row by itself, without the padding on its right."""
+        for row in range(self.stored_keys.shape[0]):
+            count = self.stored if self.lengths is None else int(self.lengths[row])
+            levels = (
+                clusters
+                and Clusters(
+                    clusters.size,
+                    clusters.summary[row : row + 1, :, : count // clusters.size],
+                    clusters.edge[row : row + 1],
+                )
+                for clusters in (self.coarse, self.fine)
+            )
+            one = slice(row, row + 1)
+            yield Store(self.stored_keys[one, :, :count], self.stored_values[one, :, :count], *levels)
+
+    def _hold(self, stores: list[Store]) -> None:
+        """Takes over ``stores`` (one for all rows, or one a row) as this layer's state."""
+        counts = [store.count for store in stores]
+        self.stored_keys = _stack([store.keys for store in stores])
+        self.stored_values = _stack([store.values for store in stores])
+        for name in ("coarse", "fine"):
+            levels = [getattr(store, name) for store in stores]
+            if levels[0] is not None:
+                summary = _stack([level.summary for level in levels])
+                levels[0] = Clusters(levels[0].size, summary, torch.cat([level.edge for level in levels]))
+            setattr(self, name, levels[0])
+        self.lengths = None
+        if len(set(counts)) > 1:
+            self.lengths = torch.tensor(counts, device=self.stored_keys.device)
+
+
+def pick(method: MPCache, store: Store, queries: torch.Tensor) -> torch.Tensor:
+    """Two-level selection (paper section 4.3): the fine clusters of each query beside the first and the newest.
+
+    ``queries``: [batch, heads, n, head_dim]. Returns indices [batch, kv_heads, group, n, picked], ascending.
+    """
+    counts = method.counts(store.count)
+    coarse, fine = store.coarse, store.fine
+    assert coarse is not None and fine is not None
+    batch, heads, n, dim = queries.shape
+    kv_heads = store.keys.shape[1]
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads * n, dim)
+    children = coarse.size // fine.size
+    # Level 1. Only full clusters have a summary, so the newest is out already.
+    opened = method.similarities(grouped, coarse.summary)[..., 1:].topk(counts.opened, -1).indices + 1
+    candidates = (opened.unsqueeze(-1) * children + torch.arange(children, device=opened.device)).flatten(-2)
+    first = torch.arange(1, children, device=opened.device)
+    newest = torch.arange(children * (counts.coarse - 1), counts.fine - 1, device=opened.device)
+    always = torch.cat([first, newest]).expand(*candidates.shape[:-1], -1)
+    candidates = torch.cat([candidates, always], -1)
+    # Level 2. On plain tensors one product with all summaries is cheaper than gathering those of the candidates.
+    scores = method.similarities(grouped, fine.summary).gather(-1, candidates)
+    picked = candidates.gather(-1, scores.topk(counts.picked, -1).indices).sort(-1).values
+    return picked.unflatten(2, (-1, n))
+
+
+def attend_clusters(store: Store, picked: torch.Tensor, new: Tokens, scaling: float) -> torch.Tensor:
+    """Softmax attention over the first, the picked and the newest fine clusters and, causally, the new tokens.
+
+    ``picked``: [batch, kv_heads, group, n, k] fine clusters of each query. Tokens are gathered, in tiles of queries; float32
+    inside. Returns [batch, n, heads, head_dim].
+    """
+    assert store.fine is not None
+    size = store.fine.size
+    batch, kv_heads, group, n, chosen = picked.shape
+    dim = store.keys.shape[-1]
+    wide = torch.promote_types(new.keys.dtype, torch.float32)
+    tail = store.count // size * size
+    # What every query sees: no gather.
+    keys, values = (
+        torch.cat([old[:, :, :size], old[:, :, tail:], fresh.to(old.dtype)], 2).to(wide)
+        for old, fresh in ((store.keys, new.keys), (store.values, new.values))
+    )
+    causal = torch.ones(n, n, dtype=torch.bool, device=keys.device).tril() & new.valid[:, None, :]
+    seen = torch.cat([causal.new_ones(batch, n, keys.shape[2] - n), causal], -1)[:, None, None]
+    queries = new.queries.to(wide).reshape(batch, kv_heads, group, n, dim)
+    within = torch.arange(size, device=picked.device)
+    tile = max(1, TILE // (batch * kv_heads * group * max(chosen, 1) * size * dim))
+    outputs = []
+    for start in range(0, n, tile):
+        stop = min(start + tile, n)
+        asked = queries[:, :, :, start:stop]
+        places = (picked[:, :, :, start:stop, :, None] * size + within).flatten(2)
+        places = places.unsqueeze(-1).expand(-1, -1, -1, dim)
+        own_keys, own_values = (
+            states.gather(2, places).to(wide).reshape(batch, kv_heads, group, stop - start, chosen * size, dim)
+            for states in (store.keys, store.values)
+        )
+        common = torch.einsum("bhgnd,bhtd->bhgnt", asked, keys)
+        common = common.masked_fill(~seen[:, :, :, start:stop], float("-inf"))
+        own = torch.einsum("bhgnd,bhgntd->bhgnt", asked, own_keys)
+        weights = (torch.cat([common, own], -1) * scaling).softmax(-1)
+        output = torch.einsum("bhgnt,bhtd->bhgnd", weights[..., : keys.shape[2]], values)
+        outputs.append(output + torch.einsum("bhgnt,bhgntd->bhgnd", weights[..., keys.shape[2] :], own_values))
+    return torch.cat(outputs, 3).permute(0, 3, 1, 2, 4).flatten(2, 3).to(new.queries.dtype)
+
+
+def recall(method: MPCache, queries: torch.Tensor, keys: torch.Tensor, top: int = 16) -> tuple[float, float]:
+    """How many of the ``top`` tokens with the largest q.k the selection opens, and the share of tokens that it opens.
+
+    ``queries`` [batch, heads, n, head_dim] of one position; ``keys`` [batch, kv_heads, T, head_dim], what is stored when they
+    ask. Choosing tokens at random would recall the second number.
+    """
+    store = Store(keys, keys, *(Clusters.of(keys, size, method) for size in method.clusters))
+    batch, heads, n, _ = queries.shape
+    kv_heads, total = keys.shape[1:3]
+    group = heads // kv_heads
+    size = method.clusters[1]
+    opened = torch.ones(batch, kv_heads, group, n, total, dtype=torch.bool, device=keys.device)
+    if not method.counts(total).everything:
+        picked = pick(method, store, queries)
+        marked = torch.zeros(*picked.shape[:-1], total // size + 1, dtype=torch.bool, device=keys.device)
+        marked.scatter_(-1, picked, True)
+        marked[..., 0] = marked[..., -1] = True
+        opened = marked.repeat_interleave(size, -1)[..., :total]
+    scores = torch.einsum("bhgnd,bhtd->bhgnt", queries.float().unflatten(1, (kv_heads, group)), keys.float())
+    found = opened.gather(-1, scores.topk(top, -1).indices)
+    return float(found.float().mean()), float(opened.float().mean())
+
+
+def _equal_rows(prompt: Tokens) -> list[Tokens]:
+    """The prompt in one piece when no row has padding, else row by row without it."""
+    return [prompt] if bool(prompt.valid.all()) else _rows(prompt)
+
+
+def _rows(tokens: Tokens, trim: bool = True) -> list[Tokens]:
+    """Each row by itself; with ``trim`` without its padding."""
+    rows = []
+    for row in range(tokens.valid.shape[0]):
+        parts = {field.name: getattr(tokens, field.name)[row : row + 1] for field in fields(Tokens)}
+        if trim and not bool(tokens.valid[row].all()):
+            real = tokens.valid[row].nonzero()[:, 0]
+            parts = {
+                name: part.index_select(2 if name in {"queries", "keys", "values"} else 1, real)
+                for name, part in parts.items()
+            }
+        rows.append(Tokens(**parts))
+    return rows
+
+
+def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenates along the batch, padding axis 2 on the right."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
+
+
+@dataclass(frozen=True)
+class MPCache(CacheMethod):
+    """Look-once eviction and clustered, two-level dynamic selection.
+
+    Parameters: ``static_keep`` share of the prompt's tokens kept after prefill (task-tuned in the paper; 0.4 is lossless on
+    average there); ``window`` share of the prompt whose queries vote (halved beyond 24k tokens); ``alpha`` weight of the maxima
+    in the linear score; ``clusters`` coarse and fine size in tokens; ``ratios`` shares of the coarse and fine clusters chosen
+    (of all there are, beside the first and the newest); ``share_span`` layers that share choices, from layer ``share_from`` on.
+
+    Parts off: ``static_keep=1`` no eviction; ``ratios=(1, 1)`` no selection, and no cluster state is held; ``ratios=(1, r)`` one
+    level; ``clusters=(1, 1)`` token by token; ``share_span=1`` no sharing; ``similarity="max"`` the bound that the linear score
+    stands for (as in Quest), ``"mean"`` mean-pooled keys (as in InfLLM).
+
+    Raises ValueError for shares outside (0, 1], alpha outside [0, 1] and clusters that do not nest.
+    """
+
+    static_keep: float = 0.4
+    window: float = 0.2
+    alpha: float = 0.6
+    clusters: tuple[int, int] = (32, 16)
+    ratios: tuple[float, float] = (0.5, 0.2)
+    share_span: int = 2
+    share_from: int = 2
+    similarity: str = "linear"
+
+    Layer: ClassVar[type[CacheLayer]] = MPCacheLayer
+
+    def __post_init__(self) -> None:
+        check_fraction("static_keep", self.static_keep)
+        check_fraction("window", self.window)
+        for ratio in self.ratios:
+            check_fraction("each of ratios", ratio)
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be 0 to 1, got {self.alpha}")
+        coarse, fine = self.clusters
+        if fine < 1 or coarse < fine or coarse % fine:
+            raise ValueError(f"the coarse cluster size must be a multiple of the fine one, got {self.clusters}")
+        if self.share_span < 1 or self.share_from < 0:
+            raise ValueError(f"share_span must be at least 1 and share_from at least 0, got {self.share_span}, {self.share_from}")
+        if self.similarity not in {"linear", "max", "mean"}:
+            raise ValueError(f"similarity must be linear, max or mean, got '{self.similarity}'")
+
+    # --- public sizes -------------------------------------------------------------------------------------------
+
+    @property
+    def selects(self) -> bool:
+        """Whether there is a dynamic selection at all."""
+        return self.ratios != (1, 1)
+
+    def kept(self, tokens: int) -> int:
+        """Tokens of a prompt that stay."""
+        return max(1, _floor(self.static_keep * tokens))
+
+    def voters(self, tokens: int) -> int:
+        """Last queries of a prompt that vote in the static step."""
+        share = self.window if tokens <= LONG_PROMPT else self.window / 2
+        return max(1, _floor(share * tokens))
+
+    def counts(self, stored: int) -> Counts:
+        """The sizes of a pass over ``stored`` tokens and a new one."""
+        (large, small), (ratio1, ratio2) = self.clusters, self.ratios
+        coarse, fine = stored // large + 1, stored // small + 1
+        if stored + 1 < 2 * large:
+            return Counts(coarse, fine, coarse - 2, fine - 2, stored % small)
+        opened = min(_floor(coarse * ratio1), coarse - 2)
+        candidates = large // small * (1 + opened) + fine - large // small * (coarse - 1) - 2
+        return Counts(coarse, fine, opened, min(_floor(fine * ratio2), candidates), stored % small)
+
+    # --- similarity ---------------------------------------------------------------------------------------------
+
+    def statistics(self, keys: torch.Tensor) -> torch.Tensor:
+        """Per token, what `reduce` combines to a run's statistics: keys and negated keys (a minimum is the negated maximum
+        of those), or for the mean the keys in float32."""
+        return keys.float() if self.similarity == "mean" else torch.cat([keys, -keys], -1)
+
+    def reduce(self, statistics: torch.Tensor, dim: int) -> torch.Tensor:
+        """Combines the statistics of tokens (or parts of a run) along ``dim``."""
+        return statistics.sum(dim) if self.similarity == "mean" else statistics.amax(dim)
+
+    def summarise(self, statistics: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """The vector of a full run that queries are multiplied with.
+
+        linear: u_c = alpha * max + (1 - alpha) * min (paper section 4.3); max: both ends, [..., 2 * head_dim]; mean: the mean.
+        """
+        if self.similarity == "mean":
+            return (statistics / size).to(dtype)
+        high, low = statistics.chunk(2, -1)
+        low = -low
+        if self.similarity == "max":
+            return torch.cat([high, low], -1)
+        return (self.alpha * high.float() + (1 - self.alpha) * low.float()).to(dtype)
+
+    def similarities(self, queries: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+        """One matrix product: queries [..., n, head_dim] with summaries [..., runs, width], float32.
+
+        The max form sum_i max(q_i high_i, q_i low_i) is linear too once the query is split by sign.
+        """
+        queries = queries.float()
+        if self.similarity == "max":
+            queries = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
+        return queries @ summary.float().transpose(-1, -2)
+
+    # --- budget -------------------------------------------------------------------------------------------------
+
+    def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
+        """The largest ``static_keep`` whose keys, values and cluster state fit; ``ratios`` stay, they decide what is read.
+
+        At 1 and above the full cache: everything kept, nothing selected.
+        """
+        if fraction >= 1:
+            return replace(self, static_keep=1.0, ratios=(1.0, 1.0))
+        full = geometry.full_bytes(tokens)
+
+        def held(kept: int) -> int:
+            """Bytes of ``kept`` tokens in 16 bits: slots, summaries and (two ends, or float32 sums) the open runs."""
+            elements = 2 * kept
+            if self.selects:
+                width = 2 if self.similarity == "max" else 1
+                elements += sum(width * (kept // size) + 2 for size in self.clusters)
+            return 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * elements
+
+        kept = bisect_right(range(tokens + 1), fraction * full, key=held) - 1
+        if kept < 1:
+            raise Unreachable(held(1) / full)
+        return replace(self, static_keep=kept / tokens)
+
+
+def _floor(value: float) -> int:
+    """Rounds down, forgiving what floating point took off a whole number."""
+    return math.floor(value + 1e-9)
