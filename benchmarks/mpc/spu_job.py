@@ -6,15 +6,16 @@ A program of its own: it runs in the SPU environment (spu 0.9.5, jax 0.4.34, num
     {"protocol": "aby3" | "semi2k" | "cheetah", "seed": 0,
      "ops": [{"op": "softmax", "T": 512, "k": 0, "H": 8, "d": 64, "repeats": 1}, ...]}
 
-Every party is a process of its own, linked over loopback TCP, so bytes, messages and CPU time are known for every
-rank. A real link is used (not SPU's in-process simulator) because the simulator reports rank 0 only, and the
-ABY3 protocol draws at random which rank does the larger share of each truncation and conversion: only the sum over
-ranks is the same from run to run. SEMI2K uses SPU's default trusted dealer, so its bytes leave out the triples; CHEETAH makes
-its own. What a protocol sends once per session (keys, base oblivious transfers) is reported as "setup".
+Every party is a process of its own, linked over loopback TCP, so bytes, messages and CPU time are known for
+every rank. A real link is used (not SPU's in-process simulator) because the simulator reports rank 0 only,
+and the ABY3 protocol draws at random which rank does the larger share of each truncation and conversion: only
+the sum over ranks is the same from run to run. SEMI2K uses SPU's default trusted dealer, so its bytes leave
+out the triples; CHEETAH makes its own. What a protocol sends once per session (keys, base oblivious
+transfers) is reported as "setup".
 
-Answer: {"protocol", "parties", "versions", "setup": sample, "results": [{op, T, k, H, d, samples, max_abs_error,
-equals_plaintext}, ...]}; a sample is {"bytes": [per rank], "actions": [per rank], "cpu_s": [per rank]}, where an
-action is one message handed to the link.
+Answer: {"protocol", "parties", "versions", "setup": sample, "results": [{op, T, k, H, d, samples,
+max_abs_error, equals_plaintext}, ...]}; a sample is {"bytes": [per rank], "actions": [per rank], "cpu_s":
+[per rank]}, where an action is one message handed to the link.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ LINK_STATS = re.compile(rb"Link details: total send bytes (\d+), recv bytes \d+,
 
 
 # ---------------------------------------------------------------------------------------------- the operators
-# Each builder returns (function on secret inputs, inputs, check), where check(outputs) is the largest absolute
-# difference from the plaintext result computed by numpy in float64.
-# T: tokens (or clusters), k: entries picked, H: heads, d: head_dim (or row width for the gather product).
+# Each builder returns (function on secret inputs, inputs, check), where check(outputs) is the largest
+# absolute difference from the plaintext result computed by numpy in float64. T: tokens (or clusters), k:
+# entries picked, H: heads, d: head_dim (or row width for the gather product).
 
 
 def operators():
@@ -66,13 +67,20 @@ def operators():
 
     def difference(expected):
         def check(outputs):
-            return max(float(np.abs(np.asarray(got, np.float64) - want).max())
-                       for got, want in zip(outputs, expected))
+            return max(
+                float(np.abs(np.asarray(got, np.float64) - want).max())
+                for got, want in zip(outputs, expected)
+            )
+
         return check
 
     def qk(rng, T, k, H, d):
         q, K = normal(rng, H, 1, d), normal(rng, H, T, d)
-        return lambda q, K: q @ transpose(K), (q, K), difference([q.astype(np.float64) @ np.swapaxes(K, -1, -2)])
+        return (
+            lambda q, K: q @ transpose(K),
+            (q, K),
+            difference([q.astype(np.float64) @ np.swapaxes(K, -1, -2)]),
+        )
 
     def softmax(rng, T, k, H, d, secret=mpc_softmax):
         x = normal(rng, H, T)
@@ -95,7 +103,7 @@ def operators():
 
         def check(outputs):  # the picked set is right if its sorted values are; the order is not asked for
             picked = np.take_along_axis(x, np.asarray(outputs[0]).astype(int), -1)
-            return float(np.abs(np.sort(picked, -1) - np.sort(x, -1)[:, T - k:]).max())
+            return float(np.abs(np.sort(picked, -1) - np.sort(x, -1)[:, T - k :]).max())
 
         return lambda x: jax.lax.top_k(x, k)[1], (x,), check
 
@@ -104,8 +112,8 @@ def operators():
         return lambda i: jax.nn.one_hot(i, T, dtype=jnp.int32), (index,), difference([np.eye(T)[index]])
 
     def one_hot_arithmetic(rng, T, k, H, d):
-        # An equality test leaves *boolean* shares; a product needs arithmetic ones. Adding a secret zero forces
-        # the conversion and sends nothing itself.
+        # An equality test leaves *boolean* shares; a product needs arithmetic ones. Adding a secret zero
+        # forces the conversion and sends nothing itself.
         index = rng.integers(0, T, (H, k)).astype(np.int32)
         secret = lambda i, zero: jax.nn.one_hot(i, T, dtype=jnp.int32) + zero  # noqa: E731
         return secret, (index, np.zeros((1, 1, 1), np.int32)), difference([np.eye(T)[index]])
@@ -113,7 +121,11 @@ def operators():
     def gather(rng, T, k, H, d, dtype=np.int32):
         index = rng.integers(0, T, (H, k))
         picked, table = np.eye(T, dtype=dtype)[index], normal(rng, H, T, d)
-        return lambda o, t: o @ t, (picked, table), difference([np.take_along_axis(table, index[..., None], 1)])
+        return (
+            lambda o, t: o @ t,
+            (picked, table),
+            difference([np.take_along_axis(table, index[..., None], 1)]),
+        )
 
     def gather_fixed(rng, T, k, H, d):  # one-hot as fixed-point numbers: one truncation more than integers
         return gather(rng, T, k, H, d, dtype=np.float32)
@@ -138,8 +150,8 @@ def operators():
         return lambda q, a, b: jnp.sum(jnp.maximum(q * a, q * b), -1), (q, r_max, r_min), difference([want])
 
     def sim_max_by_sign(rng, T, k, H, d):
-        # The same bound without a comparison per cluster: r_max >= r_min, so a channel takes r_max where q > 0
-        # and r_min elsewhere. Only the H*d signs of q are compared; the rest is one product.
+        # The same bound without a comparison per cluster: r_max >= r_min, so a channel takes r_max where q >
+        # 0 and r_min elsewhere. Only the H*d signs of q are compared; the rest is one product.
         q, r_max, r_min = clusters(rng, T, H, d)
         want = np.maximum(q.astype(np.float64) * r_max, q.astype(np.float64) * r_min).sum(-1)
 
@@ -172,19 +184,40 @@ def operators():
         high, low = np.maximum(r_max, key), np.minimum(r_min, key)
         return secret, (r_max, r_min, key), difference([high, low, 0.6 * high + 0.4 * low])
 
-    return {f.__name__: f for f in (
-        qk, softmax, softmax_stock, attention, attention_stock, topk, one_hot, one_hot_arithmetic, gather, gather_fixed,
-        cosine, sim_max, sim_max_by_sign, sim_linear, sim_linear_matmul, cluster_update)}
+    return {
+        f.__name__: f
+        for f in (
+            qk,
+            softmax,
+            softmax_stock,
+            attention,
+            attention_stock,
+            topk,
+            one_hot,
+            one_hot_arithmetic,
+            gather,
+            gather_fixed,
+            cosine,
+            sim_max,
+            sim_max_by_sign,
+            sim_linear,
+            sim_linear_matmul,
+            cluster_update,
+        )
+    }
 
 
-# ---------------------------------------------------------------------------------------------- one party, one process
+# ------------------------------------------------------------------------------------- one party, one process
 
 
 def runtime_config(protocol):
     from spu import libspu
 
-    kind = {"aby3": libspu.ProtocolKind.ABY3, "semi2k": libspu.ProtocolKind.SEMI2K,
-            "cheetah": libspu.ProtocolKind.CHEETAH}[protocol]
+    kind = {
+        "aby3": libspu.ProtocolKind.ABY3,
+        "semi2k": libspu.ProtocolKind.SEMI2K,
+        "cheetah": libspu.ProtocolKind.CHEETAH,
+    }[protocol]
     return libspu.RuntimeConfig(protocol=kind, field=libspu.FieldType.FM64)
 
 
@@ -226,8 +259,14 @@ def party(rank, ports, protocol, pipe, log_path):
         outputs = [runtime.get_var(name) for name in program.output_names]
         for name in (*inputs, *program.output_names):
             runtime.del_var(name)
-        pipe.send({"shares": [(s.meta, list(s.share_chunks)) for s in outputs],
-                   "bytes": int(sent), "actions": int(actions), "cpu_s": cpu})
+        pipe.send(
+            {
+                "shares": [(s.meta, list(s.share_chunks)) for s in outputs],
+                "bytes": int(sent),
+                "actions": int(actions),
+                "cpu_s": cpu,
+            }
+        )
     link.stop_link()
 
 
@@ -244,7 +283,9 @@ class Session:
         self.pipes, self.processes = [], []
         for rank in range(self.parties):
             ours, theirs = context.Pipe()
-            process = context.Process(target=party, args=(rank, ports, protocol, theirs, self.logs[rank]), daemon=True)
+            process = context.Process(
+                target=party, args=(rank, ports, protocol, theirs, self.logs[rank]), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -252,7 +293,8 @@ class Session:
         self.answers()
 
     def answers(self):
-        """One message from every party, or an error that carries the end of the log of the party that failed."""
+        """One message from every party, or an error that carries the end of the log of the party that
+        failed."""
         got = []
         for rank, pipe in enumerate(self.pipes):
             try:
@@ -262,7 +304,9 @@ class Session:
             except (EOFError, TimeoutError) as error:
                 with open(self.logs[rank], errors="replace") as log:
                     tail = log.read()[-2000:]
-                raise RuntimeError(f"{self.protocol} party {rank} stopped ({type(error).__name__}):\n{tail}") from None
+                raise RuntimeError(
+                    f"{self.protocol} party {rank} stopped ({type(error).__name__}):\n{tail}"
+                ) from None
         return got
 
     def compile(self, function, arguments):
@@ -271,8 +315,14 @@ class Session:
 
         names = [f"in{i}" for i in range(len(arguments))]
         program, _ = frontend.compile(
-            frontend.Kind.JAX, function, arguments, {}, names, [libspu.Visibility.VIS_SECRET] * len(arguments),
-            lambda outputs: [f"out{i}" for i in range(len(outputs))])
+            frontend.Kind.JAX,
+            function,
+            arguments,
+            {},
+            names,
+            [libspu.Visibility.VIS_SECRET] * len(arguments),
+            lambda outputs: [f"out{i}" for i in range(len(outputs))],
+        )
         return program
 
     def run(self, program, arguments):
@@ -280,14 +330,25 @@ class Session:
         import numpy as np
         from spu import libspu
 
-        shares = [self.io.make_shares(np.ascontiguousarray(x), libspu.Visibility.VIS_SECRET) for x in arguments]
+        shares = [
+            self.io.make_shares(np.ascontiguousarray(x), libspu.Visibility.VIS_SECRET) for x in arguments
+        ]
         code = program.SerializeToString()
         for rank, pipe in enumerate(self.pipes):
-            pipe.send((code, {name: (s[rank].meta, list(s[rank].share_chunks))
-                              for name, s in zip(program.input_names, shares)}))
+            pipe.send(
+                (
+                    code,
+                    {
+                        name: (s[rank].meta, list(s[rank].share_chunks))
+                        for name, s in zip(program.input_names, shares)
+                    },
+                )
+            )
         answers = self.answers()
-        outputs = [self.io.reconstruct([rebuild(*part) for part in parts])
-                   for parts in zip(*(a["shares"] for a in answers))]
+        outputs = [
+            self.io.reconstruct([rebuild(*part) for part in parts])
+            for parts in zip(*(a["shares"] for a in answers))
+        ]
         return outputs, {key: [a[key] for a in answers] for key in ("bytes", "actions", "cpu_s")}
 
     def close(self):
@@ -322,8 +383,8 @@ def run_job(job):
     rng = np.random.default_rng(job.get("seed", 0))
     with tempfile.TemporaryDirectory() as folder:
         session = Session(protocol, folder)
-        # The first product and comparison of a session also pay for keys and base transfers: run them twice and
-        # report the difference as "setup".
+        # The first product and comparison of a session also pay for keys and base transfers: run them twice
+        # and report the difference as "setup".
         function, arguments, _ = builders["attention"](rng, 16, 0, 1, 16)
         program = session.compile(function, arguments)
         first, second = (session.run(program, arguments)[1] for _ in range(2))
@@ -338,12 +399,26 @@ def run_job(job):
                 outputs, sample = session.run(program, arguments)
                 samples.append(sample)
                 worst = max(worst, check(outputs))
-            results.append({"op": item["op"], **sizes, "samples": samples, "max_abs_error": worst,
-                            "equals_plaintext": worst <= TOLERANCE})
+            results.append(
+                {
+                    "op": item["op"],
+                    **sizes,
+                    "samples": samples,
+                    "max_abs_error": worst,
+                    "equals_plaintext": worst <= TOLERANCE,
+                }
+            )
         session.close()
     versions = {name: version(name) for name in ("spu", "jax", "numpy")}
-    return {"protocol": protocol, "parties": PARTIES[protocol], "field": "FM64", "fraction_bits": 18,
-            "versions": versions, "setup": setup, "results": results}
+    return {
+        "protocol": protocol,
+        "parties": PARTIES[protocol],
+        "field": "FM64",
+        "fraction_bits": 18,
+        "versions": versions,
+        "setup": setup,
+        "results": results,
+    }
 
 
 def main():

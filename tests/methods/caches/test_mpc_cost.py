@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 
 from broadsheet.methods.caches import mpc_cost as mpc
-from broadsheet.methods.caches.mpc_cost import LAN, Network, calibrate, cost_ladder, mpc_cost, operator_cost, static_cost
+from broadsheet.methods.caches.mpc_cost import (
+    LAN,
+    Network,
+    calibrate,
+    cost_ladder,
+    mpc_cost,
+    operator_cost,
+    static_cost,
+)
 
-needs_spu = pytest.mark.skipif("BROADSHEET_SPU_PYTHON" not in os.environ, reason="BROADSHEET_SPU_PYTHON is not set")
+needs_spu = pytest.mark.skipif(
+    "BROADSHEET_SPU_PYTHON" not in os.environ, reason="BROADSHEET_SPU_PYTHON is not set"
+)
 CONFIG = {"num_hidden_layers": 6, "num_attention_heads": 8, "hidden_size": 512}
 
 
@@ -33,18 +43,23 @@ def records():
     return json.loads(mpc.RESULTS.read_text())
 
 
-# -------------------------------------------------------------------------------------------- against real SPU runs
+# -------------------------------------------------------------------------------------- against real SPU runs
 
 
 @needs_spu
 def test_spu_reproduces_reference_costs():
-    """Acceptance check 7. The reference is one run's rank 0; ABY3 draws at random which rank does the heavy part
-    of a truncation or conversion, so the reference must be within 15 % of one of the ranks."""
+    """Acceptance check 7. The reference is one run's rank 0; ABY3 draws at random which rank does the heavy
+    part of a truncation or conversion, so the reference must be within 15 % of one of the ranks."""
     reference = {"qk": 65_536, "softmax_stock": 2.87e6, "one_hot": 6.82e6}
     items = [{"op": op, "T": 512, "k": 64, "H": 8, "d": 64} for op in reference]
     items += [{"op": "topk", "T": 512, "k": 64, "H": 8, "repeats": 16}]
-    done = subprocess.run([os.environ["BROADSHEET_SPU_PYTHON"], str(mpc.SPU_JOB)], capture_output=True, text=True,
-                          input=json.dumps({"protocol": "aby3", "ops": items}), check=True)
+    done = subprocess.run(
+        [os.environ["BROADSHEET_SPU_PYTHON"], str(mpc.SPU_JOB)],
+        capture_output=True,
+        text=True,
+        input=json.dumps({"protocol": "aby3", "ops": items}),
+        check=True,
+    )
     results = {r["op"]: r for r in json.loads(done.stdout)["results"]}
     assert all(r["equals_plaintext"] for r in results.values())
     for op, expected in reference.items():
@@ -60,11 +75,13 @@ def test_ladder_measured_now_agrees_with_the_model():
     measured = cost_ladder(256, 0.1, layers=1, share_from=0, source="spu")
     model = cost_ladder(256, 0.1, layers=1, share_from=0, source="model")
     for a, b in zip(measured, model):
-        assert a.bytes == pytest.approx(b.bytes, rel=0.25), a.name  # one run of top-k, whose pivots are random
+        assert a.bytes == pytest.approx(b.bytes, rel=0.25), (
+            a.name
+        )  # one run of top-k, whose pivots are random
     assert measured[0].bytes == pytest.approx(model[0].bytes, rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------ on the committed records
+# ----------------------------------------------------------------------------------- on the committed records
 
 
 def test_every_measured_result_equals_plaintext(records):
@@ -75,7 +92,11 @@ def test_every_measured_result_equals_plaintext(records):
 
 def test_aby3_total_does_not_depend_on_the_draw_of_ranks(records):
     """The per-party mean is exactly linear in the tokens although every rank's own count is random."""
-    sent = {r["T"]: r for r in records if r["op"] == "qk" and r["protocol"] == "aby3" and (r["H"], r["d"]) == (8, 64)}
+    sent = {
+        r["T"]: r
+        for r in records
+        if r["op"] == "qk" and r["protocol"] == "aby3" and (r["H"], r["d"]) == (8, 64)
+    }
     assert sent[1024]["bytes"] == pytest.approx(2 * sent[512]["bytes"], rel=1e-9)
     assert len(set(sent[512]["bytes_by_rank"] + sent[1024]["bytes_by_rank"])) > 2
 
@@ -104,7 +125,9 @@ def test_calibrate_reproduces_the_shipped_model(tmp_path):
     for protocol, fits in shipped["protocols"].items():
         for op, fit in fits["ops"].items():
             for target, coefficients in fit["bytes"].items():
-                assert refitted["protocols"][protocol]["ops"][op]["bytes"][target] == pytest.approx(coefficients)
+                assert refitted["protocols"][protocol]["ops"][op]["bytes"][target] == pytest.approx(
+                    coefficients
+                )
     assert json.loads((tmp_path / "fit.json").read_text()) == refitted
 
 
@@ -118,7 +141,7 @@ def test_calibrate_uses_fit_sizes_only(tmp_path, records):
     assert fit["max_relative_error"]["bytes"]["held_out"] == pytest.approx(0.5, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------------- the ladder
+# ------------------------------------------------------------------------------------------------- the ladder
 
 
 def test_ladder():
@@ -129,11 +152,15 @@ def test_ladder():
     assert ladder["+ linear similarity"].bytes < static.bytes
     assert shared.bytes < static.bytes
     assert ladder["full"].bytes / shared.bytes >= 3
-    # What the paper does not say: with the max-form bound, clustering costs more than static eviction alone ...
+    # What the paper does not say: with the max-form bound, clustering costs more than static eviction alone
+    # ...
     assert ladder["+ clusters"].bytes > static.bytes
     # ... and gathering scores instead of keys and values saves a further third or more.
     assert ladder["score gather"].bytes < 0.67 * shared.bytes
-    assert [rung.name for rung in ladder.values() if not rung.in_paper] == ["max bound by sign", "score gather"]
+    assert [rung.name for rung in ladder.values() if not rung.in_paper] == [
+        "max bound by sign",
+        "score gather",
+    ]
 
 
 def test_ladder_rounds_need_parallel_heads():
@@ -143,7 +170,7 @@ def test_ladder_rounds_need_parallel_heads():
     assert stock.rounds > 2 * parallel.rounds
 
 
-# ------------------------------------------------------------------------------------------------------- mpc_cost
+# --------------------------------------------------------------------------------------------------- mpc_cost
 
 
 def test_table_adds_up():
@@ -151,7 +178,9 @@ def test_table_adds_up():
     assert table.bytes == pytest.approx(sum(row.bytes for row in table.rows))
     wire = table.bytes * 8 / 1e9 + table.rounds * 0.010
     assert table.seconds > wire  # the rest is CPU time
-    assert table.seconds - wire == pytest.approx(mpc_cost(Policy(), CONFIG, 1024, net=Network(1e9, 0.0)).seconds, rel=1e-3)
+    assert table.seconds - wire == pytest.approx(
+        mpc_cost(Policy(), CONFIG, 1024, net=Network(1e9, 0.0)).seconds, rel=1e-3
+    )
     kept_clusters = -(-round(1024 * 0.4) // 16)
     assert table.attended == (math.floor(kept_clusters * 0.2) + 2) * 16
     assert "total" in str(table)
@@ -195,14 +224,16 @@ def test_short_sequence_falls_back_to_full_attention():
     assert table.bytes == pytest.approx(6 * operator_cost("attention", 63, 0, 8, 64)[0])
 
 
-# ----------------------------------------------------------------------------------------------- pieces of the model
+# ---------------------------------------------------------------------------------------- pieces of the model
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 3), (512, 64), (1024, 128)])
 def test_quickselect_simulation_agrees_with_theory(n, k):
     """Knuth (1971): expected comparisons of quickselect for the k-th of n."""
+
     def harmonic(m):
         return np.sum(1 / np.arange(1, m + 1))
+
     expected = 2 * (n + 3 + (n + 1) * harmonic(n) - (k + 2) * harmonic(k) - (n + 3 - k) * harmonic(n + 1 - k))
     comparisons, calls = mpc._quickselect(n, k)
     assert comparisons == pytest.approx(expected, rel=0.03)
@@ -215,22 +246,31 @@ def test_ciphertexts_of_a_product():
     assert mpc._product_ciphertexts(64, 512, 64) > 10
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: mpc_cost(Policy(), CONFIG, 512, protocol="spdz"), "unknown protocol 'spdz': use one of aby3, semi2k, cheetah"),
-    (lambda: mpc_cost(Policy(), CONFIG, 512, source="guess"), "unknown source"),
-    (lambda: mpc_cost(Policy(), CONFIG, 0), "seq_len must be at least 1"),
-    (lambda: mpc_cost(Policy(), {"num_hidden_layers": 2}, 512), "config needs"),
-    (lambda: mpc_cost(Policy(), {"num_hidden_layers": 2, "num_attention_heads": 2}, 512), "head_dim or hidden_size"),
-    (lambda: operator_cost("sort"), "unknown operator 'sort'"),
-    (lambda: Network(0.0, 1.0), "bandwidth_gbps must be above 0"),
-    (lambda: Network(1.0, -1.0), "rtt_ms must be at least 0"),
-    (lambda: cost_ladder(1024, 0.5, static_keep=0.4), "need 0 < budget <= static_keep"),
-    (lambda: cost_ladder(63, 0.05), "at least two clusters"),
-    (lambda: calibrate("/nowhere/results.json"), "run benchmarks/mpc/measure.py first"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: mpc_cost(Policy(), CONFIG, 512, protocol="spdz"),
+            "unknown protocol 'spdz': use one of aby3, semi2k, cheetah",
+        ),
+        (lambda: mpc_cost(Policy(), CONFIG, 512, source="guess"), "unknown source"),
+        (lambda: mpc_cost(Policy(), CONFIG, 0), "seq_len must be at least 1"),
+        (lambda: mpc_cost(Policy(), {"num_hidden_layers": 2}, 512), "config needs"),
+        (
+            lambda: mpc_cost(Policy(), {"num_hidden_layers": 2, "num_attention_heads": 2}, 512),
+            "head_dim or hidden_size",
+        ),
+        (lambda: operator_cost("sort"), "unknown operator 'sort'"),
+        (lambda: Network(0.0, 1.0), "bandwidth_gbps must be above 0"),
+        (lambda: Network(1.0, -1.0), "rtt_ms must be at least 0"),
+        (lambda: cost_ladder(1024, 0.5, static_keep=0.4), "need 0 < budget <= static_keep"),
+        (lambda: cost_ladder(63, 0.05), "at least two clusters"),
+        (lambda: calibrate("/nowhere/results.json"), "run benchmarks/mpc/measure.py first"),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         call()
@@ -249,7 +289,7 @@ def test_spu_environment_wrong(monkeypatch):
     with pytest.raises(RuntimeError, match="/nowhere/python cannot be run"):
         mpc_cost(Policy(), CONFIG, 512, source="spu")
     monkeypatch.setenv("BROADSHEET_SPU_PYTHON", sys.executable)  # a python without spu
-    with pytest.raises(RuntimeError, match="SPU run failed: .*No module named"):
+    with pytest.raises(RuntimeError, match=r"SPU run failed: .*No module named"):
         mpc_cost(Policy(), CONFIG, 512, source="spu")
 
 

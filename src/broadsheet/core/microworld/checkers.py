@@ -25,8 +25,9 @@ def _squeeze(text: str) -> str:
 
 
 def strict(text: str, turn: Turn) -> float:
-    """1 when the answer equals a gold answer up to white space."""
-    return float(any(_squeeze(text) == _squeeze(gold) for gold in _golds(turn)))
+    """1 when the answer equals a gold answer (or the turn's full reference sentence) up to white space."""
+    golds = (*_golds(turn), turn.extra.get("reference", ""))
+    return float(bool(text.strip()) and any(_squeeze(text) == _squeeze(gold) for gold in golds))
 
 
 def contains(text: str, turn: Turn) -> float:
@@ -140,9 +141,10 @@ def _lcs_indices(a: list[str], b: list[str]) -> list[int]:
 
 
 def last_number(text: str, turn: Turn) -> float:
-    """1 when the last integer of the text equals the gold number (written-out arithmetic)."""
+    """1 when the last integer of the text equals the last one of the gold answer (written-out arithmetic)."""
     found = re.findall(r"-?\d+", text)
-    return float(bool(found) and int(found[-1]) == int(_golds(turn)[0]))
+    gold = re.findall(r"-?\d+", _golds(turn)[0])
+    return float(bool(found) and int(found[-1]) == int(gold[-1]))
 
 
 def format_rule(text: str, turn: Turn) -> float:

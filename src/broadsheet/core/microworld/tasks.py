@@ -34,22 +34,23 @@ def _blend(rng: random.Random, groups: list[list[str]], noise: list[str]) -> str
 
 
 def kv(rng: random.Random, context_tokens: int, turns: int) -> Session:
-    """Key-value recall: a line of eight tokens a pair, all keys different."""
-    pairs = max(turns, min(256, (context_tokens - 8) // 8))
+    """Key-value recall: a sentence of five tokens a pair, all keys different, values of eight letters."""
+    pairs = max(turns, min(256, (context_tokens - 8) // 5))
     keys = rng.sample(WORDS, pairs)
     codes = [f"{a} {b}" for a, b in _distinct(rng, pairs, 2)]
-    context = " ".join(f"The code of {key} is {code}." for key, code in zip(keys, codes, strict=True))
-    asked = rng.sample(range(pairs), turns)
-    return _session(
-        rng, "kv", context, [Turn(f"What is the code of {keys[i]}?", codes[i], max_new_tokens=6) for i in asked]
-    )
+    lines = [f"Give {key} {code}." for key, code in zip(keys, codes, strict=True)]
+    questions = [
+        Turn(f"What do you give {keys[i]}?", codes[i], max_new_tokens=8, extra={"reference": lines[i]})
+        for i in rng.sample(range(pairs), turns)
+    ]
+    return _session(rng, "kv", " ".join(lines), questions)
 
 
 def prefix_suffix(rng: random.Random, context_tokens: int, turns: int) -> Session:
-    """Given its first and last word, return a four-word string; the pair (first, last) is unique, either alone is not."""
+    """Given its first and last word, return a four-word string; the pair (first, last) is unique, either alone need not be."""
     count = max(turns, min(256, (context_tokens - 8) // 5))
     ends: set[tuple[str, str]] = set()
-    pool = rng.sample(WORDS, max(4, (2 * count) // 3))  # a word begins 1.5 strings on average
+    pool = rng.sample(WORDS, min(len(WORDS), 3 * count))
     while len(ends) < count:
         ends.add((rng.choice(pool), rng.choice(pool)))
     strings = [f"{a} {rng.choice(WORDS)} {rng.choice(WORDS)} {b}" for a, b in sorted(ends)]
@@ -63,24 +64,24 @@ def prefix_suffix(rng: random.Random, context_tokens: int, turns: int) -> Sessio
 
 
 def vt(rng: random.Random, context_tokens: int, turns: int) -> Session:
-    """Variable tracing over two hops: a number moves into a name, the name into a second, that into a third."""
-    chains = max(turns, min(40, context_tokens // 48))
+    """Variable tracing: a number is handed to a name, the name to a second, that to a third; noise between them."""
+    chains = max(turns, min(40, context_tokens // 40))
     names = rng.sample(WORDS, 3 * chains)
     numbers = rng.sample(range(100), chains)
     groups, golds = [], []
     for index in range(chains):
         a, b, c = names[3 * index : 3 * index + 3]
-        groups.append([f"Then {numbers[index]} moves into {a}.", f"Then {a} moves into {b}.", f"Then {b} moves into {c}."])
+        groups.append([f"Hand {numbers[index]} {a}.", f"Hand {a} {b}.", f"Hand {b} {c}."])
         golds.append((a, b, c))
-    noise = [_filler(rng) for _ in range(max(0, (context_tokens - 18 * chains - 8) // 8))]
+    noise = [_filler(rng) for _ in range(max(0, (context_tokens - 12 * chains - 8) // 8))]
     asked = rng.sample(range(chains), turns)
     questions = [
         Turn(
-            f"Where does {numbers[i]} move?",
+            f"Where does {numbers[i]} go?",
             golds[i],
             "contains_all",
             max_new_tokens=8,
-            extra={"reference": " ".join(golds[i])},
+            extra={"reference": f"Hand {numbers[i]} {' '.join(golds[i])}."},
         )
         for i in asked
     ]
@@ -117,56 +118,58 @@ def find(rng: random.Random, context_tokens: int, turns: int) -> Session:
 
 def many_shot(rng: random.Random, context_tokens: int, turns: int) -> Session:
     """Label rules from examples: each category of things gets an invented label; asked about things not shown."""
-    shots = max(8, min(200, (context_tokens - 8) // 6))
+    shots = max(8, min(250, (context_tokens - 8) // 4))
     kinds = rng.sample(sorted(CATEGORIES), rng.randrange(2, 5))
     labels = dict(zip(kinds, rng.sample(WORDS, len(kinds)), strict=True))
     held = {kind: set(rng.sample(CATEGORIES[kind], 6)) for kind in kinds}
     shown = [(word, labels[kind]) for kind in kinds for word in CATEGORIES[kind] if word not in held[kind]]
     deck = (shown * (shots // len(shown) + 1))[: max(shots, len(kinds))]
     rng.shuffle(deck)
-    asked = [rng.choice(kinds) for _ in range(turns)]
-    questions = [
-        Turn(
-            f"What do you call a {rng.choice(sorted(held[kind]))}?",
-            labels[kind],
-            max_new_tokens=4,
-            extra={"options": [labels[k] for k in kinds]},
-        )
-        for kind in asked
-    ]
-    return _session(rng, "many_shot", " ".join(f"A {word} is a {label}." for word, label in deck), questions)
+    questions = []
+    for _ in range(turns):
+        kind = rng.choice(kinds)
+        thing = rng.choice(sorted(held[kind]))
+        extra = {"reference": f"Call {thing} {labels[kind]}.", "options": [labels[k] for k in kinds]}
+        questions.append(Turn(f"What do you call {thing}?", labels[kind], max_new_tokens=5, extra=extra))
+    return _session(rng, "many_shot", " ".join(f"Call {word} {label}." for word, label in deck), questions)
 
 
 def copy_section(rng: random.Random, context_tokens: int, turns: int) -> Session:
-    """Copy a section: documents of filler, each opening with a sentence that is to be repeated."""
-    documents = max(turns, min(64, (context_tokens - 8) // 40))
-    names = rng.sample(WORDS, documents)
-    sentences, parts = [], []
-    for name in names:
-        pick = rng.choice
-        sentence = (
-            f"a {pick(ADJECTIVES)} {pick(NOUNS)} {pick(VERBS)} {pick(ADJECTIVES)} {pick(NOUNS)} and {pick(VERBS)} {pick(WORDS)}"
-        )
-        sentences.append(sentence)
-        body = " ".join(_filler(rng) for _ in range(3))
-        parts.append(f"Document {name} opens: {sentence}. {body}")
-    asked = rng.sample(range(documents), turns)
+    """Copy a section: messages of eight words, each to somebody else, with filler between."""
+    messages = max(turns, min(64, (context_tokens - 8) // 32))
+    names = rng.sample(WORDS, messages)
+    texts = [" ".join(rng.sample(WORDS, 8)) for _ in names]
+    parts = [f"Tell {name} {text}. {_filler(rng)} {_filler(rng)}" for name, text in zip(names, texts, strict=True)]
     questions = [
-        Turn(f"How does document {names[i]} open?", sentences[i], "rouge_lsum", max_new_tokens=14) for i in asked
+        Turn(
+            f"What do you tell {names[i]}?",
+            texts[i],
+            "contains",
+            max_new_tokens=14,
+            extra={"reference": f"Tell {names[i]} {texts[i]}."},
+        )
+        for i in rng.sample(range(messages), turns)
     ]
     return _session(rng, "copy", " ".join(parts), questions)
 
 
 def needle(rng: random.Random, context_tokens: int, turns: int) -> Session:
-    """Needles: a few passkeys hidden in filler; the first integer of the answer counts."""
+    """Needles: a few sums hidden in filler; the first integer of the answer counts."""
     needles = max(turns, 4)
     keys = rng.sample(WORDS, needles)
     numbers = rng.sample(range(10, 100), needles)
-    groups = [[f"The passkey of {key} is {number}."] for key, number in zip(keys, numbers, strict=True)]
-    noise = [_filler(rng) for _ in range(max(0, (context_tokens - 8 * needles - 8) // 8))]
-    asked = rng.sample(range(needles), turns)
+    lines = [f"Pay {key} {number}." for key, number in zip(keys, numbers, strict=True)]
+    noise = [_filler(rng) for _ in range(max(0, (context_tokens - 4 * needles - 8) // 8))]
+    groups = [[line] for line in lines]
     questions = [
-        Turn(f"What is the passkey of {keys[i]}?", str(numbers[i]), "first_number", max_new_tokens=5) for i in asked
+        Turn(
+            f"How much do you pay {keys[i]}?",
+            str(numbers[i]),
+            "first_number",
+            max_new_tokens=6,
+            extra={"reference": lines[i]},
+        )
+        for i in rng.sample(range(needles), turns)
     ]
     return _session(rng, "needle", _blend(rng, groups, noise), questions)
 

@@ -98,10 +98,10 @@ class Recipe:
 
 
 _STAGES = (
-    Stage("induction", 600, 4_800, 48, 192),
-    Stage("short", 1_800, 4_800, 160, 352),
-    Stage("medium", 1_100, 6_000, 384, 768, 2048),
-    Stage("long", 450, 6_400, 800, 1_152, 4096),
+    Stage("induction", 450, 4_800, 48, 128),
+    Stage("short", 1_500, 4_800, 160, 352),
+    Stage("medium", 700, 6_000, 384, 768, 2048),
+    Stage("long", 400, 6_400, 800, 1_152, 4096),
 )
 RECIPES = {
     recipe.name: recipe
@@ -156,7 +156,17 @@ def _induction(rng: random.Random, length: int, vocabulary: list[int]) -> tuple[
     return ids[:length], labels[:length]
 
 
-_WEIGHTS = {"kv": 2, "prefix_suffix": 1.5, "vt": 1.5, "mf": 1.5, "repoqa": 1.5, "arithmetic": 3}
+_WEIGHTS = {
+    "kv": 2.0,
+    "vt": 2.0,
+    "mf": 1.5,
+    "many_shot": 1.5,
+    "arithmetic": 2.0,
+    "lists": 0.7,
+    "formats": 0.4,
+    "facts": 0.4,
+    "functions": 0.4,
+}
 
 
 def _draw(rng: random.Random, length: int) -> Session:
@@ -170,9 +180,9 @@ def _draw(rng: random.Random, length: int) -> Session:
         return TASKS[name](rng, 0, max(1, length // 28))
     # The share of the sequence that is context varies, so that every number of items is met.
     context = rng.randrange(length // 4, (3 * length) // 4 + 1)
-    per_turn = {"mf": 11, "many_shot": 12, "needle": 12, "vt": 11, "kv": 13, "prefix_suffix": 16, "copy": 21, "repoqa": 27}
+    per_turn = {"mf": 11, "many_shot": 14, "needle": 15, "vt": 16, "kv": 15, "prefix_suffix": 16, "copy": 21, "repoqa": 27}
     turns = max(1, (length - context) // per_turn.get(name, 14))
-    limit = {"kv": context // 8, "prefix_suffix": context // 5, "vt": 40, "needle": 24, "copy": context // 40}
+    limit = {"kv": context // 5, "prefix_suffix": context // 5, "vt": 40, "needle": 24, "copy": context // 32}
     turns = min(turns, max(1, limit.get(name, turns)))
     return SCBENCH_MINI[name](rng, context, turns)
 
@@ -184,7 +194,7 @@ def make_batch(recipe: Recipe, step: int, tokenizer: PreTrainedTokenizerFast) ->
     rows = []
     words = tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS]) if stage.name == "induction" else []
     for _ in range(stage.tokens // length):
-        if stage.name == "induction" and rng.random() < 0.9:
+        if stage.name == "induction" and rng.random() < 0.75:
             rows.append(_induction(rng, length, words))
         else:
             ids, labels = encode_session(_draw(rng, length), tokenizer)
@@ -260,14 +270,19 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
 
 
 def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy and accuracy on the labelled tokens; the output head runs on those positions alone."""
+    """Cross-entropy and accuracy on the labelled tokens; the output head runs on those positions alone.
+
+    Every sequence weighs the same, however long its answers are: or the written-out steps of arithmetic would drown the
+    few tokens that a retrieval task answers with.
+    """
     hidden = model.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
     labels = batch.labels[:, 1:]
     wanted = labels != IGNORE
     logits = model.lm_head(hidden[:, :-1][wanted])
     targets = labels[wanted]
-    loss = F.cross_entropy(logits.float(), targets)
-    return loss, float((logits.argmax(-1) == targets).float().mean())
+    weight = (1.0 / wanted.sum(1, keepdim=True).clamp(min=1)).expand_as(wanted)[wanted]
+    loss = (F.cross_entropy(logits.float(), targets, reduction="none") * weight).sum() / weight.sum()
+    return loss, float(((logits.argmax(-1) == targets).float() * weight).sum() / weight.sum())
 
 
 def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:

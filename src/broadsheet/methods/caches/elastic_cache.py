@@ -99,7 +99,7 @@ def choose_anchors(
     fixed = valid & ((rank <= n_sink) | (rank > rank[:, -1:] - n_recent))
     scores = scores.masked_fill(fixed.unsqueeze(1), torch.inf).masked_fill(~valid.unsqueeze(1), -torch.inf)
     width = int(counts.max())
-    best = scores.argsort(-1, descending=True, stable=True)[..., :width]
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :width]
     within = torch.arange(width, device=scores.device) < counts[:, None, None]
     return torch.where(within, best, -1).sort(-1).values
 
@@ -182,8 +182,7 @@ class ElasticLayer(SlotLayer):
         """Importance of the prompt's tokens, [batch, 1 or kv_heads, T]."""
         return self.by_group(importance(prompt, self.scaling, self.method.importance, self.method.decay))
 
-    # --- the prompt
-    # ---------------------------------------------------------------------------------------------
+    # --- the prompt -------------------------------------------------------------------------------------
 
     def prefill(self, prompt: Tokens) -> None:
         method = self.method
@@ -276,8 +275,7 @@ class ElasticLayer(SlotLayer):
         self.stored_keys, self.stored_values = merge(prompt.keys), merge(prompt.values)
         self.exits, self.merged = torch.full_like(prompt.positions[:, 0], exit_slot), len(merged)
 
-    # --- generation
-    # ---------------------------------------------------------------------------------------------
+    # --- generation -------------------------------------------------------------------------------------
 
     def append(self, new: Tokens) -> None:
         if self.lengths is None:  # budget 1
@@ -314,7 +312,7 @@ class ElasticLayer(SlotLayer):
         rank = real.long().cumsum(-1) - 1
         if self.mass is not None:
             fixed = (rank < method.n_sink) | (rank >= (stored - method.n_recent)[:, None, None]) | ~real
-            weakest = self.mass.masked_fill(fixed, torch.inf).argsort(-1, stable=True).argsort(-1)
+            weakest = self.mass.masked_fill(fixed, torch.inf).argsort(dim=-1, stable=True).argsort(-1)
             drop = weakest < surplus[:, None, None]
         else:
             first = self.exits if method.discard == "fixed_point" else torch.full_like(stored, method.n_sink)
@@ -329,7 +327,7 @@ class ElasticLayer(SlotLayer):
         """
         assert self.stored_keys is not None
         width = int(kept.sum(-1).max())
-        order = kept.long().argsort(-1, stable=True)[..., -width:]
+        order = kept.long().argsort(dim=-1, stable=True)[..., -width:]
         if self.mass is not None:
             self.mass = self.mass.gather(-1, order)
         self.valid = None

@@ -35,7 +35,7 @@ from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.ledger import nbytes, tensors, tree_map
 from broadsheet.core.numerics.packing import packed_size
 
-from .base import CacheLayer, CacheMethod, Geometry, Slots
+from .base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable
 from .blocks import (
     GROUP_SIZES,
     QuantisedLayer,
@@ -56,10 +56,10 @@ Kind = Literal["key", "value"]
 class GearBlock:
     """A block of keys or values, compressed: n tokens, ``heads`` heads, C = heads * head_dim channels.
 
-    ``codes``: D, groups along tokens for keys and along channels for values. ``indices`` (int16 or int32) and
-    ``outliers``: S, places and exact values within every vector: [batch, C, count], places among the tokens
-    (keys), or [batch, n, count], places among the channels (values). ``a`` [batch, heads, n, rank] and ``b``
-    [batch, heads, head_dim, rank]: L = a b^T.
+    ``codes``: D, groups along tokens for keys and along channels for values. ``indices`` (uint8, int16 or
+    int32) and ``outliers``: S, places and exact values within every vector: [batch, C, count], places among
+    the tokens (keys), or [batch, n, count], places among the channels (values). ``a`` [batch, heads, n, rank]
+    and ``b`` [batch, heads, head_dim, rank]: L = a b^T.
     """
 
     kind: Kind
@@ -200,9 +200,8 @@ def compress_block(
     filled = vectors.scatter(-1, places, vectors.mean(-1, keepdim=True).expand_as(outliers).contiguous())
     # 3. The backbone.
     codes = quantise_groups(_vectors(filled, kind), bits, group_size or length, kind == "key", dtype)
-    wide = torch.int16 if length <= 2**15 else torch.int32
     nothing = states.new_empty(batch, heads, tokens, 0), states.new_empty(batch, heads, head_dim, 0)
-    block = GearBlock(kind, heads, codes, places.to(wide), outliers.to(dtype), *nothing)
+    block = GearBlock(kind, heads, codes, places.to(_index_dtype(length)), outliers.to(dtype), *nothing)
     # 4. A low-rank matrix for each head's error.
     if rank:
         if start is None:
@@ -231,6 +230,11 @@ def power_iteration(
         a = torch.linalg.qr(a).Q if last else a
         b = residual.mT @ a
     return a, b
+
+
+def _index_dtype(length: int) -> torch.dtype:
+    """The smallest type for places in a vector."""
+    return torch.uint8 if length <= 2**8 else torch.int16 if length <= 2**15 else torch.int32
 
 
 def _vectors(flat: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -504,7 +508,7 @@ class GEAR(CacheMethod):
             size += channels * (n // key_group) * (packed_size(key_group, self.bits) + 4)
             size += n * (channels // value_group) * (packed_size(value_group, self.bits) + 4)
             for vectors, length in ((channels, n), (n, channels)):
-                entry = 4 if length <= 2**15 else 6
+                entry = 2 + _index_dtype(length).itemsize
                 size += vectors * 2 * math.floor(self.sparsity / 2 * length + 1e-9) * entry
             size += 2 * heads * 2 * min(self.rank_prefill, n) * (n + dim)
         return geometry.layers * size
@@ -513,26 +517,34 @@ class GEAR(CacheMethod):
         """Bits, group size and ranks (none above its own) with the least expected error within the budget.
 
         Expected squared error of normal data, where the best rank-r matrix takes about r (sqrt n + sqrt d)^2
-        / (n d) of a white residual. ``sparsity`` stays: normal data lacks what it is good for.
+        / (n d) of a white residual. ``sparsity`` stays, since normal data lacks what it is good for; it is
+        halved, at most twice, only where nothing would fit.
         """
         channels, dim = geometry.kv_heads * geometry.head_dim, geometry.head_dim
         kivi = self.backend == "kivi"
         groups = [size for size in GROUP_SIZES if channels % size == 0] if kivi else [self.group_size]
         ranks = range(min(1, self.rank_prefill), min(self.rank_prefill, dim) + 1)
-        choices = []
-        for group, bits, rank in product(groups, (2, 3, 4, 8), ranks):
-            one = replace(
-                self,
-                bits=bits,
-                group_size=group,
-                buffer=-(-self.buffer // group) * group if kivi else self.buffer,
-                rank_prefill=rank,
-                rank_decode=min(rank, self.rank_decode),
-            )
-            n = tokens // group * group if kivi else tokens
-            along = (group, group) if kivi else (tokens, channels)
-            error = n * sum(quantisation_error(bits, size) for size in along)
-            if n:
-                error *= 1 - min(1, rank * (n**0.5 + dim**0.5) ** 2 / (n * dim))
-            choices.append((one, one.expected_bytes(tokens, geometry), error))
-        return best_within(choices, fraction, tokens, geometry)
+        least = 1.0
+        for halvings in range(3):
+            choices = []
+            for group, bits, rank in product(groups, (8, 4, 3, 2), ranks):
+                one = replace(
+                    self,
+                    bits=bits,
+                    group_size=group,
+                    sparsity=self.sparsity / 2**halvings,
+                    buffer=-(-self.buffer // group) * group if kivi else self.buffer,
+                    rank_prefill=rank,
+                    rank_decode=min(rank, self.rank_decode),
+                )
+                n = tokens // group * group if kivi else tokens
+                along = (group, group) if kivi else (tokens, channels)
+                error = n * sum(quantisation_error(bits, size) for size in along)
+                if n:
+                    error *= 1 - min(1, rank * (n**0.5 + dim**0.5) ** 2 / (n * dim))
+                choices.append((one, one.expected_bytes(tokens, geometry), error))
+            try:
+                return best_within(choices, fraction, tokens, geometry)
+            except Unreachable as unreachable:
+                least = min(least, unreachable.least)
+        raise Unreachable(least)

@@ -149,6 +149,10 @@ def _grow(stream: Stream | None, new: Rows) -> Stream:
     return Stream(stream.recent.append(new), stream.packed, stream.counts)
 
 
+#: a residual that no context outgrows: nothing is ever quantised
+EVERYTHING = 1 << 24
+
+
 @dataclass(frozen=True)
 class KIVI(CacheMethod):
     """Keys per channel and values per token in ``bits`` bits, the newest tokens exact.
@@ -203,15 +207,14 @@ class KIVI(CacheMethod):
         return geometry.layers * (packed + 2 * channels * (2 * tokens - keys - values))
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
-        """Bits, group size and residual of the least error within the budget, as normal data would have it."""
+        """Bits, group size and residual of the least error on normal data within the budget."""
 
         channels = geometry.kv_heads * geometry.head_dim
         choices = []
         for group in (size for size in GROUP_SIZES if channels % size == 0):
-            everything = -(-tokens // group) * group
-            residuals = {0, everything} | {group * 2**i for i in range(10) if group * 2**i < tokens}
-            for residual, bits in product(residuals, range(1, 9)):
-                for value_bits in range(1, bits + 1):
+            some = [group * 2**i for i in range(10) if group * 2**i < tokens]
+            for residual, bits in product([0, *some, EVERYTHING], range(8, 0, -1)):
+                for value_bits in range(bits, 0, -1):
                     one = replace(self, bits=bits, value_bits=value_bits, group_size=group, residual=residual)
                     keys = tokens // one.period * one.period * quantisation_error(bits, group)
                     values = max(tokens - residual, 0) * quantisation_error(value_bits, group)

@@ -53,8 +53,7 @@ from .base import (
 from .elastic_cache import attention_received
 from .full import SlotLayer
 
-# --- pure functions
-# -------------------------------------------------------------------------------------------------------
+# --- pure functions -------------------------------------------------------------------------------------
 
 
 def protect(
@@ -64,7 +63,7 @@ def protect(
 
     ``scores`` [batch, kv_heads, T]; ``valid`` [batch, T]; ``recent``, ``heavy``: int [batch].
     """
-    ranked = scores.masked_fill(~valid.unsqueeze(1), -torch.inf).argsort(-1, descending=True, stable=True)
+    ranked = scores.masked_fill(~valid.unsqueeze(1), -torch.inf).argsort(dim=-1, descending=True, stable=True)
     place = ranked.argsort(-1)
     age = valid.flip(-1).long().cumsum(-1).flip(-1) - 1
     chosen = (place < heavy[:, None, None]) | (age < recent[:, None]).unsqueeze(1)
@@ -123,7 +122,7 @@ def find_sets_to_count(
     `find_merging_sets`.
     """
     order = order.masked_fill(~joinable(protected, valid), -torch.inf)
-    place = order.argsort(-1, descending=True, stable=True).argsort(-1)
+    place = order.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     joins = (place < (valid.sum(-1) - counts)[:, None, None]) & (order > -torch.inf)
     return label(joins, valid)
 
@@ -142,7 +141,7 @@ def gaussian_merge(
     sigma: float | Literal["fixed_point"] = 5.0,
     value_mass: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One state a set, the mean under a Gaussian kernel around its pivot (Gaussian kernel weighted merging); all in float32.
+    """One state a set: Gaussian kernel weighted merging around the pivot, in float32.
 
     ``keys``, ``values`` [batch, kv_heads, T, head_dim]; ``sets`` [batch, kv_heads, T] as from
     `find_merging_sets` (tokens of set -1 are dropped); ``scores`` [batch, kv_heads, T]: the pivot p is the
@@ -203,8 +202,7 @@ def scatter_order(places: torch.Tensor, heads: int) -> torch.Tensor:
     return (mixed ^ (mixed >> 13)).float() / 2**32
 
 
-# --- the layer
-# --------------------------------------------------------------------------------------------------------------
+# --- the layer ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -236,7 +234,7 @@ class Merged:
             real, sizes = real.flatten(1), sizes.flatten(1)
         if not bool(real.all()):  # real slots to the front, in order
             width = int(real.sum(-1).max())
-            order = (~real).long().argsort(-1, stable=True)[..., :width]
+            order = (~real).long().argsort(dim=-1, stable=True)[..., :width]
             wide = order.unsqueeze(-1).expand(*order.shape, keys.shape[-1])
             keys, values = keys.gather(-2, wide), values.gather(-2, wide)
             sizes, real = sizes.gather(-1, order), real.gather(-1, order)
@@ -368,8 +366,7 @@ class KVMergerLayer(CacheLayer):
             return real
         return real + (self.tail.keys.shape[2] if self.tail.valid is None else self.tail.valid.sum(-1))
 
-    # --- merging
-    # ----------------------------------------------------------------------------------------------
+    # --- merging ----------------------------------------------------------------------------------------
 
     def find_sets(self, keys: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Steps 2 and 3: which tokens share a slot, [batch, kv_heads, T]; -1 for those that get none."""
@@ -444,8 +441,7 @@ class KVMergerCache(MethodCache):
         return super().report() | {"slots": slots, "padded_bytes": padded}
 
 
-# --- the method
-# -------------------------------------------------------------------------------------------------------------
+# --- the method -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -612,8 +608,7 @@ def paper_protection(share: float) -> tuple[float, float]:
     return factors[0] + way * (1 - factors[0]), factors[1] + way * (1 - factors[1])
 
 
-# --- the model's profile
-# ----------------------------------------------------------------------------------------------------
+# --- the model's profile --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

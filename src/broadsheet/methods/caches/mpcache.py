@@ -1,24 +1,27 @@
-"""MPCache: look-once eviction, then attention to picked clusters (Zeng et al., NeurIPS 2025, arXiv 2501.06807).
+"""MPCache: look-once eviction, then attention to picked clusters (Zeng et al. 2025, arXiv 2501.06807).
 
-Made for inference on secret-shared prompts, where comparisons and look-ups by secret index are what costs. After the prompt,
-tokens that its last queries did not look at are freed, once. Every later query scores clusters of adjacent keys by one linear
-function of their channel-wise maxima and minima, opens coarse clusters, picks fine ones among their children, and attends
-exactly to the tokens of those. Neighbouring layers take over each other's choices. All counts follow from lengths alone, so
-nothing leaks through sizes. This module is the algorithm on plain tensors; bytes are saved by ``static_keep``, and reading
-and multiplying by ``ratios``.
+Made for inference on secret-shared prompts, where comparisons and look-ups by secret index are what costs.
+After the prompt, tokens that its last queries did not look at are freed, once. Every later query scores
+clusters of adjacent keys by one linear function of their channel-wise maxima and minima, opens coarse
+clusters, picks fine ones among their children, and attends exactly to the tokens of those. Neighbouring
+layers take over each other's choices. All counts follow from lengths alone, so nothing leaks through sizes.
+This module is the algorithm on plain tensors; ``static_keep`` sets the bytes held, ``ratios`` what is read
+and multiplied.
 
 Deviations, and why:
 
-- The first and the newest cluster are always attended to, and the top ones are taken *beside* them. The paper adds them to
-  the top ones, where they may be already, so the number of attended tokens depends on secret data.
-- The newest cluster is the one that the next token falls into, so the token being generated is always attended to, and in a
-  pass of several tokens the new tokens attend to each other exactly. Fallback: with fewer than two coarse clusters visible,
-  all stored tokens are attended to.
-- Layers that share choices also share the tokens kept after the prompt, those of the first of them. The paper evicts by
-  layer; but then cluster number i would be other tokens in every layer, and sharing its number would mean nothing.
+- The first and the newest cluster are always attended to, and the top ones are taken *beside* them. The paper
+  adds them to the top ones, where they may be already, so its number of attended tokens depends on secret
+  data.
+- The newest cluster is the one that the next token falls into, so the token being generated is always
+  attended to; in a pass of several tokens the new ones attend to each other exactly. With fewer than two
+  coarse clusters visible all stored tokens are attended to.
+- Layers that share choices also share the tokens kept after the prompt, those of the first of them. The paper
+  evicts by layer; but then a cluster's number would mean other tokens in every layer, and sharing it would
+  mean nothing.
 - With grouped-query attention each query head picks for itself.
-- The released code differs in more: the static step there keeps what exceeds a threshold on unscaled, uncausal attention
-  (a count that depends on data), and it masks instead of gathering.
+- The released code differs in more: its static step keeps what exceeds a threshold on unscaled, uncausal
+  attention (a count that depends on data), and it masks instead of gathering.
 """
 
 from __future__ import annotations
@@ -28,14 +31,24 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 
 from broadsheet.core.models.taps import Tokens
 
-from .base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable, attend_slots, attention_mass, check_fraction
+from .base import (
+    CacheLayer,
+    CacheMethod,
+    Geometry,
+    MethodCache,
+    Slots,
+    Unreachable,
+    attend_slots,
+    attention_mass,
+    check_fraction,
+)
 
 #: beyond this prompt length half the window votes (released code: 20 % of the prompt, 10 % beyond)
 LONG_PROMPT = 24_000
@@ -60,10 +73,11 @@ class Counts(NamedTuple):
 
 @dataclass
 class Clusters:
-    """Runs of ``size`` adjacent keys. All that a query needs of a full run is its summary, written when the run is full.
+    """Runs of ``size`` adjacent keys. What a query needs of a run is its summary, written when it is full.
 
-    ``summary``: [batch, kv_heads, full runs, width], see `MPCache.summarise`; ``edge``: running statistics of the newest, open
-    run, [batch, kv_heads, width], see `MPCache.statistics`; meaningless while that run is empty.
+    ``summary``: [batch, kv_heads, full runs, width], see `MPCache.summarise`; ``edge``: running statistics of
+    the newest, open run, [batch, kv_heads, width], see `MPCache.statistics`; meaningless while that run is
+    empty.
     """
 
     size: int
@@ -78,7 +92,7 @@ class Clusters:
         return cls(size, method.summarise(none, size, keys.dtype), edge).extend(keys, 0, method)
 
     def extend(self, keys: torch.Tensor, stored: int, method: MPCache) -> Clusters:
-        """These clusters after ``keys`` [batch, kv_heads, new, head_dim] followed the ``stored`` tokens seen before."""
+        """These clusters once ``keys`` [batch, kv_heads, new, head_dim] follow the ``stored`` tokens."""
         statistics = method.statistics(keys)
         edge, full = self.edge, [self.summary]
         if filled := stored % self.size:  # what is in the open run joins as if it were one more token
@@ -94,12 +108,12 @@ class Clusters:
             full.append(method.summarise(runs, self.size, keys.dtype))
         if statistics.shape[2] > whole:
             edge = method.reduce(statistics[:, :, whole:], 2)
-        return Clusters(self.size, torch.cat(full, 2), edge)
+        return Clusters(self.size, torch.cat(full, 2) if len(full) > 1 else self.summary, edge)
 
 
 @dataclass
 class Store:
-    """What rows of equal length hold: ``keys``, ``values`` [batch, kv_heads, tokens, head_dim] and their clusters."""
+    """What rows of equal length hold: keys and values [batch, kv_heads, tokens, head_dim], and clusters."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -112,34 +126,37 @@ class Store:
 
 
 class MPCacheLayer(CacheLayer):
-    """Slots in order of position, left-aligned: row b holds ``lengths[b]`` tokens, or every row all of them (None)."""
+    """Slots in order of position, left-aligned: row b holds ``lengths[b]`` tokens, or all slots (None)."""
 
     _outside: ClassVar[frozenset[str]] = CacheLayer._outside | {"kept", "picked"}
 
-    stored_keys: torch.Tensor | None = None  #: [batch, kv_heads, slots, head_dim]
-    stored_values: torch.Tensor | None = None
+    method: MPCache
+    cache: MethodCache
+    stored_keys: torch.Tensor  #: [batch, kv_heads, slots, head_dim]
+    stored_values: torch.Tensor
     coarse: Clusters | None = None
     fine: Clusters | None = None
     lengths: torch.Tensor | None = None  #: [batch]
-    #: tokens that a query of the last pass attended to, stored and new, itself included; the same for all heads
+    #: tokens that the last query attended to, stored and new, itself included; the same for all heads
     attended: int = 0
-    #: choices of the current pass for the layers that share them, one entry a `Store`; gone when the last has read them
+    #: choices of this pass for the layers that share them, one entry a `Store`; gone when the last has read
+    #: them
     kept: list[torch.Tensor | None] | None = None
     picked: list[torch.Tensor | None] | None = None
 
     @property
     def stored(self) -> int:
-        return 0 if self.stored_keys is None else self.stored_keys.shape[2]
+        return self.stored_keys.shape[2] if hasattr(self, "stored_keys") else 0
 
     def slots(self) -> Slots | None:
-        if self.stored_keys is None:
+        if not self.stored:
             return None
         valid = None
         if self.lengths is not None:
             valid = torch.arange(self.stored, device=self.lengths.device) < self.lengths[:, None, None]
         return Slots(self.stored_keys, self.stored_values, valid)
 
-    # --- the prompt ---------------------------------------------------------------------------------------------
+    # --- the prompt ---------------------------------------------------------------------------------------
 
     def prefill(self, prompt: Tokens) -> None:
         leader = self._leader()
@@ -153,23 +170,24 @@ class MPCacheLayer(CacheLayer):
         self._hold(stores)
         least = min(store.count for store in stores)
         if self.index == 0 and self.method.selects and least + 1 < 2 * self.method.clusters[0]:
+            large = self.method.clusters[0]
             warnings.warn(
-                f"{least} kept tokens are fewer than two clusters of {self.method.clusters[0]}: all of them are attended to",
+                f"only {least} tokens are kept, so all are attended to; selection starts at {2 * large}",
                 stacklevel=2,
             )
 
     def _look_once(self, prompt: Tokens) -> torch.Tensor | None:
-        """Static eviction (paper section 4.2): the tokens that stay, ascending [batch, kept], or None when all do.
+        """Static eviction (paper section 4.2): the tokens that stay, ascending [batch, kept]; None: all do.
 
-        a_j sums over the last queries of the prompt the mean over heads of softmax(q_i K^T / sqrt(d))_j; the top share of
-        ``static_keep`` stays.
+        a_j sums over the last queries of the prompt the mean over heads of softmax(q_i K^T / sqrt(d))_j; the
+        top share of ``static_keep`` stays.
         """
         total = prompt.count
         kept = self.method.kept(total)
         if kept >= total:
             return None
         window = self.method.voters(total)
-        votes = attention_mass(prompt, self.module.scaling, slice(total - window, total)).mean((1, 2))
+        votes = attention_mass(prompt, cast(float, self.module.scaling), slice(total - window, total)).mean((1, 2))
         return votes.topk(kept, -1).indices.sort(-1).values
 
     def _store(self, prompt: Tokens, kept: torch.Tensor | None) -> Store:
@@ -182,7 +200,7 @@ class MPCacheLayer(CacheLayer):
         coarse, fine = (Clusters.of(keys, size, self.method) for size in self.method.clusters)
         return Store(keys, values, coarse, fine)
 
-    # --- tokens that follow -------------------------------------------------------------------------------------
+    # --- tokens that follow -------------------------------------------------------------------------------
 
     def append(self, new: Tokens) -> None:
         stores = []
@@ -202,7 +220,7 @@ class MPCacheLayer(CacheLayer):
         self._hold(stores)
 
     def attend(self, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
-        """Exact attention over the picked clusters of every query and head, and the new tokens, by real gathers."""
+        """Exact attention over the clusters picked by each query and head, and the new tokens."""
         leader = self._leader()
         shared = leader.picked if leader else None
         scaling = new.keys.shape[-1] ** -0.5 if scaling is None else scaling
@@ -217,18 +235,20 @@ class MPCacheLayer(CacheLayer):
             counts = self.method.counts(store.count)
             if store.fine is None or counts.everything:
                 picked.append(None)
-                whole = mask if self.lengths is None else None
-                outputs.append(attend_slots(self.module, Slots(store.keys, store.values), tokens, whole, scaling))
+                stored = Slots(store.keys, store.values)
+                outputs.append(attend_slots(self.module, stored, tokens, mask, scaling))
                 attended = store.count
             else:
-                picked.append(shared[number] if shared else pick(self.method, store, tokens.queries))
-                outputs.append(attend_clusters(store, picked[-1], tokens, scaling))
+                chosen = shared[number] if shared else None
+                chosen = pick(self.method, store, tokens.queries) if chosen is None else chosen
+                picked.append(chosen)
+                outputs.append(attend_clusters(store, chosen, tokens, scaling))
                 attended = counts.tail + (1 + counts.picked) * self.method.clusters[1]
             self.attended = max(self.attended, attended + new.count)
         self._pass_on("picked", picked, leader)
         return torch.cat(outputs)
 
-    # --- sharing between layers (paper section 4.4) -------------------------------------------------------------
+    # --- sharing between layers (paper section 4.4) -------------------------------------------------------
 
     def _leader(self) -> MPCacheLayer | None:
         """The layer whose choices this one takes over, or None when it makes its own."""
@@ -236,7 +256,7 @@ class MPCacheLayer(CacheLayer):
         if self.index < method.share_from or method.share_span == 1:
             return None
         place = (self.index - method.share_from) % method.share_span
-        return self.cache.layers[self.index - place] if place else None
+        return cast(MPCacheLayer, self.cache.layers[self.index - place]) if place else None
 
     def _pass_on(self, name: str, choices: list[torch.Tensor | None], leader: MPCacheLayer | None) -> None:
         """Leaves ``choices`` for the followers, or forgets them after the last follower."""
@@ -248,7 +268,7 @@ class MPCacheLayer(CacheLayer):
         )
         setattr(leader or self, name, None if last else choices)
 
-    # --- rows of unequal length ---------------------------------------------------------------------------------
+    # --- rows of unequal length ---------------------------------------------------------------------------
 
     def _whole(self) -> Store:
         return Store(self.stored_keys, self.stored_values, self.coarse, self.fine)
@@ -286,13 +306,14 @@ class MPCacheLayer(CacheLayer):
 
 
 def pick(method: MPCache, store: Store, queries: torch.Tensor) -> torch.Tensor:
-    """Two-level selection (paper section 4.3): the fine clusters of each query beside the first and the newest.
+    """Two-level selection (paper section 4.3): each query's fine clusters beside the first and the newest.
 
     ``queries``: [batch, heads, n, head_dim]. Returns indices [batch, kv_heads, group, n, picked], ascending.
     """
     counts = method.counts(store.count)
     coarse, fine = store.coarse, store.fine
-    assert coarse is not None and fine is not None
+    assert coarse is not None
+    assert fine is not None
     batch, heads, n, dim = queries.shape
     kv_heads = store.keys.shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads * n, dim)
@@ -304,17 +325,17 @@ def pick(method: MPCache, store: Store, queries: torch.Tensor) -> torch.Tensor:
     newest = torch.arange(children * (counts.coarse - 1), counts.fine - 1, device=opened.device)
     always = torch.cat([first, newest]).expand(*candidates.shape[:-1], -1)
     candidates = torch.cat([candidates, always], -1)
-    # Level 2. On plain tensors one product with all summaries is cheaper than gathering those of the candidates.
+    # Level 2. On plain tensors one product with all summaries is cheaper than gathering the candidates'.
     scores = method.similarities(grouped, fine.summary).gather(-1, candidates)
     picked = candidates.gather(-1, scores.topk(counts.picked, -1).indices).sort(-1).values
     return picked.unflatten(2, (-1, n))
 
 
 def attend_clusters(store: Store, picked: torch.Tensor, new: Tokens, scaling: float) -> torch.Tensor:
-    """Softmax attention over the first, the picked and the newest fine clusters and, causally, the new tokens.
+    """Softmax over the first, the picked and the newest fine clusters and, causally, the new tokens.
 
-    ``picked``: [batch, kv_heads, group, n, k] fine clusters of each query. Tokens are gathered, in tiles of queries; float32
-    inside. Returns [batch, n, heads, head_dim].
+    ``picked``: [batch, kv_heads, group, n, k] fine clusters of each query. Tokens are gathered, in tiles of
+    queries; float32 inside. Returns [batch, n, heads, head_dim].
     """
     assert store.fine is not None
     size = store.fine.size
@@ -339,23 +360,24 @@ def attend_clusters(store: Store, picked: torch.Tensor, new: Tokens, scaling: fl
         places = (picked[:, :, :, start:stop, :, None] * size + within).flatten(2)
         places = places.unsqueeze(-1).expand(-1, -1, -1, dim)
         own_keys, own_values = (
-            states.gather(2, places).to(wide).reshape(batch, kv_heads, group, stop - start, chosen * size, dim)
+            states.gather(2, places).to(wide).reshape(*asked.shape[:4], chosen * size, dim)
             for states in (store.keys, store.values)
         )
         common = torch.einsum("bhgnd,bhtd->bhgnt", asked, keys)
         common = common.masked_fill(~seen[:, :, :, start:stop], float("-inf"))
         own = torch.einsum("bhgnd,bhgntd->bhgnt", asked, own_keys)
         weights = (torch.cat([common, own], -1) * scaling).softmax(-1)
-        output = torch.einsum("bhgnt,bhtd->bhgnd", weights[..., : keys.shape[2]], values)
-        outputs.append(output + torch.einsum("bhgnt,bhgntd->bhgnd", weights[..., keys.shape[2] :], own_values))
+        shared, single = weights.split([keys.shape[2], chosen * size], -1)
+        output = torch.einsum("bhgnt,bhtd->bhgnd", shared, values)
+        outputs.append(output + torch.einsum("bhgnt,bhgntd->bhgnd", single, own_values))
     return torch.cat(outputs, 3).permute(0, 3, 1, 2, 4).flatten(2, 3).to(new.queries.dtype)
 
 
 def recall(method: MPCache, queries: torch.Tensor, keys: torch.Tensor, top: int = 16) -> tuple[float, float]:
-    """How many of the ``top`` tokens with the largest q.k the selection opens, and the share of tokens that it opens.
+    """The shares that the selection opens of the ``top`` tokens with the largest q.k, and of all tokens.
 
-    ``queries`` [batch, heads, n, head_dim] of one position; ``keys`` [batch, kv_heads, T, head_dim], what is stored when they
-    ask. Choosing tokens at random would recall the second number.
+    ``queries`` [batch, heads, n, head_dim]; ``keys`` [batch, kv_heads, T, head_dim], what is stored when they
+    ask. Tokens chosen at random would recall the second number.
     """
     store = Store(keys, keys, *(Clusters.of(keys, size, method) for size in method.clusters))
     batch, heads, n, _ = queries.shape
@@ -406,14 +428,16 @@ def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
 class MPCache(CacheMethod):
     """Look-once eviction and clustered, two-level dynamic selection.
 
-    Parameters: ``static_keep`` share of the prompt's tokens kept after prefill (task-tuned in the paper; 0.4 is lossless on
-    average there); ``window`` share of the prompt whose queries vote (halved beyond 24k tokens); ``alpha`` weight of the maxima
-    in the linear score; ``clusters`` coarse and fine size in tokens; ``ratios`` shares of the coarse and fine clusters chosen
-    (of all there are, beside the first and the newest); ``share_span`` layers that share choices, from layer ``share_from`` on.
+    Parameters: ``static_keep`` share of the prompt's tokens kept after prefill (tuned by task in the paper;
+    0.4 is lossless there on average); ``window`` share of the prompt whose queries vote (halved beyond 24k
+    tokens); ``alpha`` weight of the maxima in the linear score; ``clusters`` coarse and fine size in tokens;
+    ``ratios`` shares of the coarse and fine clusters chosen (of all there are, beside the first and the
+    newest); ``share_span`` layers that share choices, from layer ``share_from`` on.
 
-    Parts off: ``static_keep=1`` no eviction; ``ratios=(1, 1)`` no selection, and no cluster state is held; ``ratios=(1, r)`` one
-    level; ``clusters=(1, 1)`` token by token; ``share_span=1`` no sharing; ``similarity="max"`` the bound that the linear score
-    stands for (as in Quest), ``"mean"`` mean-pooled keys (as in InfLLM).
+    Parts off: ``static_keep=1`` no eviction; ``ratios=(1, 1)`` no selection, and no cluster state is held;
+    ``ratios=(1, r)`` one level; ``clusters=(1, 1)`` token by token; ``share_span=1`` no sharing;
+    ``similarity="max"`` the bound that the linear score stands for (as in Quest), ``"mean"`` mean-pooled keys
+    (as in InfLLM).
 
     Raises ValueError for shares outside (0, 1], alpha outside [0, 1] and clusters that do not nest.
     """
@@ -438,13 +462,15 @@ class MPCache(CacheMethod):
             raise ValueError(f"alpha must be 0 to 1, got {self.alpha}")
         coarse, fine = self.clusters
         if fine < 1 or coarse < fine or coarse % fine:
-            raise ValueError(f"the coarse cluster size must be a multiple of the fine one, got {self.clusters}")
-        if self.share_span < 1 or self.share_from < 0:
-            raise ValueError(f"share_span must be at least 1 and share_from at least 0, got {self.share_span}, {self.share_from}")
+            raise ValueError(f"clusters must nest (coarse a multiple of fine), got {self.clusters}")
+        if self.share_span < 1:
+            raise ValueError(f"share_span must be at least 1, got {self.share_span}")
+        if self.share_from < 0:
+            raise ValueError(f"share_from must be at least 0, got {self.share_from}")
         if self.similarity not in {"linear", "max", "mean"}:
             raise ValueError(f"similarity must be linear, max or mean, got '{self.similarity}'")
 
-    # --- public sizes -------------------------------------------------------------------------------------------
+    # --- public sizes -------------------------------------------------------------------------------------
 
     @property
     def selects(self) -> bool:
@@ -470,11 +496,13 @@ class MPCache(CacheMethod):
         candidates = large // small * (1 + opened) + fine - large // small * (coarse - 1) - 2
         return Counts(coarse, fine, opened, min(_floor(fine * ratio2), candidates), stored % small)
 
-    # --- similarity ---------------------------------------------------------------------------------------------
+    # --- similarity ---------------------------------------------------------------------------------------
 
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
-        """Per token, what `reduce` combines to a run's statistics: keys and negated keys (a minimum is the negated maximum
-        of those), or for the mean the keys in float32."""
+        """Per token, what `reduce` combines to a run's statistics.
+
+        Keys and negated keys (a minimum is the negated maximum of those); for the mean the keys in float32.
+        """
         return keys.float() if self.similarity == "mean" else torch.cat([keys, -keys], -1)
 
     def reduce(self, statistics: torch.Tensor, dim: int) -> torch.Tensor:
@@ -484,7 +512,8 @@ class MPCache(CacheMethod):
     def summarise(self, statistics: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
         """The vector of a full run that queries are multiplied with.
 
-        linear: u_c = alpha * max + (1 - alpha) * min (paper section 4.3); max: both ends, [..., 2 * head_dim]; mean: the mean.
+        linear: u_c = alpha * max + (1 - alpha) * min (paper section 4.3); max: both ends, side by side;
+        mean: the mean.
         """
         if self.similarity == "mean":
             return (statistics / size).to(dtype)
@@ -504,10 +533,10 @@ class MPCache(CacheMethod):
             queries = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
         return queries @ summary.float().transpose(-1, -2)
 
-    # --- budget -------------------------------------------------------------------------------------------------
+    # --- budget -------------------------------------------------------------------------------------------
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
-        """The largest ``static_keep`` whose keys, values and cluster state fit; ``ratios`` stay, they decide what is read.
+        """The largest ``static_keep`` whose slots and cluster state fit; ``ratios`` (what is read) stay.
 
         At 1 and above the full cache: everything kept, nothing selected.
         """
@@ -516,7 +545,7 @@ class MPCache(CacheMethod):
         full = geometry.full_bytes(tokens)
 
         def held(kept: int) -> int:
-            """Bytes of ``kept`` tokens in 16 bits: slots, summaries and (two ends, or float32 sums) the open runs."""
+            """Bytes in 16 bits: slots, summaries and the open runs (two ends, or sums in float32)."""
             elements = 2 * kept
             if self.selects:
                 width = 2 if self.similarity == "max" else 1

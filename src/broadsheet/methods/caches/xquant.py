@@ -1,23 +1,29 @@
-"""XQuant and XQuant-CL: caching the quantised layer input instead of keys and values (Tomar et al. 2025, arXiv 2508.10395).
+"""XQuant and XQuant-CL: caching the quantised layer input instead of keys and values (Tomar et al. 2025,
+arXiv 2508.10395).
 
-The layer input X (post-norm, what the projections read) is kept in few bits; K = X W_k and V = X W_v, bias, head norm and
-rotation are made anew at every attention call and never kept. With one KV head a query head that halves the memory at equal
-bits. Where X is wider than K and V together (grouped-query attention), an SVD of the projections, W_k = U_k (S_k B_k^T) =
-U_k M_k, lets the latents X U_k and X U_v be kept instead. XQuant-CL keeps, above a base layer, only the quantised change of X
-from the layer before, against the reconstruction (closed loop), so errors do not pile up.
+The layer input X (post-norm, what the projections read) is kept in few bits; K = X W_k and V = X W_v, bias,
+head norm and rotation are made anew at every attention call and never kept. With one KV head a query head
+that halves the memory at equal bits. Where X is wider than K and V together (grouped-query attention), an SVD
+of the projections, W_k = U_k (S_k B_k^T) = U_k M_k, lets the latents X U_k and X U_v be kept instead.
+XQuant-CL keeps, above a base layer, only the quantised change of X from the layer before, against the
+reconstruction (closed loop), so errors do not pile up.
 
 Choices where the paper leaves room, and deviations:
 
 - New tokens attend to each other exactly; only stored tokens are rebuilt.
-- ``base_layers`` = 3 means the layers 0, 1, 2; the last of them (index 2) is the base that the recursion starts from. They
-  take ``base_bits`` each. In grouped-query models the base layer keeps X U_kv like the deltas above it, as the paper's sizes
-  imply; what lies outside that subspace reaches the next layers with their deltas.
-- Deltas are quantised per token. The accumulator is rounded to ``accumulator_bits`` as it is handed to the next layer, and
-  the writer uses the same rounded accumulator as the reader, so a layer's error is one quantisation of its own delta. (With
-  U_kv the two are matrix products of different shapes: their last float32 bit, and rarely a code at a tie, can differ.)
-- Between forward passes no accumulator exists; within one it lives on the cache object and is not counted as state.
+- ``base_layers`` = 3 means the layers 0, 1, 2; the last of them (index 2) is the base that the recursion
+  starts from. They take ``base_bits`` each. In grouped-query models the base layer keeps X U_kv like the
+  deltas above it, as the paper's sizes imply; what lies outside that subspace reaches the next layers with
+  their deltas.
+- Deltas are quantised per token. The accumulator is rounded to ``accumulator_bits`` as it is handed to the
+  next layer, and the writer uses the same rounded accumulator as the reader, so a layer's error is one
+  quantisation of its own delta. (With U_kv the two are matrix products of different shapes: their last
+  float32 bit, and rarely a code at a tie, can differ.)
+- Between forward passes no accumulator exists; within one it lives on the cache object and is not counted as
+  state.
 - Groups are equal parts of the axis, at most ``group_size`` long, so nothing is padded.
-- Rows keep their real tokens only, left-aligned: groups along tokens start at a row's own first token, whatever the padding.
+- Rows keep their real tokens only, left-aligned: groups along tokens start at a row's own first token,
+  whatever the padding.
 """
 
 from __future__ import annotations
@@ -70,8 +76,11 @@ def fit_group(width: int, group_size: int) -> int:
     return width // parts
 
 
-def encode(x: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype, per_channel: bool = False) -> Items:
-    """``x`` [..., tokens, channels] in ``bits``, groups along channels or (``per_channel``) tokens; 16 bits: as ``dtype``."""
+def encode(
+    x: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype, per_channel: bool = False
+) -> Items:
+    """``x`` [..., tokens, channels] in ``bits``, groups along channels or (``per_channel``) tokens; 16 bits:
+    as ``dtype``."""
     if bits == 16:
         return x.to(dtype, copy=True)
     return quantise_groups(x, bits, fit_group(x.shape[-2 if per_channel else -1], group_size), per_channel)
@@ -100,7 +109,8 @@ def sliced(items: Items, start: int, stop: int) -> Items:
 
 
 def left_aligned(items: Items, real: torch.Tensor) -> Items:
-    """The entries where ``real`` [batch, width] holds, moved to the front of each row; as wide as the longest row."""
+    """The entries where ``real`` [batch, width] holds, moved to the front of each row; as wide as the longest
+    row."""
     if bool(real.all()):
         return items
     order = (~real).long().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
@@ -109,7 +119,8 @@ def left_aligned(items: Items, real: torch.Tensor) -> Items:
 
 
 def extended(old: Items, before: torch.Tensor, new: Items, counts: torch.Tensor) -> Items:
-    """Appends each row's first ``counts`` [batch] entries of ``new`` to its first ``before`` [batch] entries of ``old``."""
+    """Appends each row's first ``counts`` [batch] entries of ``new`` to its first ``before`` [batch] entries
+    of ``old``."""
     if old is None:
         return new
     real = [
@@ -120,7 +131,8 @@ def extended(old: Items, before: torch.Tensor, new: Items, counts: torch.Tensor)
 
 
 def picked(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Entries of ``x`` [batch, width, channels] at ``index`` [batch, n]; indices outside give any entry, or zeros."""
+    """Entries of ``x`` [batch, width, channels] at ``index`` [batch, n]; indices outside give any entry, or
+    zeros."""
     if not x.shape[1]:
         return x.new_zeros(*index.shape, x.shape[-1])
     rows = torch.arange(len(index), device=index.device)[:, None]
@@ -141,8 +153,11 @@ class TokenStream:
     items: Items = None
 
     def extend(self, x: torch.Tensor, before: torch.Tensor, counts: torch.Tensor) -> TokenStream:
-        """Stores each row's first ``counts`` vectors of ``x`` [batch, tokens, channels] behind its first ``before``."""
-        return self.join(replace(self, items=encode(x, self.bits, self.group_size, self.dtype)), before, counts)
+        """Stores each row's first ``counts`` vectors of ``x`` [batch, tokens, channels] behind its first
+        ``before``."""
+        return self.join(
+            replace(self, items=encode(x, self.bits, self.group_size, self.dtype)), before, counts
+        )
 
     def join(self, new: TokenStream, before: torch.Tensor, counts: torch.Tensor) -> TokenStream:
         """Appends what ``new`` holds."""
@@ -157,8 +172,8 @@ class TokenStream:
 class ChannelStream:
     """One vector a token, quantised in blocks of ``block`` tokens with groups along the tokens.
 
-    ``blocks``: each row's full blocks [batch, blocks, ...]; ``tail``: its newest tokens, fewer than ``block``, exact. A row
-    closes its blocks when its own count of real tokens does.
+    ``blocks``: each row's full blocks [batch, blocks, ...]; ``tail``: its newest tokens, fewer than
+    ``block``, exact. A row closes its blocks when its own count of real tokens does.
     """
 
     bits: int
@@ -169,7 +184,8 @@ class ChannelStream:
     tail: Items = None
 
     def extend(self, x: torch.Tensor, before: torch.Tensor, counts: torch.Tensor) -> ChannelStream:
-        """Stores each row's first ``counts`` vectors of ``x`` [batch, tokens, channels] behind its first ``before``."""
+        """Stores each row's first ``counts`` vectors of ``x`` [batch, tokens, channels] behind its first
+        ``before``."""
         size = self.block
         tail = extended(self.tail, before % size, x.to(self.dtype, copy=True), counts)
         held = before % size + counts
@@ -183,7 +199,8 @@ class ChannelStream:
         return replace(self, blocks=blocks, tail=tail)
 
     def read(self, start: int, stop: int, lengths: torch.Tensor) -> torch.Tensor:
-        """Tokens ``start`` to ``stop`` of rows of ``lengths`` [batch] tokens, float32 [batch, stop - start, channels]."""
+        """Tokens ``start`` to ``stop`` of rows of ``lengths`` [batch] tokens, float32 [batch, stop - start,
+        channels]."""
         packed = (lengths // self.block * self.block)[:, None]
         token = torch.arange(start, stop, device=lengths.device)
         x = picked(self.tail, token - packed).float()
@@ -203,9 +220,9 @@ class ChannelStream:
 class Factors:
     """SVD factors of a model's key and value projections: weights, not cache state.
 
-    ``tensors``, by the names of the file: ``layers.{i}.U_k``, ``U_v`` [hidden_size, rank], ``M_k``, ``M_v`` [rank, kv_heads *
-    head_dim], with U M = W^T for nn.Linear's W; ``U_kv`` [hidden_size, rank], a basis of what keys and values read together.
-    ``fingerprint``: of the projection weights they were made from.
+    ``tensors``, by the names of the file: ``layers.{i}.U_k``, ``U_v`` [hidden_size, rank], ``M_k``, ``M_v``
+    [rank, kv_heads * head_dim], with U M = W^T for nn.Linear's W; ``U_kv`` [hidden_size, rank], a basis of
+    what keys and values read together. ``fingerprint``: of the projection weights they were made from.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -245,7 +262,9 @@ def _weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
         for name in ("k_proj", "v_proj"):
             weight = getattr(_projection(module, name), "weight", None)
             if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-                raise ValueError(f"{name} of {type(module).__name__} has no floating-point weight to factor; use latent='none'")
+                raise ValueError(
+                    f"{name} of {type(module).__name__} has no floating-point weight to factor; use latent='none'"
+                )
             yield weight
 
 
@@ -260,7 +279,8 @@ def _projection(module: nn.Module, name: str) -> nn.Module:
 
 
 def _svd(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """U [in, rank] and M = S B^T [rank, out] with U M = W^T, float64; of each column of U the largest entry is positive."""
+    """U [in, rank] and M = S B^T [rank, out] with U M = W^T, float64; of each column of U the largest entry
+    is positive."""
     u, s, bt = torch.linalg.svd(weight.detach().double().T, full_matrices=False)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     return u * signs, (s[:, None] * bt) * signs.T
@@ -270,10 +290,11 @@ def _svd(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class XQuantCache(MethodCache):
-    """A `MethodCache` with the factors of its model and, during a forward pass only, the cross-layer accumulators.
+    """A `MethodCache` with the factors of its model and, during a forward pass only, the cross-layer
+    accumulators.
 
-    ``walk``: by purpose ("read", "append" or "prefill") the last layer done and its accumulator; empty between passes.
-    Replaced rather than changed in place, so that a fork has its own.
+    ``walk``: by purpose ("read", "append" or "prefill") the last layer done and its accumulator; empty
+    between passes. Replaced rather than changed in place, so that a fork has its own.
     """
 
     method: XQuant
@@ -296,14 +317,17 @@ class XQuantCache(MethodCache):
         """The accumulator that layer ``index`` - 1 gave in this pass."""
         below, accumulator = self.walk.get(purpose, (None, None))
         if accumulator is None or below != index - 1:
-            raise RuntimeError("XQuant-CL's layers work in order; run the whole model, one forward pass at a time")
+            raise RuntimeError(
+                "XQuant-CL's layers work in order; run the whole model, one forward pass at a time"
+            )
         return accumulator
 
     def report(self) -> dict[str, Any]:
         """As every cache's, and what ``nbytes`` leaves out.
 
-        ``factor_bytes``: SVD factors, which are weights; ``accumulator_bytes``: the cross-layer accumulator that one forward
-        pass holds at a time; ``paper_size``: the paper's size formula, beside the real bytes.
+        ``factor_bytes``: SVD factors, which are weights; ``accumulator_bytes``: the cross-layer accumulator
+        that one forward pass holds at a time; ``paper_size``: the paper's size formula, beside the real
+        bytes.
         """
         geometry = Geometry.of(self.layers[0].module.config)
         return super().report() | {
@@ -316,8 +340,9 @@ class XQuantCache(MethodCache):
 class XQuantLayer(CacheLayer):
     """What is kept of X, in one or two streams.
 
-    ``streams``: ``x`` (X, or its delta, or either times U_kv), or ``k`` and ``v`` (X U_k and X U_v). ``lengths`` [batch]: real
-    tokens of each row; rows are left-aligned. ``positions``: int32 [batch, tokens], kept by layer 0 for all layers.
+    ``streams``: ``x`` (X, or its delta, or either times U_kv), or ``k`` and ``v`` (X U_k and X U_v).
+    ``lengths`` [batch]: real tokens of each row; rows are left-aligned. ``positions``: int32 [batch, tokens],
+    kept by layer 0 for all layers.
     """
 
     method: Any  # XQuant
@@ -371,7 +396,9 @@ class XQuantLayer(CacheLayer):
         dtype = new.keys.dtype
         if self.crosses:
             stream = self.streams.get("x") or self.token_stream(dtype)
-            below = decode(self.cache.from_below(purpose, self.index)) if self.is_delta else torch.zeros_like(x)
+            below = (
+                decode(self.cache.from_below(purpose, self.index)) if self.is_delta else torch.zeros_like(x)
+            )
             fresh = replace(stream, items=None).extend(self.lowered(x - below), before, counts)
             self.streams = {"x": stream.join(fresh, before, counts)}
             rebuilt = self.lifted(fresh.read(0, x.shape[1], counts)) + below
@@ -400,7 +427,11 @@ class XQuantLayer(CacheLayer):
         if not self.crosses or self.lengths is None:
             return 0
         bits, width = self.method.accumulator_bits, self.module.config.hidden_size
-        size = width * self.storage_dtype.itemsize if bits == 16 else _row_size(width, bits, self.method.group_size)
+        size = (
+            width * self.storage_dtype.itemsize
+            if bits == 16
+            else _row_size(width, bits, self.method.group_size)
+        )
         return size * self.stored * len(self.lengths)
 
     def rounded(self, x: torch.Tensor, dtype: torch.dtype) -> Items:
@@ -418,8 +449,8 @@ class XQuantLayer(CacheLayer):
     def rematerialised(self, walking: bool) -> Slots | None:
         """Keys and values of every stored token, made from X tile by tile; the caller must not keep them.
 
-        ``walking``: within a forward pass a layer takes the accumulator of the layer below and hands its own up; outside
-        one (False) a cross-layer layer goes through all layers from the base.
+        ``walking``: within a forward pass a layer takes the accumulator of the layer below and hands its own
+        up; outside one (False) a cross-layer layer goes through all layers from the base.
         """
         count = self.stored
         if not count:
@@ -436,7 +467,9 @@ class XQuantLayer(CacheLayer):
                     above.append(self.rounded(x, self.storage_dtype))
                 keys, values = self.projected(x)
             elif self.factors:
-                latents = {name: stream.read(start, stop, self.lengths) for name, stream in self.streams.items()}
+                latents = {
+                    name: stream.read(start, stop, self.lengths) for name, stream in self.streams.items()
+                }
                 keys, values = self.unfolded(latents)
             else:
                 keys, values = self.projected(self.streams["x"].read(start, stop, self.lengths))
@@ -448,9 +481,11 @@ class XQuantLayer(CacheLayer):
         return Slots(keys, values, None if bool(real.all()) else real.unsqueeze(1))
 
     def reconstruct(self, start: int, stop: int, below: Items | None = None) -> torch.Tensor:
-        """X of this cross-layer layer for stored tokens ``start`` to ``stop``, float32 [batch, tokens, hidden_size].
+        """X of this cross-layer layer for stored tokens ``start`` to ``stop``, float32 [batch, tokens,
+        hidden_size].
 
-        ``below``: the rounded accumulator of the layer below for the same tokens; made from the base up when not given.
+        ``below``: the rounded accumulator of the layer below for the same tokens; made from the base up when
+        not given.
         """
         x = self.lifted(self.streams["x"].read(start, stop, self.lengths))
         if not self.is_delta:
@@ -534,11 +569,12 @@ class XQuantLayer(CacheLayer):
 class XQuant(CacheMethod):
     """Quantised layer inputs, from which keys and values are rebuilt at every attention call.
 
-    Parameters: ``bits`` 2, 3, 4, 8 or 16 (exact); ``group_size`` entries at most that share a 16-bit scale and zero;
-    ``cross_layer`` XQuant-CL, with the layers below ``base_layers`` at ``base_bits`` and the accumulator rounded to
-    ``accumulator_bits`` (16: not rounded); ``latent`` "svd" stores X U_k and X U_v, "none" stores X, "auto" takes the
-    latents where they are no wider than X; ``residual`` newest tokens, at most, that stay exact until their block is full,
-    for latents quantised per channel; ``per_channel_keys`` False quantises X U_k per token, as X U_v.
+    Parameters: ``bits`` 2, 3, 4, 8 or 16 (exact); ``group_size`` entries at most that share a 16-bit scale
+    and zero; ``cross_layer`` XQuant-CL, with the layers below ``base_layers`` at ``base_bits`` and the
+    accumulator rounded to ``accumulator_bits`` (16: not rounded); ``latent`` "svd" stores X U_k and X U_v,
+    "none" stores X, "auto" takes the latents where they are no wider than X; ``residual`` newest tokens, at
+    most, that stay exact until their block is full, for latents quantised per channel; ``per_channel_keys``
+    False quantises X U_k per token, as X U_v.
     """
 
     bits: int = 4
@@ -556,7 +592,9 @@ class XQuant(CacheMethod):
     def __post_init__(self) -> None:
         for name in ("bits", "base_bits", "accumulator_bits"):
             if getattr(self, name) not in BITS:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, BITS))}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, BITS))}, got {getattr(self, name)}"
+                )
         for name in ("group_size", "residual", "base_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -576,7 +614,9 @@ class XQuant(CacheMethod):
                 stacklevel=3,
             )
 
-    def cache(self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None) -> XQuantCache:
+    def cache(
+        self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None
+    ) -> XQuantCache:
         plain = super().cache(model, chunked, dtype)
         return XQuantCache(self, plain.layers, chunked, dtype, self.prepare(model))
 
@@ -585,10 +625,14 @@ class XQuant(CacheMethod):
             _projection(module, "k_proj"), _projection(module, "v_proj")
         rotary = find_rotary(model)
         if rotary is None:
-            raise ValueError(f"{type(model).__name__} has no rotary embedding; XQuant needs one to rebuild keys")
+            raise ValueError(
+                f"{type(model).__name__} has no rotary embedding; XQuant needs one to rebuild keys"
+            )
         kind = getattr(rotary, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
-            raise ValueError(f"rope type '{kind}' rotates by the length of the pass, so old keys cannot be rebuilt exactly")
+            raise ValueError(
+                f"rope type '{kind}' rotates by the length of the pass, so old keys cannot be rebuilt exactly"
+            )
         return super().layers(model)
 
     # --- which layer holds what -------------------------------------------------------------------------------------
@@ -620,7 +664,8 @@ class XQuant(CacheMethod):
         return 0.0 if bits == 16 else 32 / fit_group(width, self.group_size)
 
     def paper_size(self, geometry: Geometry) -> float:
-        """The paper's size formula, as a fraction of a 16-bit KV cache: no residual, accumulator, positions or factors."""
+        """The paper's size formula, as a fraction of a 16-bit KV cache: no residual, accumulator, positions
+        or factors."""
         bits = sum(
             width * (bits + (0 if bits == 16 else 32 / self.group_size))
             for index in range(geometry.layers)
@@ -637,7 +682,9 @@ class XQuant(CacheMethod):
                     total += 2 * width * tokens
                 elif number == 0 and len(sizes) == 2 and self.per_channel_keys:
                     blocks, tail = divmod(tokens, self.residual)
-                    total += blocks * width * _row_size(self.residual, bits, self.group_size) + 2 * width * tail
+                    total += (
+                        blocks * width * _row_size(self.residual, bits, self.group_size) + 2 * width * tail
+                    )
                 else:
                     total += tokens * _row_size(width, bits, self.group_size)
         return total
@@ -658,9 +705,13 @@ class XQuant(CacheMethod):
                 base_bits=max(bits, self.base_bits),
                 accumulator_bits=max(bits, self.accumulator_bits),
             )
-            for bits, group_size, residual in product(BITS, _halvings(self.group_size), _halvings(self.residual))
+            for bits, group_size, residual in product(
+                BITS, _halvings(self.group_size), _halvings(self.residual)
+            )
         ]
-        sizes = {method: method.row_bytes(tokens, geometry) / geometry.full_bytes(tokens) for method in candidates}
+        sizes = {
+            method: method.row_bytes(tokens, geometry) / geometry.full_bytes(tokens) for method in candidates
+        }
         fitting = [method for method, size in sizes.items() if size <= fraction]
         if not fitting:
             raise Unreachable(min(sizes.values()))
@@ -669,7 +720,8 @@ class XQuant(CacheMethod):
     # --- factors ----------------------------------------------------------------------------------------------------
 
     def prepare(self, model: PreTrainedModel) -> Factors:
-        """The SVD factors that this method needs of ``model`` (none when X itself is stored), computed once a model.
+        """The SVD factors that this method needs of ``model`` (none when X itself is stored), computed once a
+        model.
 
         Computed in float64, kept in the weights' dtype. They are made anew when the weights have changed.
         """
@@ -705,11 +757,17 @@ class XQuant(CacheMethod):
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no file of XQuant factors: {error}") from None
         if about.get("kind") != "xquant factors":
-            raise ValueError(f"{path} is no file of XQuant factors; make one with XQuant.prepare(model).save(path)")
+            raise ValueError(
+                f"{path} is no file of XQuant factors; make one with XQuant.prepare(model).save(path)"
+            )
         if about.get("model") != fingerprint(model):
-            raise ValueError(f"{path} belongs to a model with other weights; make its factors with XQuant.prepare(model)")
+            raise ValueError(
+                f"{path} belongs to a model with other weights; make its factors with XQuant.prepare(model)"
+            )
         if missing := [name for name in names if name not in found]:
-            raise ValueError(f"{path} lacks {missing[0]}: it was made for another latent or cross_layer; prepare again")
+            raise ValueError(
+                f"{path} lacks {missing[0]}: it was made for another latent or cross_layer; prepare again"
+            )
         tensors = {name: tensor.to(weights[2 * _layer_of(name)].device) for name, tensor in found.items()}
         factors = Factors(tensors, about["model"])
         _prepared[model] = (_stamp(weights), factors)
@@ -729,7 +787,8 @@ class XQuant(CacheMethod):
     def cost_model(
         self, config: Any, seq_len: int, batch: int = 1, hardware: str | xquant_cost.Hardware = "h100"
     ) -> xquant_cost.Cost:
-        """FLOP, bytes, bound and break-even length of one decode step over ``seq_len`` stored tokens a row."""
+        """FLOP, bytes, bound and break-even length of one decode step over ``seq_len`` stored tokens a
+        row."""
         return xquant_cost.cost_model(self, config, seq_len, batch, hardware)
 
 

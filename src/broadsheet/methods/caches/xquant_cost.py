@@ -1,7 +1,8 @@
-"""What XQuant's rematerialisation costs: FLOP against bytes, and the length at which the one overtakes the other.
+"""What XQuant's rematerialisation costs: FLOP against bytes, and the length at which the one overtakes the
+other.
 
-The model of the paper (Tomar et al. 2025, arXiv 2508.10395, section 3 and its appendix), per layer and decode step, a
-multiply-add as 2 FLOP, l tokens, hidden size d, g query heads a KV head, e bits:
+The model of the paper (Tomar et al. 2025, arXiv 2508.10395, section 3 and its appendix), per layer and decode
+step, a multiply-add as 2 FLOP, l tokens, hidden size d, g query heads a KV head, e bits:
 
 ================  ======================  ==========================================================
 what is stored    FLOP                    bytes read
@@ -12,9 +13,10 @@ delta of X        + 2 l d                 + 2 e_b/8 l d (the accumulator, read a
 delta of XU_kv    8 l d d/g + 2 l d       2 e/8 l d/g, and the accumulator
 ================  ======================  ==========================================================
 
-With g = 1 the first row is the paper's 4 l d^2. A step is compute-bound once FLOP / (cache bytes + weight bytes) exceeds the
-chip's ridge P = peak FLOP/s over bytes/s; the length where they are equal is the break-even length. As in the paper, only
-rematerialisation counts as FLOP; the weights count as bytes because they are read once a step anyway.
+With g = 1 the first row is the paper's 4 l d^2. A step is compute-bound once FLOP / (cache bytes + weight
+bytes) exceeds the chip's ridge P = peak FLOP/s over bytes/s; the length where they are equal is the
+break-even length. As in the paper, only rematerialisation counts as FLOP; the weights count as bytes because
+they are read once a step anyway.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ HARDWARE = {"h100": Hardware(756e12, 2e12)}
 
 @dataclass(frozen=True)
 class Cost:
-    """One decode step over the whole model. Bytes are read or written once a step; weights are shared by the batch."""
+    """One decode step over the whole model. Bytes are read or written once a step; weights are shared by the
+    batch."""
 
     flop: float  #: of rematerialisation
     cache_bytes: float  #: codes, scales and zeros read
@@ -67,13 +70,18 @@ class Cost:
 
 
 def break_even(
-    hidden: int, bits: float, ridge: float, group: int = 1, streams: int = 2, weight_bytes: float | None = None
+    hidden: int,
+    bits: float,
+    ridge: float,
+    group: int = 1,
+    streams: int = 2,
+    weight_bytes: float | None = None,
 ) -> float:
     """The paper's break-even length of one layer, in tokens; inf when it is never compute-bound.
 
-    ``group`` 1: X itself is stored. Above: latents of width hidden / group, of which ``streams`` are counted as read (the
-    paper's printed equation counts one of the two). ``weight_bytes`` of a layer: by default the paper's 24 d^2 (an MLP of 8 d^2
-    parameters) or 26 d^2 + 4 (d/g)^2 (group 4, an MLP of 10.5 d^2).
+    ``group`` 1: X itself is stored. Above: latents of width hidden / group, of which ``streams`` are counted
+    as read (the paper's printed equation counts one of the two). ``weight_bytes`` of a layer: by default the
+    paper's 24 d^2 (an MLP of 8 d^2 parameters) or 26 d^2 + 4 (d/g)^2 (group 4, an MLP of 10.5 d^2).
     """
     width = hidden / group
     flop = 4 * width * width
@@ -86,14 +94,16 @@ def break_even(
 def cost_model(method: XQuant, config: Any, seq_len: int, batch: int, hardware: str | Hardware) -> Cost:
     """FLOP, bytes, bound and break-even length of one decode step with ``method``.
 
-    ``config``: a transformers config of a dense gated-MLP model. Bytes include the 32 bits of scale and zero a group, which the
-    paper's formula leaves out; the exact tail of per-channel latents is not counted. Raises ValueError for an unknown chip
-    name or a config without an MLP size.
+    ``config``: a transformers config of a dense gated-MLP model. Bytes include the 32 bits of scale and zero
+    a group, which the paper's formula leaves out; the exact tail of per-channel latents is not counted.
+    Raises ValueError for an unknown chip name or a config without an MLP size.
     """
     if isinstance(hardware, str):
         if hardware not in HARDWARE:
             known = ", ".join(sorted(HARDWARE))
-            raise ValueError(f"unknown hardware '{hardware}'; give one of {known} or Hardware(flops, bandwidth)")
+            raise ValueError(
+                f"unknown hardware '{hardware}'; give one of {known} or Hardware(flops, bandwidth)"
+            )
         hardware = HARDWARE[hardware]
     geometry = Geometry.of(config)
     mlp = getattr(config.get_text_config(), "intermediate_size", None)
@@ -123,7 +133,12 @@ def cost_model(method: XQuant, config: Any, seq_len: int, batch: int, hardware: 
             flop += 2 * hidden
         if crossing:  # the base layer writes the accumulator, the last one only reads it
             ways = (index >= method.base_layers) + (index < geometry.layers - 1)
-            accumulated += ways * hidden * (method.accumulator_bits + method.overhead_bits(method.accumulator_bits, hidden)) / 8
+            accumulated += (
+                ways
+                * hidden
+                * (method.accumulator_bits + method.overhead_bits(method.accumulator_bits, hidden))
+                / 8
+            )
         weights += 2 * hidden * geometry.heads * geometry.head_dim + 3 * hidden * mlp
     rows = seq_len * batch
     kv_bytes = geometry.full_bytes(rows)

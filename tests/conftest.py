@@ -1,0 +1,14 @@
+"""Every test gets its own state folder; torch is kept to two threads."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROADSHEET_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
