@@ -10,8 +10,9 @@ model (`python -m broadsheet.methods.caches.mpc_cost calibrate`).
 A record: op, protocol, parties, T, k, H, d, split, repeats, bytes and actions (per party: total over the
 ranks divided by their number), cpu_s (CPU seconds per party), bytes_by_rank and actions_by_rank (of the first
 repeat), samples (bytes and actions of every repeat), max_abs_error, equals_plaintext, versions, date. The
-mean over the repeats is recorded, except for CHEETAH, where it is the median: a refill of its
-oblivious-transfer pool (about 2,200 messages) falls into whichever operator empties the pool.
+mean over the repeats is recorded, except for CHEETAH, where it is the least: a refill of its
+oblivious-transfer pool (about 2,200 messages) falls into whichever operator empties the pool, and is left out
+everywhere but in top-k.
 """
 
 from __future__ import annotations
@@ -31,24 +32,42 @@ RESULTS = HERE.parent / "results" / "mpc_costs.json"
 PROTOCOLS = ("aby3", "semi2k", "cheetah")
 
 # (T, k, H, d) for each operator: sizes to fit on, and sizes held out.
-TOKENS_FIT = [(16, 0, 8, 64), (64, 0, 8, 64), (128, 0, 8, 64), (256, 0, 8, 64), (512, 0, 8, 64), (1024, 0, 8, 64), (256, 0, 1, 64),
-    (256, 0, 16, 64), (256, 0, 8, 128), (256, 0, 8, 32), (64, 0, 32, 128), (16, 0, 1, 64)]
-TOKENS_HELD_OUT = [(51, 0, 8, 64), (96, 0, 8, 64), (384, 0, 8, 64), (768, 0, 8, 64), (192, 0, 4, 32), (320, 0, 16, 128),
-    (2048, 0, 8, 64)]
-TOPK_FIT = [(t, k, h, 0) for t, k in [(16, 3), (32, 6), (64, 8), (128, 16), (256, 32), (256, 128), (512, 64), (1024, 51),
-    (1024, 128)] for h in (1, 8)]
-TOPK_HELD_OUT = [(t, k, h, 0) for t, k in [(24, 3), (96, 12), (384, 19), (410, 51), (768, 96)] for h in (1, 8)]
-ONE_HOT_FIT = [(12, 6, 8, 0), (16, 2, 8, 0), (64, 8, 8, 0), (128, 16, 8, 0), (256, 16, 8, 0), (512, 8, 8, 0), (512, 64, 8, 0),
-    (1024, 16, 8, 0), (128, 16, 1, 0), (128, 16, 16, 0)]
-ONE_HOT_HELD_OUT = [(26, 3, 8, 0), (96, 12, 8, 0), (384, 24, 8, 0), (410, 51, 8, 0), (1024, 128, 8, 0), (128, 4, 4, 0),
-    (768, 32, 8, 0)]
-GATHER_FIT = [(16, 2, 8, 64), (64, 8, 8, 64), (256, 32, 8, 64), (512, 64, 8, 64), (1024, 16, 8, 64), (128, 4, 8, 1024),
-    (24, 3, 8, 2048), (64, 6, 8, 2048), (12, 6, 8, 2), (26, 3, 8, 16), (256, 32, 8, 128), (128, 16, 1, 64), (128, 16, 16, 64),
-    (3, 24, 8, 16), (8, 64, 8, 16)]
-GATHER_HELD_OUT = [(3, 26, 8, 16), (26, 3, 8, 2048), (96, 12, 8, 64), (410, 51, 8, 128), (12, 6, 8, 26), (768, 24, 8, 64),
-    (1024, 128, 8, 64), (64, 8, 4, 32)]
-CLUSTERS_FIT = [(8, 0, 8, 64), (16, 0, 8, 64), (32, 0, 8, 64), (64, 0, 8, 64), (128, 0, 8, 64), (32, 0, 1, 64), (32, 0, 16, 128),
-    (32, 0, 8, 32)]
+TOKENS_FIT = [
+    (16, 0, 8, 64), (64, 0, 8, 64), (128, 0, 8, 64), (256, 0, 8, 64), (512, 0, 8, 64), (1024, 0, 8, 64),
+    (256, 0, 1, 64), (256, 0, 16, 64), (256, 0, 8, 128), (256, 0, 8, 32), (64, 0, 32, 128), (16, 0, 1, 64),
+]
+TOKENS_HELD_OUT = [
+    (51, 0, 8, 64), (96, 0, 8, 64), (384, 0, 8, 64), (768, 0, 8, 64), (192, 0, 4, 32), (320, 0, 16, 128),
+    (2048, 0, 8, 64),
+]
+TOPK_SIZES_FIT = [
+    (16, 3), (32, 6), (64, 8), (128, 16), (256, 32), (256, 128), (512, 64), (1024, 51), (1024, 128),
+]
+TOPK_SIZES_HELD_OUT = [(24, 3), (96, 12), (384, 19), (410, 51), (768, 96)]
+TOPK_FIT, TOPK_HELD_OUT = (
+    [(T, k, H, 0) for T, k in sizes for H in (1, 8)] for sizes in (TOPK_SIZES_FIT, TOPK_SIZES_HELD_OUT)
+)
+ONE_HOT_FIT = [
+    (12, 6, 8, 0), (16, 2, 8, 0), (64, 8, 8, 0), (128, 16, 8, 0), (256, 16, 8, 0), (512, 8, 8, 0),
+    (512, 64, 8, 0), (1024, 16, 8, 0), (128, 16, 1, 0), (128, 16, 16, 0),
+]
+ONE_HOT_HELD_OUT = [
+    (26, 3, 8, 0), (96, 12, 8, 0), (384, 24, 8, 0), (410, 51, 8, 0), (1024, 128, 8, 0), (128, 4, 4, 0),
+    (768, 32, 8, 0),
+]
+GATHER_FIT = [
+    (16, 2, 8, 64), (64, 8, 8, 64), (256, 32, 8, 64), (512, 64, 8, 64), (1024, 16, 8, 64), (128, 4, 8, 1024),
+    (24, 3, 8, 2048), (64, 6, 8, 2048), (12, 6, 8, 2), (26, 3, 8, 16), (256, 32, 8, 128), (128, 16, 1, 64),
+    (128, 16, 16, 64), (3, 24, 8, 16), (8, 64, 8, 16),
+]
+GATHER_HELD_OUT = [
+    (3, 26, 8, 16), (26, 3, 8, 2048), (96, 12, 8, 64), (410, 51, 8, 128), (12, 6, 8, 26), (768, 24, 8, 64),
+    (1024, 128, 8, 64), (64, 8, 4, 32),
+]
+CLUSTERS_FIT = [
+    (8, 0, 8, 64), (16, 0, 8, 64), (32, 0, 8, 64), (64, 0, 8, 64), (128, 0, 8, 64), (32, 0, 1, 64),
+    (32, 0, 16, 128), (32, 0, 8, 32),
+]
 CLUSTERS_HELD_OUT = [(13, 0, 8, 64), (26, 0, 8, 64), (48, 0, 8, 64), (96, 0, 8, 64), (24, 0, 4, 32)]
 GRID = {
     "qk": ([*TOKENS_FIT, (64, 0, 8, 512), (64, 0, 8, 1024)], [*TOKENS_HELD_OUT, (64, 0, 8, 410)]),
@@ -69,23 +88,26 @@ GRID = {
     "cluster_update": ([(0, 0, 1, 64), (0, 0, 8, 64), (0, 0, 8, 128), (0, 0, 32, 128), (0, 0, 4, 32)],
                        [(0, 0, 8, 96), (0, 0, 16, 64)]),
 }
-# CHEETAH does its products on ciphertexts: these sizes would take minutes each on one core.
-CHEETAH_MOST_ENTRIES = 8 * 512 * 64  # H * T * k
+# CHEETAH works on ciphertexts, minutes for large sizes on one core: fewer operators, sizes and repeats.
+CHEETAH_OPS = (
+    "qk", "softmax", "attention", "topk", "one_hot", "one_hot_arithmetic", "gather", "sim_max", "sim_max_by_sign",
+    "sim_linear", "sim_linear_matmul", "cluster_update",
+)
+CHEETAH_MOST_ENTRIES = 65_536  # H * T * k
 
 
 def repeats(op: str, protocol: str, heads: int) -> int:
-    """Top-k picks random pivots, so it is averaged: one head often (its spread is needed too), all heads a
-    few times."""
+    """Top-k picks random pivots, so it is averaged, one head over more runs than eight."""
     if op == "topk":
-        return (24 if heads == 1 else 4) if protocol == "cheetah" else (96 if heads == 1 else 8)
-    return 3 if protocol == "cheetah" else 1
+        return (8 if heads == 1 else 2) if protocol == "cheetah" else (96 if heads == 1 else 8)
+    return 2 if protocol == "cheetah" else 1
 
 
 def jobs(op: str, protocol: str) -> list[dict]:
     rows = []
     for split, sizes in zip(("fit", "held_out"), GRID[op]):
         for T, k, H, d in sizes:
-            if protocol == "cheetah" and (H * T * k > CHEETAH_MOST_ENTRIES or T > 1024):
+            if protocol == "cheetah" and (H * T * max(k, 1) > CHEETAH_MOST_ENTRIES or T > 512):
                 continue
             row = {"op": op, "T": T, "k": k, "H": H, "d": d, "split": split}
             rows.append({**row, "repeats": repeats(op, protocol, H)})
@@ -103,14 +125,14 @@ def measure(op: str, protocol: str, python: str) -> list[dict]:
     parties = answer["parties"]
     origin = {"versions": answer["versions"], "device": f"{platform.machine()} CPU, one core",
               "date": datetime.date.today().isoformat()}
-    middle = statistics.median if protocol == "cheetah" else statistics.fmean
     records = []
     for row, result in zip(rows, answer["results"]):
         samples = result.pop("samples")
         per_party = {key: [sum(s[key]) / parties for s in samples] for key in ("bytes", "actions", "cpu_s")}
+        typical = min if protocol == "cheetah" and op != "topk" else statistics.fmean
         records.append({
             "op": op, "protocol": protocol, "parties": parties, **result, "split": row["split"],
-            "repeats": len(samples), **{key: middle(values) for key, values in per_party.items()},
+            "repeats": len(samples), **{key: typical(values) for key, values in per_party.items()},
             "bytes_by_rank": samples[0]["bytes"], "actions_by_rank": samples[0]["actions"],
             "samples": {key: per_party[key] for key in ("bytes", "actions")} if len(samples) > 1 else {},
             **origin})
@@ -128,7 +150,7 @@ def main() -> None:
     if not python:
         raise SystemExit("set BROADSHEET_SPU_PYTHON to the python of the SPU environment (see mpc_cost.py)")
     for protocol in args.protocol:
-        for op in args.op:
+        for op in args.op if protocol != "cheetah" else [op for op in args.op if op in CHEETAH_OPS]:
             records = json.loads(args.out.read_text()) if args.out.exists() else []
             fresh = measure(op, protocol, python)
             kept = [r for r in records if r["protocol"] != protocol or r["op"] not in (op, "setup")]

@@ -30,12 +30,15 @@ def bench(family: str) -> ModuleType:
     """The family's bench module; raises ValueError when there is none yet."""
     if family not in FAMILIES:
         raise ValueError(f"no family '{family}'; families: {', '.join(FAMILIES)}")
-    try:
-        return import_module(f"broadsheet.methods.{family}.bench")
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith(f"broadsheet.methods.{family}"):
-            raise ValueError(f"the family '{family}' has no bench yet; 'caches' has") from None
-        raise
+    if not has_bench(family):
+        ready = ", ".join(name for name in FAMILIES if has_bench(name))
+        raise ValueError(f"the family '{family}' has no bench yet; there is one for {ready}")
+    return import_module(f"broadsheet.methods.{family}.bench")
+
+
+def has_bench(family: str) -> bool:
+    """Whether the family's bench module is there."""
+    return (Path(broadsheet.__file__).parent / "methods" / family / "bench.py").is_file()
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 from broadsheet import catalogue
 from broadsheet.core.records import Record
 
-from .compare import Cell, bench
+from .compare import Cell, bench, has_bench
 
 
 def family_of(slug: str) -> str:
@@ -19,11 +19,10 @@ def family_of(slug: str) -> str:
         if not paper.method:
             raise ValueError(f"'{slug}' does not run yet; 'broadsheet papers' marks with ● those that do")
         return paper.family
-    for family in sorted({p.family for p in catalogue.papers().values() if p.method}):
-        if slug in bench(family).methods():
+    for family in catalogue.FAMILIES:
+        if has_bench(family) and slug in bench(family).methods():
             return family
-    catalogue.paper(slug)  # names the nearest
-    raise AssertionError
+    return catalogue.paper(slug).family  # raises, naming the nearest
 
 
 def run_method(

@@ -329,7 +329,7 @@ def test_acceptance_8_rows_heads_and_dtypes():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layout": "ragged"}, {"value_mass": "paper"}, {"epsilon": 0.2, "budget": None}]
+    "options", [{}, {"layout": "ragged"}, {"value_mass": "paper"}, {"epsilon": 0.2, "budget": None}, {"pivot": "random", "sets": "random"}]
 )
 def test_acceptance_8_rows_are_independent_in_a_model(options):
     model = build()

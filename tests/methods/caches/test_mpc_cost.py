@@ -243,7 +243,8 @@ def test_quickselect_simulation_agrees_with_theory(n, k):
 def test_ciphertexts_of_a_product():
     # [1, 64] x [64, 128] fits one polynomial of 8192: one sent, one returned.
     assert mpc._product_ciphertexts(1, 64, 128) == 2
-    assert mpc._product_ciphertexts(64, 512, 64) > 10
+    # [64, 512] x [512, 64]: SPU sends 40 messages for eight heads.
+    assert mpc._product_ciphertexts(64, 512, 64) == 5
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -179,9 +179,9 @@ def test_acceptance_2_max_form_bounds_the_best_token():
     bound = (split * clusters.summary).sum(-1)
     best = torch.einsum("bhnd,bhntd->bhnt", queries, keys.unflatten(2, (-1, 8))).amax(-1)
     assert (bound >= best - 1e-5).all()
-    elementwise = torch.maximum(
-        queries * clusters.summary[..., :4], queries * clusters.summary[..., 4:]
-    ).sum(-1)
+    elementwise = torch.maximum(queries * clusters.summary[..., :4], queries * clusters.summary[..., 4:]).sum(
+        -1
+    )
     torch.testing.assert_close(bound, elementwise)
     scores = method.similarities(queries[:, :, :5], clusters.summary[:, :, :5])
     torch.testing.assert_close(scores[0, 0].diagonal(), bound[0, 0, :5])

@@ -13,6 +13,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -25,8 +27,10 @@ from broadsheet.core.numerics.groups import quantise_groups
 from broadsheet.methods.caches import xquant
 from broadsheet.methods.caches.base import Geometry, Unreachable
 from broadsheet.methods.caches.full import Full
-from broadsheet.methods.caches.xquant import ChannelStream, Factors, XQuant, fit_group
-from broadsheet.methods.caches.xquant_cost import Hardware, break_even
+from broadsheet.methods.caches.xquant import XQuant
+from broadsheet.methods.caches.xquant.cost import Hardware, break_even
+from broadsheet.methods.caches.xquant.factors import Factors
+from broadsheet.methods.caches.xquant.streams import ChannelStream, fit_group
 
 SIZES = {
     "vocab_size": 97,
@@ -93,7 +97,7 @@ def far(a, b, mask=None):
     return float((gap if mask is None else gap[mask.bool()]).max())
 
 
-# --- acceptance -----------------------------------------------------------------------------------------------------
+# --- acceptance -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kv_heads", [MHA, GQA])
@@ -124,7 +128,7 @@ def test_acceptance_2_factors(dtype):
             assert (u.T @ u - torch.eye(u.shape[1])).abs().max() < tight
             assert (u @ m - weight.T).abs().max() < loose
             assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()  # signs are fixed
-    # Step E with Q = identity: a delta through U_kv leaves keys and values exact, although U_kv U_kv^T is not 1.
+    # With Q = identity a delta through U_kv leaves keys and values exact, although U_kv U_kv^T is not 1.
     attention = model.model.layers[4].self_attn
     weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).detach().float()
     basis = cross.of(4)["U_kv"].float()
@@ -205,11 +209,11 @@ def test_acceptance_4_no_keys_or_values_survive(mha, gqa, kv_heads, cross_layer)
     geometry = Geometry.of(model.config)
     assert sizes == [method.row_bytes(turn * tokens, geometry) for turn in range(2, 5)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1]  # whole blocks of 16: linear
-    # X of 64 in one group, or key latents in groups of 16 tokens and value latents in one of 16 channels; positions.
+    # X of 64 in one group, or key latents in groups of 16 tokens and value latents in one of 16 channels.
     bits = 64 * 4 + 32 if kv_heads == MHA else 2 * (16 * 4 + 32)
     crossing = 32 * 4 + 32 if kv_heads == GQA else bits  # X U_kv
     layers = 2 * bits + 3 * crossing if cross_layer else 5 * bits
-    assert sizes[1] - sizes[0] == tokens * (layers / 8 + 4)
+    assert sizes[1] - sizes[0] == tokens * (layers / 8 + 4)  # and a position
 
 
 @pytest.mark.parametrize("kv_heads", [MHA, GQA])
@@ -340,7 +344,7 @@ def test_acceptance_9_outliers_keep_the_function_and_xquant_beats_pre_rotary_kiv
     assert errors[0] < errors[1]
 
 
-# --- the contract of a cache ----------------------------------------------------------------------------------------
+# --- the contract of a cache ----------------------------------------------------------------------
 
 VARIANTS = [
     pytest.param(MHA, {"bits": 4}, id="mha"),
@@ -419,8 +423,8 @@ def test_generate(kv_heads, fields, dtype):
 @pytest.mark.parametrize("fields", [PLAIN, CROSS])
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [(Qwen2ForCausalLM, Qwen2Config), (Qwen3ForCausalLM, Qwen3Config)],
-    ids=["bias", "head-norm"],
+    [(Qwen2ForCausalLM, Qwen2Config), (Qwen3ForCausalLM, Qwen3Config), (Olmo2ForCausalLM, Olmo2Config)],
+    ids=["bias", "head norm", "joint norm"],
 )
 def test_other_attentions(kind, config, kv_heads, fields):
     model = build(kind, config, kv_heads, head_dim=8)
@@ -463,9 +467,10 @@ def test_at_budget(kv_heads, cross_layer, fraction, tokens):
     try:
         method = family.at_budget(fraction, tokens, geometry)
     except Unreachable as refusal:
-        assert fraction < refusal.least
-        method = family.at_budget(refusal.least, tokens, geometry)
-        fraction = refusal.least
+        least = refusal.least
+        with pytest.raises(Unreachable):
+            family.at_budget(0.999 * least, tokens, geometry)
+        method, fraction = family.at_budget(least, tokens, geometry), least
     cache = method.cache(model, dtype=torch.bfloat16)
     run(model, cache, prompt(1, tokens), sizes=(tokens,))
     assert cache.nbytes <= fraction * geometry.full_bytes(tokens)
@@ -477,8 +482,8 @@ def test_factors_are_made_once_and_survive_the_disk(tmp_path, monkeypatch):
     with torch.no_grad():
         other.model.layers[3].self_attn.v_proj.weight[0, 0] += 1
     calls = []
-    svd = xquant._svd
-    monkeypatch.setattr(xquant, "_svd", lambda weight: calls.append(1) or svd(weight))
+    svd = xquant.factors._svd
+    monkeypatch.setattr(xquant.factors, "_svd", lambda weight: calls.append(1) or svd(weight))
     made = XQuant().prepare(model)
     XQuant(2).cache(model)
     assert len(calls) == 2 * 5
@@ -546,7 +551,7 @@ def test_an_attention_that_is_not_rebuilt_is_noticed():
     model = build()
     keys = model.model.layers[1].self_attn.k_proj
     keys.register_forward_hook(lambda module, args, out: out + 3 * (args[0].shape[1] > 1))
-    with pytest.raises(ValueError, match="does not make its keys and values as"):
+    with pytest.raises(ValueError, match="does not make keys and values by"):
         run(model, XQuant().cache(model), prompt(1, 8), sizes=(8,))
 
 

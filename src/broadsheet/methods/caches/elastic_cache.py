@@ -26,7 +26,7 @@ Peak memory at prefill is that of the full cache.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, cast, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -339,7 +339,7 @@ class ElasticStore(MethodCache):
 
     def report(self) -> dict[str, Any]:
         """Tokens seen, slots stored and prompt tokens merged by layer, bytes by part."""
-        return super().report() | {"merged": [layer.merged for layer in self.layers]}
+        return super().report() | {"merged": [layer.merged for layer in cast("list[ElasticLayer]", self.layers)]}
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,8 @@ class ElasticCache(CacheMethod):
     def cache(
         self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None
     ) -> MethodCache:
-        return ElasticStore(self, super().cache(model, chunked, dtype).layers, chunked, dtype)
+        plain = super().cache(model, chunked, dtype)
+        return ElasticStore(self, cast("list[CacheLayer]", plain.layers), chunked, dtype)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         if fraction >= 1 and not self.mass_bias and self.discard != "frequency":

@@ -129,7 +129,8 @@ class GearBlock:
             header = (file.metadata() or {}).get("gear_block")
             if header is None:
                 raise ValueError(f"{path} holds no GEAR block; pass a file that GearBlock.save wrote")
-            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copied, so that no part is a view of the file's mapping.
+            parts = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no dict)
         sizes = json.loads(header)
         kind, heads = sizes.pop("kind"), sizes.pop("heads")
         codes = GroupQuantised(*(parts.pop(name) for name in ("codes", "scale", "zero")), **sizes)

@@ -31,14 +31,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import InitVar, asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, cast, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from broadsheet.core.models.rotary import find_rotary
-from broadsheet.core.models.taps import Tokens, attention_modules
+from broadsheet.core.models.taps import Tokens, attach, attention_modules
 
 from .base import (
     CacheLayer,
@@ -430,7 +430,7 @@ class KVMergerCache(MethodCache):
         ``padded_bytes``: held by filling, and part of ``nbytes``."""
         slots: list[float] = []
         padded = 0
-        for layer in self.layers:
+        for layer in cast("list[CacheLayer]", self.layers):
             if not isinstance(layer, KVMergerLayer) or layer.merged is None:
                 slots.append(float(layer.stored))
                 continue
@@ -562,7 +562,8 @@ class KVMerger(CacheMethod):
     def cache(
         self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None
     ) -> MethodCache:
-        return KVMergerCache(self, super().cache(model, chunked, dtype).layers, chunked, dtype)
+        plain = super().cache(model, chunked, dtype)
+        return KVMergerCache(self, cast("list[CacheLayer]", plain.layers), chunked, dtype)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """See `CacheMethod.at_budget`; turns to ``budget`` mode, with the sizes of sets counted in the bytes.
@@ -676,9 +677,10 @@ def profile_model(
     method = replace(method or KVMerger(), budget=None, sets="similar", merge=True, skip_layers=())
     ratios: list[torch.Tensor] = []
     norms: list[list[torch.Tensor]] = []
+    attach(model)
     for prompt in prompts:
-        plain = method.cache(model)
-        layers = [ProfilingLayer(method, layer.index, layer.module, layer.rotary) for layer in plain.layers]
+        plain = method.layers(model)
+        layers = [ProfilingLayer(method, layer.index, layer.module, layer.rotary) for layer in plain]
         cache = KVMergerCache(method, list(layers), chunked=False, dtype=None)
         with torch.no_grad():
             model(prompt.reshape(1, -1).to(model.device), past_key_values=cache, use_cache=True)

@@ -187,7 +187,8 @@ class CostTable:
         return sum(row.seconds for row in self.rows)
 
     def __str__(self) -> str:
-        head = f"{self.protocol}, {self.net.bandwidth_gbps:g} Gbit/s, RTT {self.net.rtt_ms:g} ms, prices: {self.source}"
+        link = f"{self.net.bandwidth_gbps:g} Gbit/s, RTT {self.net.rtt_ms:g} ms"
+        head = f"{self.protocol}, {link}, prices: {self.source}"
         total = CostRow("total", sum(row.calls for row in self.rows), self.bytes, self.rounds, self.seconds)
         lines = [
             f"{r.op:<40} {r.calls:>6} {r.bytes / 1e6:>10.3f} {r.rounds:>10.0f} {r.seconds:>9.3f}"

@@ -187,7 +187,9 @@ class MPCacheLayer(CacheLayer):
         if kept >= total:
             return None
         window = self.method.voters(total)
-        votes = attention_mass(prompt, cast(float, self.module.scaling), slice(total - window, total)).mean((1, 2))
+        votes = attention_mass(prompt, cast(float, self.module.scaling), slice(total - window, total)).mean(
+            (1, 2)
+        )
         return votes.topk(kept, -1).indices.sort(-1).values
 
     def _store(self, prompt: Tokens, kept: torch.Tensor | None) -> Store:

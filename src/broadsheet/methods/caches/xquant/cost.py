@@ -24,10 +24,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .base import Geometry
+from ..base import Geometry
+from .streams import stored_size
 
 if TYPE_CHECKING:
-    from .xquant import XQuant
+    from . import XQuant
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def break_even(
     return _crossing(flop, cache_bytes, weight_bytes, ridge)
 
 
-def cost_model(method: XQuant, config: Any, seq_len: int, batch: int, hardware: str | Hardware) -> Cost:
+def decode_cost(method: XQuant, config: Any, seq_len: int, batch: int, hardware: str | Hardware) -> Cost:
     """FLOP, bytes, bound and break-even length of one decode step with ``method``.
 
     ``config``: a transformers config of a dense gated-MLP model. Bytes include the 32 bits of scale and zero
@@ -111,38 +112,33 @@ def cost_model(method: XQuant, config: Any, seq_len: int, batch: int, hardware: 
         raise ValueError(f"{type(config).__name__} has no intermediate_size; the weights cannot be counted")
     method.check(geometry)
     hidden, kv = geometry.hidden_size, geometry.kv_heads * geometry.head_dim
+    rank = min(hidden, kv)
     latent = method.uses_latent(geometry)
-    flop = cached = accumulated = weights = 0.0  # per token of one row; weights in parameters
+    others = 2 * hidden * geometry.heads * geometry.head_dim + 3 * hidden * mlp  # W_q, W_o and the MLP
+    dense = 2 * hidden * kv  # W_k and W_v
+    flop = cached = accumulated = weights = 0  # FLOP and bytes a token of one row; weights in parameters
     for index in range(geometry.layers):
         crossing = method.crosses(index)
-        delta = crossing and index >= method.base_layers
-        for width, bits in method.stream_sizes(index, geometry):
-            cached += width * (bits + method.overhead_bits(bits, width)) / 8
-        projection = 4 * hidden * kv
-        rank = min(hidden, kv)
+        cached += sum(
+            stored_size(*stream, method.group_size) for stream in method.stream_sizes(index, geometry)
+        )
         if latent and crossing:
-            flop += projection + 4 * kv * hidden
-            weights += 2 * hidden * kv + hidden * min(hidden, 2 * kv)
+            flop += 2 * dense + 2 * hidden * min(hidden, 2 * kv)
+            weights += others + dense + hidden * min(hidden, 2 * kv)
         elif latent:
             flop += 4 * rank * kv
-            weights += 2 * hidden * rank + 2 * rank * kv
+            weights += others + 2 * hidden * rank + 2 * rank * kv
         else:
-            flop += projection
-            weights += 2 * hidden * kv
-        if delta:
+            flop += 2 * dense
+            weights += others + dense
+        if crossing and index >= method.base_layers:
             flop += 2 * hidden
-        if crossing:  # the base layer writes the accumulator, the last one only reads it
+        if crossing:  # the base only writes the accumulator, the last layer only reads it
             ways = (index >= method.base_layers) + (index < geometry.layers - 1)
-            accumulated += (
-                ways
-                * hidden
-                * (method.accumulator_bits + method.overhead_bits(method.accumulator_bits, hidden))
-                / 8
-            )
-        weights += 2 * hidden * geometry.heads * geometry.head_dim + 3 * hidden * mlp
+            accumulated += ways * stored_size(hidden, method.accumulator_bits, method.group_size)
     rows = seq_len * batch
     kv_bytes = geometry.full_bytes(rows)
-    memory = (cached + accumulated) * rows + 2 * weights
+    kv_weights = geometry.layers * (others + dense)
     return Cost(
         flop=flop * rows,
         cache_bytes=cached * rows,
@@ -151,8 +147,8 @@ def cost_model(method: XQuant, config: Any, seq_len: int, batch: int, hardware: 
         kv_bytes=kv_bytes,
         ridge=hardware.ridge,
         compute_seconds=flop * rows / hardware.flops,
-        memory_seconds=memory / hardware.bandwidth,
-        kv_seconds=(kv_bytes + 2 * weights) / hardware.bandwidth,
+        memory_seconds=((cached + accumulated) * rows + 2 * weights) / hardware.bandwidth,
+        kv_seconds=(kv_bytes + 2 * kv_weights) / hardware.bandwidth,
         break_even=_crossing(flop * batch, (cached + accumulated) * batch, 2 * weights, hardware.ridge),
     )
 

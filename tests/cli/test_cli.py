@@ -1,0 +1,202 @@
+"""The command line's contract: names, JSON, one-line errors, resume, speed."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+from tiny import tiny
+
+from broadsheet.cli import main
+from broadsheet.core.microworld.tokenizer import train_tokenizer
+
+COMMAND = [sys.executable, "-c", "from broadsheet.cli import main; main()"]
+RECORD_FIELDS = {
+    "paper", "method", "parameters", "bench", "metric", "value", "ci", "unit", "n", "seed", "model", "device", "versions",
+    "revision", "time",
+}  # fmt: skip
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def broadsheet(*arguments, check=True):
+    """Runs the command in this process (importing torch anew for each would take most of the time)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["broadsheet", *arguments]):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    done = Done(code, out.getvalue(), err.getvalue())
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved random model that speaks the microworld's tokens."""
+    path = tmp_path_factory.mktemp("model")
+    model = tiny("gqa", vocab_size=2048, max_position_embeddings=2048)
+    model.save_pretrained(path)
+    train_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+QUICK = ("--tasks", "kv", "--modes", "multi-turn", "--sessions", "2", "--context", "128", "--turns", "2", "--no-timing")
+
+
+def test_papers_json_contract():
+    rows = json.loads(broadsheet("papers", "--json").stdout)
+    assert len(rows) == 72
+    for row in rows:
+        assert set(row) == {"slug", "title", "family", "status", "method", "claims"}
+        assert row["status"] in {"planned", "running"}
+        assert all(set(claim) == {"metric", "paper", "ours", "status"} for claim in row["claims"])
+
+
+@pytest.mark.parametrize("arguments", [("papers",), ("--help",)])
+def test_papers_and_help_take_under_a_fifth_of_a_second_of_cpu(arguments):
+    """The best of five runs: a shared machine may steal time, but cannot make a process faster than it is."""
+    spent = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run([*COMMAND, *arguments], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(spent) < 0.2
+
+
+def test_show_and_search():
+    assert "Kang et al. 2024 · caches" in broadsheet("show", "gear").stdout
+    assert "gear" in broadsheet("papers", "low-rank").stdout
+
+
+def test_compare_writes_records_and_a_report(folder, tmp_path):
+    report = tmp_path / "out" / "report.html"
+    arguments = ("compare", "caches", "--model", folder, "--methods", "full,snapkv,streaming-llm", "--budgets", "0.5", *QUICK)
+    done = broadsheet(*arguments, "--json", "-", "--html", str(report))
+    records = json.loads(done.stdout)  # nothing else on standard output
+    assert {record["method"] for record in records} == {"full", "snapkv", "streaming-llm"}
+    assert all(set(record) >= RECORD_FIELDS for record in records)
+    held = {r["method"]: r["value"] for r in records if r["metric"] == "bytes_ratio"}
+    assert held["full"] == pytest.approx(1, abs=0.2)  # the first question is in the prompt
+    assert held["snapkv"] <= 0.6
+    page = report.read_text()
+    assert page.count("<svg") >= 2
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_a_second_run_reuses_cells_and_ctrl_c_loses_none(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("BROADSHEET_HOME", str(tmp_path))
+    arguments = ("compare", "caches", "--model", folder, "--methods", "snapkv,h2o,streaming-llm", "--budgets", "0.5", *QUICK)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    cells = tmp_path / "records" / "caches.jsonl"
+    deadline = time.time() + 120
+    while not (cells.exists() and cells.read_text().count("\n") >= 1) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    kept = cells.read_text().count("\n")
+    assert kept >= 1
+    if process.returncode != 0:  # it may have finished before the signal came
+        assert process.returncode == 130
+        assert "the same command goes on from here" in errors
+        assert "Traceback" not in errors
+    broadsheet(*arguments)
+    assert cells.read_text().count("\n") == 3
+    first = cells.read_text()
+    broadsheet(*arguments)
+    assert cells.read_text() == first
+
+
+def test_run_takes_parameters(folder, tmp_path):
+    options = ("-o", "sessions=2", "-o", 'tasks=["kv"]', "-o", "context_tokens=128", "-o", "turns=2", "-o", "timing=false")
+    done = broadsheet("run", "snapkv", "-o", "budget=0.5", *options, "--model", folder, "--json", "-")
+    records = json.loads(done.stdout)
+    assert {r["parameters"].get("budget") for r in records if r["method"] == "snapkv"} == {0.5}
+
+
+def test_sessions_are_json_lines():
+    lines = broadsheet("sessions", "kv", "--sessions", "2", "--context", "128").stdout.splitlines()
+    assert [json.loads(line)["task"] for line in lines] == ["kv", "kv"]
+
+
+def test_text_gives_perplexity_and_kl(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Give bako timu. The old river often faces the mill. " * 400)
+    options = ("--text", str(text), "--sessions", "2", "--prefix", "64", "--continuation", "32", "--no-timing")
+    done = broadsheet(
+        "compare", "caches", "--model", folder, "--methods", "full,snapkv", "--budgets", "0.5", *options, "--json", "-",
+    )  # fmt: skip
+    values = {(r["method"], r["metric"]): r["value"] for r in json.loads(done.stdout)}
+    assert values["full", "kl"] == pytest.approx(0, abs=1e-4)
+    assert values["snapkv", "kl"] > 0
+    assert values["full", "perplexity"] > 1
+
+
+BAD = [
+    (("compare", "caches", "--model", "no-such-model"), "no model 'no-such-model'"),
+    (("compare", "cache"), "no family 'cache'"),
+    (("compare", "weights"), "has no bench yet"),
+    (("compare", "caches", "--methods", "magic"), "unknown method 'magic'"),
+    (("compare", "caches", "--budgets", "0"), "a budget is a fraction"),
+    (("compare", "caches", "--budgets", "1.5"), "a budget is a fraction"),
+    (("compare", "caches", "--budgets", "half"), "budgets are numbers"),
+    (("compare", "caches", "--tasks", "kvv", "--methods", "full"), "unknown task 'kvv'; did you mean kv"),
+    (("run", "bitstack"), "does not run yet"),
+    (("run", "snapkv", "-o", "budget"), "-o takes NAME=VALUE"),
+    (("run", "snapkv", "-o", "colour=3"), "has no parameter 'colour'"),
+    (("run", "snapkv", "-o", "budget=0"), "budget must be above 0"),
+    (("show", "gaer"), "did you mean gear"),
+    (("sessions", "magic"), "unknown task 'magic'"),
+    (("train-pocket", "out", "--recipe", "magic"), "unknown recipe 'magic'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, folder, tmp_path):
+    if arguments[0] in {"compare", "run"} and "--model" not in arguments:
+        arguments = (*arguments, "--model", folder)
+    done = broadsheet(*arguments, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+
+
+def test_bad_model_files_are_one_line(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"\xff" * 100)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    sessions = tmp_path / "empty.jsonl"
+    sessions.write_text("")
+    for arguments, message in (
+        (("--model", str(broken)), "the weights are damaged"),
+        (("--model", str(empty)), "has no config.json"),
+        (("--model", folder, "--data", str(sessions), "--tasks", "kv"), "holds no sessions"),
+    ):
+        done = broadsheet("compare", "caches", "--methods", "full", *arguments, check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert message in done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
