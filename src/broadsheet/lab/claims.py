@@ -60,11 +60,8 @@ def statuses(paper: Paper) -> list[Status]:
     return [status(claim, records) for claim in paper.claims]
 
 
-def write_page() -> Path:
-    """Writes ``docs/claims.md`` of the checkout."""
-    target = Path(__file__).parent.parent.parent.parent / "docs" / "claims.md"
-    if not target.parent.is_dir():
-        raise ValueError("the claims page is written from a checkout (no docs folder here)")
+def page() -> str:
+    """The claims page: what the papers say and what was measured here, one table a running paper."""
     lines = [
         "# Claims",
         "",
@@ -80,5 +77,13 @@ def write_page() -> Path:
             cells = (claim.metric, claim.setting, claim.paper, here, found.status)
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
         lines.append("")
-    target.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
+
+
+def write_page() -> Path:
+    """Writes ``docs/claims.md`` of the checkout."""
+    target = Path(__file__).parent.parent.parent.parent / "docs" / "claims.md"
+    if not target.parent.is_dir():
+        raise ValueError("the claims page is written from a checkout (no docs folder here)")
+    target.write_text(page(), encoding="utf-8")
     return target

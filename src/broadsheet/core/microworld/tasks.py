@@ -10,7 +10,7 @@ that a pocket model can learn. `SHORT` are instructions without a long context.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .lexicon import ADJECTIVES, CATEGORIES, CITIES, NOUNS, PEOPLE, TIMES, VERBS, WORDS
 from .sessions import Session, Turn
@@ -33,34 +33,43 @@ def _blend(rng: random.Random, groups: list[list[str]], noise: list[str]) -> str
     return " ".join(next(rest if index < 0 else streams[index]) for index in deck)
 
 
+def _fill(rng: random.Random, lines: list[str], tokens: int) -> str:
+    """The lines in their order, with ``tokens`` of filler blended in (none for less than a sentence)."""
+    return _blend(rng, [lines], [_filler(rng) for _ in range(max(0, (tokens - 8) // 8))])
+
+
 def kv(rng: random.Random, context_tokens: int, turns: int) -> Session:
     """Key-value recall: a sentence of five tokens a pair, all keys different, values of eight letters."""
     pairs = max(turns, min(256, (context_tokens - 8) // 5))
-    keys = rng.sample(WORDS, pairs)
-    codes = [f"{a} {b}" for a, b in _distinct(rng, pairs, 2)]
+    keys, others = _divide(rng, pairs)
+    codes = [f"{a} {b}" for a, b in _distinct(rng, pairs, 2, others)]
     lines = [f"Give {key} {code}." for key, code in zip(keys, codes, strict=True)]
     questions = [
         Turn(f"What do you give {keys[i]}?", codes[i], max_new_tokens=8, extra={"reference": lines[i]})
         for i in rng.sample(range(pairs), turns)
     ]
-    return _session(rng, "kv", " ".join(lines), questions)
+    return _session(rng, "kv", _fill(rng, lines, context_tokens - 5 * pairs), questions)
 
 
 def prefix_suffix(rng: random.Random, context_tokens: int, turns: int) -> Session:
-    """Given its first and last word, return a four-word string; the pair (first, last) is unique, either alone need not be."""
+    """Given its first and last word, return a four-word string.
+
+    The pair (first, last) is unique, either alone need not be: a tenth of the strings borrow another's first word.
+    """
     count = max(turns, min(256, (context_tokens - 8) // 5))
-    ends: set[tuple[str, str]] = set()
-    pool = rng.sample(WORDS, min(len(WORDS), 3 * count))
-    while len(ends) < count:
-        ends.add((rng.choice(pool), rng.choice(pool)))
-    strings = [f"{a} {rng.choice(WORDS)} {rng.choice(WORDS)} {b}" for a, b in sorted(ends)]
-    rng.shuffle(strings)
-    asked = rng.sample(strings, turns)
+    firsts, others = _divide(rng, count)
+    strings: dict[tuple[str, str], str] = {}
+    while len(strings) < count:
+        first = rng.choice(firsts[: len(strings) + 1]) if rng.random() < 0.1 else firsts[len(strings)]
+        last = rng.choice(others)
+        strings.setdefault((first, last), f"{first} {rng.choice(others)} {rng.choice(others)} {last}")
+    asked = rng.sample(list(strings.values()), turns)
     questions = [
         Turn(f"Which string starts with {text.split()[0]} and ends with {text.split()[-1]}?", text, max_new_tokens=8)
         for text in asked
     ]
-    return _session(rng, "prefix_suffix", " ".join(f"{text};" for text in strings), questions)
+    lines = [f"{text};" for text in strings.values()]
+    return _session(rng, "prefix_suffix", _fill(rng, lines, context_tokens - 5 * count), questions)
 
 
 def vt(rng: random.Random, context_tokens: int, turns: int) -> Session:
@@ -131,15 +140,16 @@ def many_shot(rng: random.Random, context_tokens: int, turns: int) -> Session:
         thing = rng.choice(sorted(held[kind]))
         extra = {"reference": f"Call {thing} {labels[kind]}.", "options": [labels[k] for k in kinds]}
         questions.append(Turn(f"What do you call {thing}?", labels[kind], max_new_tokens=5, extra=extra))
-    return _session(rng, "many_shot", " ".join(f"Call {word} {label}." for word, label in deck), questions)
+    lines = [f"Call {word} {label}." for word, label in deck]
+    return _session(rng, "many_shot", _fill(rng, lines, context_tokens - 4 * len(lines)), questions)
 
 
 def copy_section(rng: random.Random, context_tokens: int, turns: int) -> Session:
     """Copy a section: messages of eight words, each to somebody else, with filler between."""
     messages = max(turns, min(64, (context_tokens - 8) // 32))
-    names = rng.sample(WORDS, messages)
-    texts = [" ".join(rng.sample(WORDS, 8)) for _ in names]
-    parts = [f"Tell {name} {text}. {_filler(rng)} {_filler(rng)}" for name, text in zip(names, texts, strict=True)]
+    names, others = _divide(rng, messages)
+    texts = [" ".join(rng.sample(others, 8)) for _ in names]
+    lines = [f"Tell {name} {text}." for name, text in zip(names, texts, strict=True)]
     questions = [
         Turn(
             f"What do you tell {names[i]}?",
@@ -150,7 +160,7 @@ def copy_section(rng: random.Random, context_tokens: int, turns: int) -> Session
         )
         for i in rng.sample(range(messages), turns)
     ]
-    return _session(rng, "copy", " ".join(parts), questions)
+    return _session(rng, "copy", _fill(rng, lines, context_tokens - 11 * messages), questions)
 
 
 def needle(rng: random.Random, context_tokens: int, turns: int) -> Session:
@@ -194,7 +204,8 @@ def repo(rng: random.Random, context_tokens: int, turns: int) -> Session:
     def source(body: tuple[tuple[str, int], ...]) -> str:
         return " then ".join(f"{verb} {number}" for verb, number in body)
 
-    context = " ".join(f"To {source(body)} use {name}." for body, name in listing)
+    lines = [f"To {source(body)} use {name}." for body, name in listing]
+    context = _fill(rng, lines, context_tokens - 13 * count)
     questions = []
     for body, name in rng.sample(listing, turns):
         told = " then ".join(f"{_OPERATIONS[verb][0]} {number}" for verb, number in body)
@@ -314,11 +325,17 @@ def functions(rng: random.Random, context_tokens: int, turns: int) -> Session:
     return _session(rng, "functions", "", questions)
 
 
-def _distinct(rng: random.Random, count: int, length: int) -> list[tuple[str, ...]]:
-    """``count`` different tuples of ``length`` words."""
+def _divide(rng: random.Random, count: int) -> tuple[list[str], list[str]]:
+    """``count`` words and the rest, so that what is asked for by name never turns up as somebody's content."""
+    deck = rng.sample(WORDS, len(WORDS))
+    return deck[:count], deck[count:]
+
+
+def _distinct(rng: random.Random, count: int, length: int, words: Sequence[str]) -> list[tuple[str, ...]]:
+    """``count`` different tuples of ``length`` of the words."""
     found: dict[tuple[str, ...], None] = {}
     while len(found) < count:
-        found.setdefault(tuple(rng.choice(WORDS) for _ in range(length)))
+        found.setdefault(tuple(rng.choice(words) for _ in range(length)))
     return list(found)
 
 

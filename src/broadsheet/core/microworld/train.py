@@ -1,28 +1,33 @@
 """Trains a pocket model from scratch: `broadsheet train-pocket`.
 
 The curriculum is the point. A small transformer that starts on random key-value pairs learns nothing; one that first learns
-to continue a passage it has seen before (induction) picks retrieval up within minutes. So: induction first, then the
-microworld's tasks at short context, then longer contexts, with many questions on every context so that one expensive
-forward pass carries many lessons. The loss is taken on answers alone.
+to continue a passage it has seen before (induction) picks retrieval up within minutes. So: induction until it is there,
+then the microworld's tasks at short context, then longer contexts, with many questions on every context so that one
+expensive forward pass carries many lessons. The loss is taken on answers alone.
+
+Induction is a circuit of two heads, and the wait for the first of them (the one that looks at the previous token) is most
+of the wait. It needs no learning, only rotary geometry, so the model starts with one: see `_previous_token_head`.
 
 Positions: within a sequence the context is cut in places and the position ids jump there (PoSE, arXiv 2309.10400), so that
 distances up to `reach` are seen while only short sequences are paid for.
 
-Everything is a function of (seed, step): a run that was stopped goes on from its last checkpoint as if nothing had happened.
+Everything is a function of the seed: a run that was stopped goes on from its last checkpoint as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -34,10 +39,10 @@ from .tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: ``steps`` batches of about ``tokens`` tokens in sequences of ``first`` to ``last`` tokens.
+    """A stretch of training: at most ``steps`` batches of about ``tokens`` tokens.
 
-    The length grows steadily from ``first`` to ``last``. ``reach`` is the largest position id that jumps may lead to;
-    0 leaves positions alone.
+    Every batch draws its sequence length between ``first`` and ``last``. ``until``: the stage ends when the running
+    accuracy reaches this. ``reach`` is the largest position id that jumps may lead to; 0 leaves positions alone.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Stage:
     first: int
     last: int
     reach: int = 0
+    until: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -62,21 +68,9 @@ class Recipe:
     rope_theta: float = 20_000.0
     learning_rate: float = 3e-3
     matrix_learning_rate: float = 0.02
-    warmup: int = 100
+    warmup: int = 50
     seed: int = 0
     stages: tuple[Stage, ...] = ()
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> tuple[Stage, int]:
-        """The stage of a step and the sequence length there."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, stage.first + (stage.last - stage.first) * step // stage.steps
-            step -= stage.steps
-        raise ValueError(f"the recipe has {self.steps} steps")
 
     def config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         return LlamaConfig(
@@ -98,10 +92,10 @@ class Recipe:
 
 
 _STAGES = (
-    Stage("induction", 450, 4_800, 48, 128),
-    Stage("short", 1_500, 4_800, 160, 352),
-    Stage("medium", 700, 6_000, 384, 768, 2048),
-    Stage("long", 400, 6_400, 800, 1_152, 4096),
+    Stage("induction", 1_500, 1_200, 24, 64, until=0.95),
+    Stage("short", 2_000, 2_400, 64, 256),
+    Stage("medium", 1_500, 3_600, 128, 640, reach=2048),
+    Stage("long", 800, 4_800, 512, 1_152, reach=4096),
 )
 RECIPES = {
     recipe.name: recipe
@@ -116,11 +110,15 @@ IGNORE = -100
 
 @dataclass
 class Batch:
-    """``ids``, ``labels``, ``positions``: [batch, tokens]; labels are IGNORE where no loss is taken."""
+    """``ids``, ``labels``, ``positions``: [batch, tokens]; labels are IGNORE where no loss is taken; a task per row."""
 
     ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+    tasks: list[str]
+
+    def to(self, device: str) -> Batch:
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), self.tasks)
 
 
 def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -142,31 +140,18 @@ def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tupl
     return ids, labels
 
 
-def _induction(rng: random.Random, length: int, vocabulary: list[int]) -> tuple[list[int], list[int]]:
-    """Random tokens, then passages of 3 to 16 tokens copied from random places; loss from a passage's second token on."""
-    half = rng.randrange(length // 4, length // 2)
-    ids = [rng.choice(vocabulary) for _ in range(half)]
-    labels = [IGNORE] * half
-    while len(ids) < length:
-        size = rng.randrange(3, 17)
-        start = rng.randrange(0, half - size) if half > size else 0
-        passage = ids[start : start + size]
-        ids += passage
-        labels += [IGNORE, *passage[1:]]
-    return ids[:length], labels[:length]
+def _repeats(rng: random.Random, length: int, vocabulary: list[int]) -> tuple[list[int], list[int]]:
+    """A passage of random tokens, over and over; loss from the second time on, but for a passage's first token.
+
+    The passage's length differs from row to row: a fixed one is solved by position, which transfers to nothing.
+    """
+    size = rng.randrange(length // 4, length // 2 + 1)
+    passage = [rng.choice(vocabulary) for _ in range(size)]
+    times = length // size + 1
+    return (passage * times)[:length], ([IGNORE] * size + [IGNORE, *passage[1:]] * times)[:length]
 
 
-_WEIGHTS = {
-    "kv": 2.0,
-    "vt": 2.0,
-    "mf": 1.5,
-    "many_shot": 1.5,
-    "arithmetic": 2.0,
-    "lists": 0.7,
-    "formats": 0.4,
-    "facts": 0.4,
-    "functions": 0.4,
-}
+_WEIGHTS = {"kv": 1.5, "arithmetic": 2.5, "lists": 0.6, "formats": 0.3, "facts": 0.3, "functions": 0.5}
 
 
 def _draw(rng: random.Random, length: int) -> Session:
@@ -187,23 +172,27 @@ def _draw(rng: random.Random, length: int) -> Session:
     return SCBENCH_MINI[name](rng, context, turns)
 
 
-def make_batch(recipe: Recipe, step: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """The batch of one step; a function of (recipe.seed, step) alone."""
-    stage, length = recipe.stage_at(step)
-    rng = random.Random(f"{recipe.name}/{recipe.seed}/{step}")
-    rows = []
-    words = tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS]) if stage.name == "induction" else []
-    for _ in range(stage.tokens // length):
-        if stage.name == "induction" and rng.random() < 0.75:
-            rows.append(_induction(rng, length, words))
+def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """The batch of one step of a stage; a function of (recipe.name, recipe.seed, stage.name, step) alone."""
+    rng = random.Random(f"{recipe.name}/{recipe.seed}/{stage.name}/{step}")
+    length = rng.randrange(stage.first, stage.last + 1)
+    words = tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS])
+    rows, tasks = [], []
+    for _ in range(max(1, stage.tokens // length)):
+        if stage.name == "induction":
+            tasks.append(stage.name)
+            rows.append(_repeats(rng, length, words))
         else:
-            ids, labels = encode_session(_draw(rng, length), tokenizer)
+            session = _draw(rng, length)
+            tasks.append(session.task)
+            ids, labels = encode_session(session, tokenizer)
             rows.append((ids[: length + 64], labels[: length + 64]))
     width = max(len(ids) for ids, _ in rows)
     batch = Batch(
         ids=torch.full((len(rows), width), int(tokenizer.pad_token_id)),
         labels=torch.full((len(rows), width), IGNORE),
         positions=torch.zeros(len(rows), width, dtype=torch.long),
+        tasks=tasks,
     )
     for row, (ids, labels) in enumerate(rows):
         batch.ids[row, : len(ids)] = torch.tensor(ids)
@@ -218,11 +207,37 @@ def make_batch(recipe: Recipe, step: int, tokenizer: PreTrainedTokenizerFast) ->
     return batch
 
 
-def _learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up, flat, then linear decay to a twentieth over the last third."""
-    decay = recipe.steps // 3
-    warm = min(1.0, (step + 1) / recipe.warmup)
-    return warm * max(0.05, min(1.0, (recipe.steps - step) / max(1, decay)))
+@torch.no_grad()
+def _previous_token_head(model: LlamaForCausalLM, theta: float, sharpness: float = 20.0, pairs: int = 4) -> None:
+    """Turns the first attention head of the first layer into one that looks at the previous token.
+
+    All embeddings get a common component c, which makes up half of their energy. The head's query is a fixed vector u along
+    c, spread over the ``pairs`` fastest rotary frequencies, its key is u rotated by one position: the logit at distance d is
+    then ``sharpness * mean_i cos(theta_i (d - 1))``, largest at d = 1. Training is free to undo any of it.
+    """
+    config = model.config
+    dim, hidden = config.head_dim, config.hidden_size
+    common = F.normalize(torch.randn(hidden), dim=0)
+    embeddings = model.model.embed_tokens.weight
+    embeddings.add_(common * embeddings.norm(dim=-1).mean())
+    frequencies = theta ** (-torch.arange(0, dim, 2) / dim)[:pairs]
+    query, key = torch.zeros(dim), torch.zeros(dim)
+    query[:pairs] = pairs**-0.5
+    key[:pairs], key[dim // 2 : dim // 2 + pairs] = frequencies.cos() * pairs**-0.5, frequencies.sin() * pairs**-0.5
+    # After RMSNorm the component along c has length sqrt(hidden / 2); the softmax scale is 1 / sqrt(dim).
+    size = (sharpness * dim**0.5 / (hidden / 2)) ** 0.5
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight[:dim] = size * torch.outer(query, common)
+    attention.k_proj.weight[:dim] = size * torch.outer(key, common)
+
+
+def _learning_rate(recipe: Recipe, stage: Stage, step: int) -> float:
+    """Warm-up in the first stage, then flat, then linear decay to a twentieth over the last stage."""
+    if stage is recipe.stages[0]:
+        return min(1.0, (step + 1) / recipe.warmup)
+    if stage is recipe.stages[-1]:
+        return max(0.05, 1 - step / stage.steps)
+    return 1.0
 
 
 class Muon(torch.optim.Optimizer):
@@ -269,8 +284,8 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
     ]
 
 
-def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
-    """Cross-entropy and accuracy on the labelled tokens; the output head runs on those positions alone.
+def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, list[float]]:
+    """Cross-entropy on the labelled tokens, and the accuracy on them by row; the output head runs on them alone.
 
     Every sequence weighs the same, however long its answers are: or the written-out steps of arithmetic would drown the
     few tokens that a retrieval task answers with.
@@ -280,12 +295,32 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, fl
     wanted = labels != IGNORE
     logits = model.lm_head(hidden[:, :-1][wanted])
     targets = labels[wanted]
-    weight = (1.0 / wanted.sum(1, keepdim=True).clamp(min=1)).expand_as(wanted)[wanted]
-    loss = (F.cross_entropy(logits.float(), targets, reduction="none") * weight).sum() / weight.sum()
-    return loss, float(((logits.argmax(-1) == targets).float() * weight).sum() / weight.sum())
+    rows = wanted.nonzero()[:, 0]
+    weight = 1.0 / wanted.sum(1).clamp(min=1)[rows]
+    loss = (F.cross_entropy(logits.float(), targets, reduction="none") * weight).sum() / len(labels)
+    hits = torch.zeros(len(labels), device=weight.device).index_add_(0, rows, (logits.argmax(-1) == targets) * weight)
+    return loss, hits.tolist()
 
 
-def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+@dataclass
+class _Progress:
+    """Where a run stands: the stage, the steps done in it, the running accuracy (decay 0.95) and all steps done."""
+
+    stage: int = 0
+    step: int = 0
+    accuracy: float = 0.0
+    done: int = 0
+
+    def advance(self, stage: Stage, accuracy: float) -> None:
+        self.step, self.done = self.step + 1, self.done + 1
+        self.accuracy += 0.05 * (accuracy - self.accuracy)
+        if self.step >= stage.steps or self.accuracy >= stage.until:
+            self.stage, self.step, self.accuracy = self.stage + 1, 0, 0.0
+
+
+def _save(
+    folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: _Progress
+) -> None:
     """Checkpoint without pickle: weights and moments as safetensors, written beside and then renamed."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     for index, optimizer in enumerate(optimizers):
@@ -293,16 +328,15 @@ def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Op
             for name, value in state.items():
                 tensors[f"optimizer.{index}.{key}.{name}"] = torch.as_tensor(value)
     temporary = folder / "checkpoint.tmp"
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+    metadata = {"progress": json.dumps(asdict(progress))}
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata=metadata)
     temporary.replace(folder / "checkpoint.safetensors")
 
 
-def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
-    from safetensors import safe_open
-
+def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> _Progress:
     path = folder / "checkpoint.safetensors"
     if not path.exists():
-        return 0
+        return _Progress()
     tensors = load_file(path)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
     for index, optimizer in enumerate(optimizers):
@@ -313,7 +347,7 @@ def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim
                 state["state"].setdefault(int(number), {})[name] = value
         optimizer.load_state_dict(state)
     with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"])
+        return _Progress(**json.loads(file.metadata()["progress"]))
 
 
 def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 100) -> Iterator[dict[str, Any]]:
@@ -325,39 +359,45 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     tokenizer = train_tokenizer()
-    model = LlamaForCausalLM(recipe.config(tokenizer)).to(device)
-    model.train()
+    model = LlamaForCausalLM(recipe.config(tokenizer))
+    _previous_token_head(model, recipe.rope_theta)
+    model.to(device).train()
     optimizers = _optimizers(model, recipe)
-    first = _restore(folder, model, optimizers)
+    progress = _restore(folder, model, optimizers)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    base = [[recipe.matrix_learning_rate], [recipe.learning_rate]] if first else rates
-    losses, hits, seen, start = 0.0, 0.0, 0, time.perf_counter()
-    for step in range(first, recipe.steps):
-        batch = make_batch(recipe, step, tokenizer)
-        batch = replace(batch, **{k: v.to(device) for k, v in vars(batch).items()})
-        scale = _learning_rate(recipe, step)
-        for optimizer, lrs in zip(optimizers, base, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * scale
-        loss, accuracy = answer_loss(model, batch)
+    base = (recipe.matrix_learning_rate, recipe.learning_rate)
+    losses: list[float] = []
+    hits: dict[str, list[float]] = {}
+    seen, start = 0, time.perf_counter()
+    while progress.stage < len(recipe.stages):
+        stage = recipe.stages[progress.stage]
+        batch = make_batch(recipe, stage, progress.step, tokenizer).to(device)
+        scale = _learning_rate(recipe, stage, progress.step)
+        for optimizer, rate in zip(optimizers, base, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+        loss, accuracies = answer_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses, hits, seen = losses + float(loss.detach()), hits + accuracy, seen + batch.ids.numel()
-        if (step + 1) % every == 0 or step + 1 == recipe.steps:
-            _save(folder, model, optimizers, step + 1)
-            span = (step - first) % every + 1
+        progress.advance(stage, statistics.mean(accuracies))
+        losses.append(float(loss.detach()))
+        for task, accuracy in zip(batch.tasks, accuracies, strict=True):
+            hits.setdefault(task, []).append(accuracy)
+        seen += batch.ids.numel()
+        if progress.done % every == 0 or progress.step == 0:
+            _save(folder, model, optimizers, progress)
             yield {
-                "step": step + 1,
-                "of": recipe.steps,
-                "stage": recipe.stage_at(step)[0].name,
-                "loss": losses / span,
-                "accuracy": hits / span,
+                "step": progress.done,
+                "of": progress.done + sum(s.steps for s in recipe.stages[progress.stage :]) - progress.step,
+                "stage": stage.name,
+                "loss": statistics.mean(losses),
+                "accuracy": statistics.mean(value for values in hits.values() for value in values),
+                "tasks": {task: statistics.mean(values) for task, values in sorted(hits.items())},
                 "tokens_per_s": seen / (time.perf_counter() - start),
             }
-            losses, hits, seen, start = 0.0, 0.0, 0, time.perf_counter()
+            losses, hits, seen, start = [], {}, 0, time.perf_counter()
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
