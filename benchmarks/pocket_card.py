@@ -50,7 +50,7 @@ def measure(name: str, sessions: int, lengths: tuple[int, ...]) -> list[Record]:
                 bench="pocket-card",
                 metric="accuracy",
                 value=statistics.mean(scores),
-                ci=bootstrap_ci(scores, [hash(result.session) for result in results]),
+                ci=bootstrap_ci(scores, [result.session for result in results]),
                 n=len(scores),
                 model=Path(name).name,
                 setting={"task": task, label: size},

@@ -36,7 +36,7 @@ def tiny(kind: str = "gqa", seed: int = 0, **sizes: object) -> PreTrainedModel:
     if kind == "neox":
         config = GPTNeoXConfig(**wanted)
     elif kind == "qwen2":
-        config = Qwen2Config(num_key_value_heads=kv_heads, **wanted)
+        config = Qwen2Config(**{"num_key_value_heads": kv_heads, **wanted})
     elif kind == "qwen3":
         config = Qwen3Config(**{"num_key_value_heads": kv_heads, "head_dim": 16, **wanted})
     else:

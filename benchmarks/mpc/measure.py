@@ -5,12 +5,12 @@
 
 Writes `benchmarks/results/mpc_costs.json`, after every operator, so that a killed run keeps what it has;
 records of the operators measured again are replaced. Sizes marked "held_out" are never used to fit the cost
-model (`python -m broadsheet.methods.caches.mpc_cost calibrate`).
+model (`python -m broadsheet.methods.caches.mpc_prices calibrate`).
 
 A record: op, protocol, parties, T, k, H, d, split, repeats, bytes and actions (per party: total over the
 ranks divided by their number), cpu_s (CPU seconds per party), bytes_by_rank and actions_by_rank (of the first
-repeat), samples (bytes and actions of every repeat), max_abs_error, equals_plaintext, versions, date. The
-mean over the repeats is recorded, except for CHEETAH, where it is the least: a refill of its
+repeat), samples (bytes and actions of every repeat), max_abs_error and max_fixed_point_error (see spu_job.py),
+versions, date. The mean over the repeats is recorded, except for CHEETAH, where it is the least: a refill of its
 oblivious-transfer pool (about 2,200 messages) falls into whichever operator empties the pool, and is left out
 everywhere but in top-k.
 """
@@ -70,10 +70,13 @@ CLUSTERS_FIT = [
 ]
 CLUSTERS_HELD_OUT = [(13, 0, 8, 64), (26, 0, 8, 64), (48, 0, 8, 64), (96, 0, 8, 64), (24, 0, 4, 32)]
 GRID = {
-    "qk": ([*TOKENS_FIT, (64, 0, 8, 512), (64, 0, 8, 1024)], [*TOKENS_HELD_OUT, (64, 0, 8, 410)]),
+    "qk": (
+        [*TOKENS_FIT, (64, 0, 8, 200), (64, 0, 8, 300), (64, 0, 8, 512), (64, 0, 8, 1024)],
+        [*TOKENS_HELD_OUT, (64, 0, 8, 410)],
+    ),
     "softmax": (TOKENS_FIT, TOKENS_HELD_OUT),
     "softmax_stock": (TOKENS_FIT, TOKENS_HELD_OUT),
-    "attention": (TOKENS_FIT, TOKENS_HELD_OUT),
+    "attention": ([*TOKENS_FIT, (200, 0, 8, 64), (400, 0, 8, 64)], TOKENS_HELD_OUT),
     "attention_stock": (TOKENS_FIT, TOKENS_HELD_OUT),
     "cosine": (TOKENS_FIT, TOKENS_HELD_OUT),
     "topk": (TOPK_FIT, TOPK_HELD_OUT),
@@ -90,8 +93,8 @@ GRID = {
 }
 # CHEETAH works on ciphertexts, minutes for large sizes on one core: fewer operators, sizes and repeats.
 CHEETAH_OPS = (
-    "qk", "softmax", "attention", "topk", "one_hot", "one_hot_arithmetic", "gather", "sim_max", "sim_max_by_sign",
-    "sim_linear", "sim_linear_matmul", "cluster_update",
+    "qk", "softmax", "attention", "topk", "one_hot", "one_hot_arithmetic", "gather", "sim_max",
+    "sim_max_by_sign", "sim_linear", "sim_linear_matmul", "cluster_update",
 )
 CHEETAH_MOST_ENTRIES = 65_536  # H * T * k
 
@@ -148,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     python = os.environ.get("BROADSHEET_SPU_PYTHON")
     if not python:
-        raise SystemExit("set BROADSHEET_SPU_PYTHON to the python of the SPU environment (see mpc_cost.py)")
+        raise SystemExit("set BROADSHEET_SPU_PYTHON to the python of the SPU environment (see mpc_prices.py)")
     for protocol in args.protocol:
         for op in args.op if protocol != "cheetah" else [op for op in args.op if op in CHEETAH_OPS]:
             records = json.loads(args.out.read_text()) if args.out.exists() else []

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -162,7 +162,24 @@ def write_json(records: Iterable[Record], target: str) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
 
 
+def write_results(records: Sequence[Record], path: str | Path) -> None:
+    """Writes a committed result: what all records share stands once, under ``shared``."""
+    rows = [record.to_json() for record in records]
+    first = rows[0]
+    shared = {name: value for name, value in first.items() if all(row[name] == value for row in rows)}
+    lines = [
+        json.dumps({name: value for name, value in row.items() if name not in shared}, ensure_ascii=False) for row in rows
+    ]
+    text = '{"shared": ' + json.dumps(shared, ensure_ascii=False) + ',\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
 def read_json(path: str | Path) -> Iterator[Record]:
-    """Reads what `write_json` wrote."""
-    for row in json.loads(Path(path).read_text(encoding="utf-8")):
-        yield Record.from_json(row)
+    """Reads what `write_json` or `write_results` wrote."""
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    shared = {}
+    if isinstance(rows, dict):
+        shared, rows = rows["shared"], rows["records"]
+    for row in rows:
+        yield Record.from_json({**shared, **row})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from scipy.stats import binomtest
 
 
 def bootstrap_ci(
-    values: Sequence[float], groups: Sequence[int] | None = None, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Sequence[float], groups: Sequence[Hashable] | None = None, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the mean of ``values``.
 
@@ -18,8 +18,9 @@ def bootstrap_ci(
     array = np.asarray(values, dtype=float)
     if array.size == 0:
         raise ValueError("no values to bootstrap")
-    labels = np.arange(array.size) if groups is None else np.asarray(groups)
-    _, inverse = np.unique(labels, return_inverse=True)
+    numbers: dict[Hashable, int] = {}  # in order of appearance: the same samples give the same interval
+    labels = range(array.size) if groups is None else groups
+    inverse = np.array([numbers.setdefault(label, len(numbers)) for label in labels])
     count = inverse.max() + 1
     sums, sizes = np.bincount(inverse, array, count), np.bincount(inverse, minlength=count)
     picks = np.random.default_rng(seed).integers(0, count, (draws, count))
@@ -31,7 +32,7 @@ def bootstrap_ci(
 def paired_difference(
     a: Sequence[float],
     b: Sequence[float],
-    groups: Sequence[int] | None = None,
+    groups: Sequence[Hashable] | None = None,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,

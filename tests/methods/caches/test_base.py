@@ -1,10 +1,13 @@
 """The foundation of the caches: exactness at full budget, no leaks, true positions, real bytes."""
 
+import copy
+
 import pytest
 import torch
 from tiny import positions, random_ids, shared_tiny, tiny
-from transformers import DynamicCache, GemmaConfig, Gemma2Config, MistralConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GemmaConfig, MistralConfig
 
+from broadsheet.core.models.taps import attention_modules
 from broadsheet.core.numerics.ledger import nbytes
 from broadsheet.methods.caches.full import Full
 from broadsheet.methods.caches.h2o import H2O
@@ -56,7 +59,9 @@ def test_generate_runs_with_padding_in_both_dtypes(method, dtype):
     model = tiny("gqa").to(dtype)
     ids, mask = padded()
     cache = method.cache(model)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=cache, min_new_tokens=5)
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=cache, min_new_tokens=5
+    )
     assert out.shape == (2, 55)
     assert cache.seen == 54
     if method in WHOLE:
@@ -189,11 +194,41 @@ def test_a_cache_refuses_a_model_that_no_longer_taps():
         other(random_ids(1, 4), past_key_values=cache)
 
 
+def test_a_deep_copy_is_tapped_once():
+    model = tiny("gqa")
+    Full().cache(model)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        Full().cache(one)
+        assert [len(module._forward_pre_hooks) for module in attention_modules(one)] == [1, 1, 1]
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        first, second = (one(ids, past_key_values=H2O(0.5).cache(one)).logits for one in (model, twin))
+    assert torch.equal(first, second)
+
+
+def test_a_new_cache_taps_a_model_whose_attention_was_changed():
+    model = tiny("gqa")
+    Full().cache(model)
+    model.set_attn_implementation("sdpa")
+    cache = SnapKV(0.5).cache(model)
+    with torch.no_grad():
+        model(random_ids(1, 40), past_key_values=cache)
+    assert cache.layers[0].stored == 20
+    assert all(len(module._forward_pre_hooks) == 1 for module in attention_modules(model))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Gemma2Config(**{"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 50}), "full attention"),
-        (MistralConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=50, sliding_window=8), "sliding window"),
+        (
+            Gemma2Config(**{"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 50}),
+            "full attention",
+        ),
+        (
+            MistralConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=50, sliding_window=8),
+            "sliding window",
+        ),
     ],
     ids=["gemma2", "mistral-sliding"],
 )
@@ -207,8 +242,24 @@ def test_unsupported_attention_is_refused_in_one_line(config, message):
 @pytest.mark.parametrize(
     "config",
     [
-        GemmaConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=50, head_dim=8, num_attention_heads=4, num_key_value_heads=2),
-        MistralConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=50, sliding_window=None, num_attention_heads=4, num_key_value_heads=2),
+        GemmaConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=32,
+            vocab_size=50,
+            head_dim=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        MistralConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=32,
+            vocab_size=50,
+            sliding_window=None,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
     ],
     ids=["gemma", "mistral"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from transformers import (
     CohereConfig,
     CohereForCausalLM,
     DynamicCache,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     GlmConfig,
     GlmForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     HeliumConfig,
     HeliumForCausalLM,
     LlamaConfig,
@@ -90,7 +91,7 @@ def llama(kv_heads: int = 2, **more) -> LlamaForCausalLM:
 
 
 def outliers(model, factor: float, channels=(3, 11), seed: int = 0):
-    """Multiplies rows of W_k by ``factor``, and the same rows of W_q by its inverse: the same function, larger keys."""
+    """Multiplies rows of W_k by ``factor`` and those of W_q by its inverse: same function, larger keys."""
     geometry = Geometry.of(model.config)
     half = geometry.head_dim // 2
     scale = torch.ones(geometry.head_dim)
@@ -154,7 +155,8 @@ def sorting_errors(block: int) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize(
-    ("block", "plain", "ordered"), [(8, 0.118, 0.110), (16, 0.159, 0.135), (32, 0.199, 0.176), (64, 0.233, 0.233)]
+    ("block", "plain", "ordered"),
+    [(8, 0.118, 0.110), (16, 0.159, 0.135), (32, 0.199, 0.176), (64, 0.233, 0.233)],
 )
 def test_acceptance_3_errors_before_and_after_sorting(block, plain, ordered):
     measured = sorting_errors(block)
@@ -227,7 +229,7 @@ def test_acceptance_6_edges(golden):
 
 
 def test_acceptance_6_where_the_kernel_rounds_its_input_first(golden):
-    """The reference adds 6 * 2^E in float32 before it rounds: the only entries of 2^20 where it is not exact, by one step."""
+    """The reference adds 6 * 2^E in float32 before it rounds: of 2^20 entries these differ, by one step."""
     ours = bfp_quantise(golden["rebased_x"], 8, 16)
     marked = golden["rebased_exact_rule_differs"].bool()
     steps = torch.ldexp(torch.ones(22, 1), ours.exponents.int() - 6).expand(-1, 16)
@@ -328,7 +330,7 @@ RANK_OF = {"olmo2-flat-qk-norm": "weight"}
 
 
 def exact_norms(model, monkeypatch) -> None:
-    """Lets RMSNorms compute in the model's dtype, not float32: over a QK-norm the order of a sum would show at 1e-7."""
+    """RMSNorms in the model's dtype, not float32, where the order of a QK-norm's sum shows at 1e-7."""
 
     def forward(norm, x):
         return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
@@ -356,10 +358,12 @@ def test_acceptance_2_sorting_changes_no_output(name, monkeypatch):
             assert float((old - new).abs().max()) <= tolerance * max(1.0, float(old.abs().max())), count
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-qk-norm", "glm-interleaved-partial", "helium-interleaved"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "qwen3-qk-norm", "glm-interleaved-partial", "helium-interleaved"]
+)
 @pytest.mark.parametrize("rank", ["weight", "random", "interleaved", "calibration"])
 def test_sorted_keys_are_the_permuted_keys(name, rank):
-    """Both routes of the paper's appendix: what the sorted model hands to attention is the permuted post-rotation state."""
+    """What the sorted model hands to attention is the permuted state of the unsorted one."""
     model = MODELS[name]()
     changed, plan = ksort(model, rank=rank, pair_aware=rank != "weight", prompts=[ids(40)])
     group = Geometry.of(model.config).heads // Geometry.of(model.config).kv_heads
@@ -420,7 +424,10 @@ def test_inplace_and_copy():
         torch.testing.assert_close(model(ids(20)).logits, truth, atol=1e-5, rtol=1e-4)
         twin = copy.deepcopy(model)
         torch.testing.assert_close(twin(ids(20)).logits, truth, atol=1e-5, rtol=1e-4)
-        assert twin.model.layers[0].self_attn.sorted_rotation is not model.model.layers[0].self_attn.sorted_rotation
+        assert (
+            twin.model.layers[0].self_attn.sorted_rotation
+            is not model.model.layers[0].self_attn.sorted_rotation
+        )
     with pytest.raises(ValueError, match="sorted already"):
         ksort(model)
     with pytest.raises(ValueError, match="rank='none'"):
@@ -450,7 +457,7 @@ def test_acceptance_9_a_sorted_checkpoint_needs_its_plan(name, dtype, tmp_path):
     for loader in (AutoModelForCausalLM, type(model)):
         with pytest.raises(KeyError, match="load_sorted"):
             loader.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="plan.save"):
+    with pytest.raises(FileNotFoundError, match=r"plan\.save"):
         load_sorted(tmp_path)
     plan.save(tmp_path)
     with pytest.raises(KeyError, match="load_sorted"):
@@ -494,6 +501,9 @@ def test_plan_on_disk(tmp_path):
     # A checkpoint beside another model's plan.
     sorted_other, _ = ksort(other)
     sorted_other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another model"):
+        load_sorted(tmp_path)
+    replace(plan, orders=plan.orders[:1]).save(tmp_path)
     with pytest.raises(ValueError, match="another model"):
         load_sorted(tmp_path)
     model.save_pretrained(tmp_path / "plain")
@@ -671,12 +681,15 @@ def test_sorting_helps_where_there_are_outliers():
             assert errors[rank] < 0.9 * errors["none"] < errors["interleaved"], (rank, errors)
         assert key_error(model, base, prompt) == errors["weight_gain"]
     # One block a head: nothing to gain, exactly.
-    whole = {rank: key_error(model, KSortBFP(block=32, rank=rank), prompt) for rank in ("weight", "none", "random")}
+    whole = {
+        rank: key_error(model, KSortBFP(block=32, rank=rank), prompt) for rank in ("weight", "none", "random")
+    }
     assert max(whole.values()) - min(whole.values()) < 1e-6
     # More mantissa bits, less error.
     falling = [key_error(model, KSortBFP(block=8, key_bits=bits), prompt) for bits in (3, 4, 6, 8)]
     assert falling == sorted(falling, reverse=True)
-    assert falling[-1] == pytest.approx(falling[1] / 16, rel=0.1)
+    # Two bits are a factor of 4, once no channel drowns in the step as a whole (at 3 and 4 bits some do).
+    assert falling[3] == pytest.approx(falling[2] / 4, rel=0.1)
 
 
 def test_stored_keys_are_the_quantised_sorted_keys():
@@ -737,7 +750,11 @@ def test_chunks_turns_forks_beams_and_reset():
         run(model, whole, prompt)
         assert torch.equal(run(model, whole, turn, ids(1, seed=3)), after)
         model.generate(
-            ids(20, rows=2), past_key_values=method.cache(model), max_new_tokens=5, num_beams=2, do_sample=False
+            ids(20, rows=2),
+            past_key_values=method.cache(model),
+            max_new_tokens=5,
+            num_beams=2,
+            do_sample=False,
         )
 
 
@@ -791,7 +808,7 @@ def test_at_budget_choices():
     assert choose(0.27) == (4, 4, 32)
     assert choose(0.25) == (4, 3, 16)
     assert choose(0.55) == (8, 8, 16)
-    assert choose(0.8) == (8, None, 16)
+    assert choose(0.8) == (8, None, 8)
     with pytest.raises(Unreachable) as caught:
         KSortBFP().at_budget(0.1, 200, geometry)
     assert KSortBFP().at_budget(caught.value.least, 200, geometry).key_bits == 2

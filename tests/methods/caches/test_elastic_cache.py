@@ -7,15 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    DynamicCache,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny import positions, random_ids, tiny
+from transformers import DynamicCache
 
 from broadsheet.core.models.rotary import rotate
 from broadsheet.core.models.taps import Tokens
@@ -28,30 +21,14 @@ from broadsheet.methods.caches.elastic_cache import (
     assign_buckets,
     choose_anchors,
     importance,
+    official_selection,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "elastic_cache_official.safetensors"
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
 
 
 def build(kind="gqa"):
-    torch.manual_seed(0)
-    if kind == "neox":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, rotary_pct=0.5, max_position_embeddings=1024))
-    else:
-        config, cls = (Qwen3Config, Qwen3ForCausalLM) if kind == "qwen3" else (LlamaConfig, LlamaForCausalLM)
-        kv_heads = 4 if kind == "mha" else 2
-        model = cls(config(**SIZES, num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=1024))
-    for weight in model.parameters():  # sharper attention than a fresh model's, so that scores differ
-        if weight.dim() == 2:
-            weight.data.mul_(4)
-    return model.eval()
+    return tiny(kind, hidden_size=32, intermediate_size=48)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +37,14 @@ def model():
 
 
 def prompt_ids(tokens, rows=1, seed=1):
-    return torch.randint(0, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return random_ids(rows, tokens, seed)
 
 
 @torch.no_grad()
 def feed(model, cache, ids, mask=None):
     extra = {}
     if mask is not None:
-        extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]}
+        extra = {"attention_mask": mask, "position_ids": positions(mask)[:, -ids.shape[1] :]}
     return model(ids, past_key_values=cache, use_cache=True, **extra).logits
 
 
@@ -104,8 +81,7 @@ def step(layer, count=1):
     layer.append(random_tokens(count, positions=torch.arange(layer.seen, layer.seen + count)[None]))
 
 
-# --- acceptance checks
-# ----------------------------------------------------------------------------------------
+# --- acceptance checks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen3", "neox"])
@@ -122,6 +98,8 @@ def test_acceptance_1_budget_one_changes_no_bit(kind):
 def test_acceptance_2_bucket_example():
     buckets = assign_buckets(torch.tensor([[[0, 3, 8, 11]]]), 12)
     assert buckets[0, 0].tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    # a filling slot of a shorter row gets no token, however far off the first anchor is
+    assert assign_buckets(torch.tensor([[[-1, 20, 25]]]), 30)[0, 0].tolist() == [1] * 23 + [2] * 7
 
 
 def test_acceptance_2_buckets_partition_around_their_anchors():
@@ -157,9 +135,7 @@ def test_acceptance_3_slots_are_bucket_means(model, merge, granularity):
     assert layer.stored == 12
     for head in range(2):
         anchors = sorted([0, 39, *(scores[head, 1:39].topk(10).indices + 1).tolist()])
-        nearest = (
-            (torch.arange(40)[:, None] - torch.tensor(anchors)).abs().argmin(-1)
-        )  # the left one of equals
+        nearest = (torch.arange(40)[:, None] - torch.tensor(anchors)).abs().argmin(-1)  # the left one of equals
         for slot, anchor in enumerate(anchors):
             members = (nearest == slot).nonzero().flatten()
             for stored, states in [(layer.stored_keys, prompt.keys), (layer.stored_values, prompt.values)]:
@@ -228,6 +204,20 @@ def test_acceptance_6_importance_by_formula():
         torch.testing.assert_close(found[0, 0], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_acceptance_6_a_layer_uses_the_statistic_named(model):
+    torch.manual_seed(17)
+    prompt = random_tokens(20, queries=torch.randn(1, 4, 20, 8))
+    for statistic, decay in [("sum", 0.9), ("mean", 0.9), ("moving_average", 0.9), ("moving_average", 0.7)]:
+        shared, apart = (
+            lone_layer(model, ElasticCache(importance=statistic, decay=decay, granularity=granularity))
+            for granularity in ("layer", "head")
+        )
+        received = importance(prompt, shared.scaling, statistic, decay)
+        assert received.shape == (1, 2, 2, 20)
+        torch.testing.assert_close(shared.scores(prompt)[0, 0], received[0].mean((0, 1)))
+        torch.testing.assert_close(apart.scores(prompt)[0], received[0].mean(1))
+
+
 def test_acceptance_6_sum_and_mean_choose_different_anchors():
     # Uniform, so early tokens are seen by most queries; but token 9 is seen by few and by much.
     attention = torch.ones(1, 12, 12).tril()
@@ -265,9 +255,7 @@ def test_acceptance_7_follow_up_equals_token_by_token(kind, monkeypatch):
     assert both.get_seq_length() == 47
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"discard": "frequency"}, {"merge_keys": "pre_rope", "mass_bias": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"discard": "frequency"}, {"merge_keys": "pre_rope", "mass_bias": True}])
 def test_acceptance_8_rows_are_independent(options):
     model, method = build(), ElasticCache(budget=0.4, distance=5, **options)
     long, short = prompt_ids(37), prompt_ids(26, seed=2)
@@ -278,24 +266,19 @@ def test_acceptance_8_rows_are_independent(options):
     both = method.cache(model)
     alone = [method.cache(model), method.cache(model)]
     joint = feed(model, both, ids, mask)[:, -1]
-    apart = torch.cat(
-        [feed(model, cache, row)[:, -1] for cache, row in zip(alone, (long, short), strict=True)]
-    )
+    apart = torch.cat([feed(model, cache, row)[:, -1] for cache, row in zip(alone, (long, short), strict=True)])
     torch.testing.assert_close(joint, apart, atol=2e-5, rtol=1e-4)
     for token in new.T:
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
         joint = feed(model, both, token.view(2, 1), mask)[:, -1]
-        apart = torch.cat(
-            [feed(model, cache, token[row].view(1, 1))[:, -1] for row, cache in enumerate(alone)]
-        )
+        apart = torch.cat([feed(model, cache, token[row].view(1, 1))[:, -1] for row, cache in enumerate(alone)])
         torch.testing.assert_close(joint, apart, atol=5e-5, rtol=1e-3)
         for layer, one, other in zip(both.layers, alone[0].layers, alone[1].layers, strict=True):
             real = torch.ones(2, 1, layer.stored) if layer.valid is None else layer.valid
             assert real.sum(-1)[:, 0].tolist() == [one.stored, other.stored]
 
 
-# --- parity with the official code
-# ----------------------------------------------------------------------------
+# --- parity with the official code -------------------------------------------------------------------------------------
 
 CASES = {
     "t12_r50_s1_d-3": (0.5, 1, -3),
@@ -323,29 +306,19 @@ def test_golden_official_quirks(model, case, monkeypatch):
         k, v = keys[index][None], values[index][None]
         prompt = tokens(k[:, :, :total], v[:, :, :total], queries=torch.zeros(1, heads, total, 2))
         layer = lone_layer(model, method)
-        torch.testing.assert_close(
-            layer.scores(prompt)[0, 0], golden[f"{case}.score"][index], atol=1e-6, rtol=1e-6
-        )
+        torch.testing.assert_close(layer.scores(prompt)[0, 0], golden[f"{case}.score"][index], atol=1e-6, rtol=1e-6)
         layer.prefill(prompt)
-        torch.testing.assert_close(
-            layer.stored_keys[0], golden[f"{case}.k_merged"][index], atol=1e-6, rtol=1e-6
-        )
-        torch.testing.assert_close(
-            layer.stored_values[0], golden[f"{case}.v_merged"][index], atol=1e-6, rtol=1e-6
-        )
+        torch.testing.assert_close(layer.stored_keys[0], golden[f"{case}.k_merged"][index], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(layer.stored_values[0], golden[f"{case}.v_merged"][index], atol=1e-6, rtol=1e-6)
         for i, stored in enumerate(golden[f"{case}.stored_per_step"].tolist()):
             at = slice(total + i, total + i + 1)
             layer.append(tokens(k[:, :, at], v[:, :, at], positions=torch.tensor([[total + i]])))
             assert layer.stored == stored
-        torch.testing.assert_close(
-            layer.stored_keys[0], golden[f"{case}.k_final"][index], atol=1e-6, rtol=1e-6
-        )
+        torch.testing.assert_close(layer.stored_keys[0], golden[f"{case}.k_final"][index], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_official_selection(case):
-    from broadsheet.methods.caches.elastic_cache import official_selection
-
     golden = load_file(GOLDEN)
     ratio, n_sink, _ = CASES[case]
     for index, scores in enumerate(golden[f"{case}.score"]):
@@ -356,8 +329,7 @@ def test_golden_official_selection(case):
         assert targets.tolist() == golden[f"{case}.merge_target"][index].tolist()
 
 
-# --- components
-# -------------------------------------------------------------------------------------------------
+# --- components --------------------------------------------------------------------------------------------------------
 
 
 def test_pre_rope_means_turn_to_the_anchor(model):
@@ -381,8 +353,7 @@ def test_merge_keys_none_keeps_the_anchors_keys(model):
     torch.manual_seed(9)
     prompt = random_tokens(30)
     values_only, evicted = (
-        lone_layer(model, ElasticCache(budget=0.3, **options))
-        for options in ({"merge_keys": "none"}, {"merge": False})
+        lone_layer(model, ElasticCache(budget=0.3, **options)) for options in ({"merge_keys": "none"}, {"merge": False})
     )
     values_only.prefill(prompt)
     evicted.prefill(prompt)
@@ -403,8 +374,7 @@ def test_mass_bias_is_exact_when_keys_coincide(model):
         new.queries = torch.randn(1, 4, 1, 8)
         outputs[bias] = layer.attend(new, None, layer.scaling)
     keys, values = (
-        torch.cat(pair, 2).repeat_interleave(2, 1)
-        for pair in ((prompt.keys, new.keys), (prompt.values, new.values))
+        torch.cat(pair, 2).repeat_interleave(2, 1) for pair in ((prompt.keys, new.keys), (prompt.values, new.values))
     )
     weights = (new.queries @ keys.transpose(-1, -2) * layer.scaling).softmax(-1)
     exact = (weights @ values).transpose(1, 2)

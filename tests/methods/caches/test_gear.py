@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from tiny import SHARED, random_ids, tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from broadsheet.core.numerics.packing import unpack
 from broadsheet.methods.caches.base import Geometry
@@ -20,7 +20,6 @@ from broadsheet.methods.caches.gear import GEAR, GearBlock, compress_block, powe
 from broadsheet.methods.caches.kivi import KIVI
 
 ROOT = Path(__file__).parents[3]
-SHARED = Path(os.environ.get("BROADSHEET_SHARED", ROOT.parent / "shared"))
 EXACT = torch.float32  # store scales, outliers and factors unrounded
 
 
@@ -31,23 +30,8 @@ def golden() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    set_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=48,
-        vocab_size=61,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    return model
+def model() -> PreTrainedModel:
+    return tiny("gqa", num_hidden_layers=2)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +88,7 @@ def test_acceptance_2_the_limits_are_exact(model, kind):
 
 @torch.no_grad()
 def test_acceptance_2_without_its_parts_gear_is_its_backbone(model):
-    ids = torch.randint(0, 61, (2, 64), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(2, 64, 1)
     gear = GEAR(bits=2, group_size=16, sparsity=0, rank_prefill=0, rank_decode=0, buffer=16).cache(model)
     kivi = KIVI(bits=2, group_size=16, residual=0).cache(model)
     for cache in (gear, kivi):
@@ -118,14 +102,12 @@ def test_acceptance_2_without_its_parts_gear_is_its_backbone(model):
 @pytest.fixture(scope="module")
 def real_states() -> list[tuple[str, torch.Tensor]]:
     """Keys and values [1, 4, 192, 8] of the five layers of a pretrained model on its own text."""
-    folder = SHARED / "models/stories260K/fp32"
-    if not folder.exists():
-        pytest.skip("needs the stories260K model; set BROADSHEET_SHARED to the folder that holds models/")
+    folder = SHARED / "models" / "stories260K" / "fp32"
+    if not folder.is_dir():
+        pytest.skip("shared models are not here; set BROADSHEET_SHARED")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     cache = Full().cache(model)
-    model.generate(
-        torch.tensor([[1]]), past_key_values=cache, max_new_tokens=192, do_sample=False, pad_token_id=0
-    )
+    model.generate(torch.tensor([[1]]), past_key_values=cache, max_new_tokens=192, do_sample=False, pad_token_id=0)
     slots = [layer.slots() for layer in cache.layers]
     return [("key", one.keys) for one in slots] + [("value", one.values) for one in slots]
 
@@ -159,9 +141,7 @@ def test_acceptance_3_within_5_percent_for_every_block_of_a_model_with_tiny_head
     for kind, x in real_states:
         block = compress_block(x[:, :, :128], kind, 2, 32, 0, rank=4, dtype=EXACT)
         residual = x[:, :, :128] - block.backbone()
-        assert (x[:, :, :128] - block.decompress()).norm() <= 1.05 * (
-            residual - truncated_svd(residual, 4)
-        ).norm()
+        assert (x[:, :, :128] - block.decompress()).norm() <= 1.05 * (residual - truncated_svd(residual, 4)).norm()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -191,7 +171,7 @@ def test_acceptance_4_bits_per_element_follow_the_formula(model):
     n, d, s, r = 128, 16, 0.0625, 2
     method = GEAR(bits=2, group_size=32, sparsity=s, rank_prefill=r)
     cache = method.cache(model, dtype=torch.bfloat16)
-    ids = torch.randint(0, 61, (1, n + 5), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(1, n + 5, 1)
     model(ids[:, :n], past_key_values=cache)
     bits = bits_per_element(cache)
     assert bits["codes"] == 2
@@ -206,7 +186,7 @@ def test_acceptance_4_bits_per_element_follow_the_formula(model):
 @torch.no_grad()
 def test_acceptance_5_blocks_never_change_and_seeds_decide(model):
     method = GEAR(bits=2, group_size=8, sparsity=0.1, buffer=8)
-    ids = torch.randint(0, 61, (2, 120), generator=torch.Generator().manual_seed(2))
+    ids = random_ids(2, 120, 2)
 
     def digest(layer) -> str:
         parts = [layer.prompt_block, *layer.blocks[:1]]
@@ -264,12 +244,7 @@ def test_acceptance_7_factored_products(sparsity):
     places = k.indices.long()
     dense = k.codes.dequantise().mT
     d_hat = dense.scatter(-1, places, 0.0).mT.unflatten(-1, (2, 16)).transpose(1, 2)
-    s = (
-        torch.zeros_like(dense)
-        .scatter(-1, places, k.outliers.float())
-        .mT.unflatten(-1, (2, 16))
-        .transpose(1, 2)
-    )
+    s = torch.zeros_like(dense).scatter(-1, places, k.outliers.float()).mT.unflatten(-1, (2, 16)).transpose(1, 2)
     q = queries[:, :3]
     head = [part[:, :1].float() for part in (d_hat, s, k.a, k.b)]
     product = q @ head[0].mT + q @ head[1].mT + (q @ head[3]) @ head[2].mT
@@ -379,7 +354,7 @@ def test_stacked_rows_keep_their_own_states():
 
 @torch.no_grad()
 def test_nothing_but_the_buffer_stays_exact(model):
-    ids = torch.randint(0, 61, (1, 100), generator=torch.Generator().manual_seed(3))
+    ids = random_ids(1, 100, 3)
     for method, prompt, buffered in (
         (GEAR(group_size=16, buffer=32), [100], 4),
         (GEAR(group_size=16, buffer=32), [40, 60], 8 + 60 - 64),
@@ -395,7 +370,7 @@ def test_nothing_but_the_buffer_stays_exact(model):
 
 @torch.no_grad()
 def test_eight_bits_are_close_to_the_full_cache(model):
-    ids = torch.randint(0, 61, (2, 120), generator=torch.Generator().manual_seed(4))
+    ids = random_ids(2, 120, 4)
     method = GEAR().at_budget(1.0, 100, Geometry.of(model.config))
     assert method.bits == 8
     cache, full = method.cache(model), Full().cache(model)

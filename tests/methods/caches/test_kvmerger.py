@@ -7,15 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny import positions, random_ids, tiny
+from transformers import DynamicCache
 
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.ledger import nbytes
@@ -30,21 +23,9 @@ from broadsheet.methods.caches.kvmerger import (
     similarity,
 )
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-
 
 def build(kind="gqa", layers=3):
-    torch.manual_seed(0)
-    sizes = SIZES | {"num_hidden_layers": layers, "max_position_embeddings": 1024}
-    if kind == "neox":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, rotary_pct=0.5))
-    else:
-        config, cls = (Qwen3Config, Qwen3ForCausalLM) if kind == "qwen3" else (LlamaConfig, LlamaForCausalLM)
-        model = cls(config(**sizes, num_key_value_heads=4 if kind == "mha" else 2, head_dim=8))
-    for weight in model.parameters():  # sharper attention than a fresh model's, so that scores differ
-        if weight.dim() == 2:
-            weight.data.mul_(4)
-    return model.eval()
+    return tiny(kind, hidden_size=32, intermediate_size=48, num_hidden_layers=layers)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +34,14 @@ def model():
 
 
 def prompt_ids(tokens, rows=1, seed=1):
-    return torch.randint(0, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return random_ids(rows, tokens, seed)
 
 
 @torch.no_grad()
 def feed(model, cache, ids, mask=None):
     extra = {}
     if mask is not None:
-        extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]}
+        extra = {"attention_mask": mask, "position_ids": positions(mask)[:, -ids.shape[1] :]}
     return model(ids, past_key_values=cache, use_cache=True, **extra).logits
 
 
@@ -90,8 +71,7 @@ def every_layer(**options):
     return KVMerger(**({"skip_layers": ()} | options))
 
 
-# --- acceptance checks
-# ----------------------------------------------------------------------------------------
+# --- acceptance checks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen3", "neox"])
@@ -137,9 +117,7 @@ def test_acceptance_2_sets_equal_the_backward_scan():
                 ids = sets[row, head]
                 found = [(ids == index).nonzero().flatten().tolist() for index in range(int(ids.max()) + 1)]
                 assert found == expected
-                assert [j for members in found for j in members] == list(
-                    range(count)
-                )  # contiguous, disjoint, all
+                assert [j for members in found for j in members] == list(range(count))  # contiguous, disjoint, all
                 for members in found:
                     merged += len(members) > 1
                     assert len(members) == 1 or not protected[row, head, members].any()
@@ -204,9 +182,7 @@ def test_acceptance_4_identical_keys(model):
         assert layer.stored == 6
         outputs[value_mass] = layer.attend(new, None, layer.scaling)
         slots = layer.slots()
-    keys, states = (
-        torch.cat(pair, 2).repeat_interleave(2, 1) for pair in ((runs, new.keys), (values, new.values))
-    )
+    keys, states = (torch.cat(pair, 2).repeat_interleave(2, 1) for pair in ((runs, new.keys), (values, new.values)))
     scaling = layer.scaling
     exact = ((new.queries @ keys.mT * scaling).softmax(-1) @ states).transpose(1, 2)
     torch.testing.assert_close(outputs["bias"], exact, atol=1e-6, rtol=1e-5)
@@ -234,9 +210,7 @@ def test_acceptance_5_limits_of_sigma():
             for part, states in enumerate((prompt.keys, prompt.values)):
                 plain = states[0, head, members].mean(0)
                 torch.testing.assert_close(wide[part][0, head, index], plain, atol=1e-5, rtol=0)
-                torch.testing.assert_close(
-                    narrow[part][0, head, index], states[0, head, pivot], atol=1e-5, rtol=0
-                )
+                torch.testing.assert_close(narrow[part][0, head, index], states[0, head, pivot], atol=1e-5, rtol=0)
 
 
 def test_sigma_fixed_point_solves_the_printed_definition():
@@ -292,8 +266,7 @@ def test_acceptance_7_slots_grow_with_epsilon():
     prompt = drifting(200, batch=2)
     protected = torch.rand(2, 2, 200) < 0.1
     counts = [
-        find_merging_sets(prompt.keys, protected, epsilon).amax(-1) + 1
-        for epsilon in torch.linspace(-1, 1, 41).tolist()
+        find_merging_sets(prompt.keys, protected, epsilon).amax(-1) + 1 for epsilon in torch.linspace(-1, 1, 41).tolist()
     ]
     assert all((more >= fewer).all() for fewer, more in pairwise(counts))
     assert (counts[-1] == 200).all()
@@ -318,9 +291,7 @@ def test_acceptance_8_rows_heads_and_dtypes():
         assert torch.equal(alone, sets[:, part])
         single = gaussian_merge(prompt.keys[:, part], prompt.values[:, part], alone, scores[:, part])
         width = single[0].shape[2]
-        assert all(
-            torch.equal(one, other[:, part, :width]) for one, other in zip(single, merged, strict=True)
-        )
+        assert all(torch.equal(one, other[:, part, :width]) for one, other in zip(single, merged, strict=True))
     joined = sets.diff(dim=-1) == 0
     rounded = find_merging_sets(prompt.keys.bfloat16(), protected, 0.75).diff(dim=-1) == 0
     close = (similarity(prompt.keys) - 0.75).abs() < 2e-3
@@ -329,7 +300,14 @@ def test_acceptance_8_rows_heads_and_dtypes():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layout": "ragged"}, {"value_mass": "paper"}, {"epsilon": 0.2, "budget": None}, {"pivot": "random", "sets": "random"}]
+    "options",
+    [
+        {},
+        {"layout": "ragged"},
+        {"value_mass": "paper"},
+        {"epsilon": 0.2, "budget": None},
+        {"pivot": "random", "sets": "random"},
+    ],
 )
 def test_acceptance_8_rows_are_independent_in_a_model(options):
     model = build()
@@ -340,16 +318,12 @@ def test_acceptance_8_rows_are_independent_in_a_model(options):
     mask[1, :11] = 0
     both, alone = method.cache(model), [method.cache(model), method.cache(model)]
     joint = feed(model, both, ids, mask)[:, -1]
-    apart = torch.cat(
-        [feed(model, cache, row)[:, -1] for cache, row in zip(alone, (long, short), strict=True)]
-    )
+    apart = torch.cat([feed(model, cache, row)[:, -1] for cache, row in zip(alone, (long, short), strict=True)])
     torch.testing.assert_close(joint, apart, atol=2e-5, rtol=1e-4)
     for token in prompt_ids(14, rows=2, seed=3).T:
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
         joint = feed(model, both, token.view(2, 1), mask)[:, -1]
-        apart = torch.cat(
-            [feed(model, cache, token[row].view(1, 1))[:, -1] for row, cache in enumerate(alone)]
-        )
+        apart = torch.cat([feed(model, cache, token[row].view(1, 1))[:, -1] for row, cache in enumerate(alone)])
         torch.testing.assert_close(joint, apart, atol=5e-5, rtol=1e-3)
     for layer, *single in zip(both.layers, *(cache.layers for cache in alone), strict=True):
         assert torch.equal(layer.real_slots(), torch.cat([one.real_slots() for one in single]))
@@ -373,8 +347,7 @@ def test_acceptance_9_two_questions_from_one_cache(model):
     torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-4)
 
 
-# --- components
-# -------------------------------------------------------------------------------------------------
+# --- components --------------------------------------------------------------------------------------------------------
 
 
 def test_protected_tokens_are_the_most_attended_and_the_last(model):
@@ -468,9 +441,7 @@ def test_every_merges_what_is_generated(model, layout):
         before = layer.slots()
         keys = torch.cat([before.keys, new.keys], 2).repeat_interleave(2, 1)
         bias = torch.nn.functional.pad(before.bias, (0, 1)).repeat_interleave(2, 1).unsqueeze(2)
-        received = (
-            (new.queries @ keys.mT * layer.scaling + bias).softmax(-1)[:, :, 0].unflatten(1, (2, 2)).sum(2)
-        )
+        received = (new.queries @ keys.mT * layer.scaling + bias).softmax(-1)[:, :, 0].unflatten(1, (2, 2)).sum(2)
         heat = torch.nn.functional.pad(heat, (0, 1)) + received[..., received.shape[-1] - index % 10 - 1 :]
         layer.append(new)
         if index % 10 == 9:
@@ -606,14 +577,6 @@ def test_bad_use(model):
         feed(model, every_layer().cache(model), prompt_ids(3))
     with pytest.raises(ValueError, match="layer 5"):
         KVMerger(skip_layers=(5,)).cache(model)
-    config = Qwen3Config(
-        **SIZES,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=0,
-    )
+    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
     with pytest.raises(ValueError, match="sliding"):
-        KVMerger().cache(Qwen3ForCausalLM(config))
+        KVMerger().cache(tiny("qwen3", **sliding))

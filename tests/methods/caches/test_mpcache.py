@@ -23,7 +23,7 @@ from broadsheet.core.models.taps import Tokens, attention_modules
 from broadsheet.methods.caches import mpcache
 from broadsheet.methods.caches.base import Geometry, Unreachable, attention_rows
 from broadsheet.methods.caches.full import Full
-from broadsheet.methods.caches.mpcache import Clusters, MPCache, Store, attend_clusters, pick, recall
+from broadsheet.methods.caches.mpcache import MPCache, Store, attend_clusters, pick, recall
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mpcache_official.safetensors"
 SMALL = MPCache(static_keep=0.6, clusters=(8, 4), ratios=(0.5, 0.25))
@@ -104,7 +104,7 @@ def random_keys(tokens: int, kv_heads: int = 2, dim: int = 8, seed: int = 0) -> 
 
 def store_of(method: MPCache, keys: torch.Tensor, values: torch.Tensor | None = None) -> Store:
     values = keys if values is None else values
-    return Store(keys, values, *(Clusters.of(keys, size, method) for size in method.clusters))
+    return Store.of(keys, values, method)
 
 
 def tokens_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Tokens:
@@ -114,7 +114,7 @@ def tokens_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -
     return Tokens(queries, keys, values, blank, blank[..., 0].long(), valid, blank, blank)
 
 
-# --- acceptance checks --------------------------------------------------------------------------------
+# --- acceptance checks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [llama, lambda: llama(4), qwen3, neox])
@@ -136,54 +136,41 @@ def test_acceptance_1_through_the_gathers_too():
         store = store_of(method, states[:, :, :stored], values[:, :, :stored])
         middle = torch.arange(1, stored // 4).expand(1, 2, 2, new, -1)
         fresh = tokens_of(queries, states[:, :, stored:], values[:, :, stored:])
-        output = attend_clusters(store, middle, fresh, 0.3)
+        output = attend_clusters(store, 4, middle, fresh, 0.3)
         weights = attention_rows(queries, states, 0.3, stored, None)
         expected = torch.einsum("bhgnt,bhtd->bhgnd", weights, values).flatten(1, 2).transpose(1, 2)
         torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("similarity", ["linear", "max", "mean"])
-def test_acceptance_2_incremental_statistics_equal_recomputed_ones(similarity):
+def test_acceptance_2_incremental_summaries_equal_recomputed_ones(similarity):
     method = MPCache(clusters=(8, 4), similarity=similarity)
-    keys = random_keys(60)
-    steps = [1, 1, 2, 3, 9, 1, 4, 16, 1, 1, 5]
-    for size in (8, 4):
-        for start in (5, 8, 11):
-            clusters = Clusters.of(keys[:, :, :start], size, method)
-            stored = start
-            for step in steps:
-                clusters = clusters.extend(keys[:, :, stored : stored + step], stored, method)
-                stored += min(step, 60 - stored)
-                whole = stored // size
-                runs = keys[:, :, : whole * size].unflatten(2, (-1, size))
-                high, low, mean = runs.amax(3), runs.amin(3), runs.mean(3)
-                if similarity == "linear":
-                    assert torch.equal(clusters.summary, 0.6 * high + (1 - 0.6) * low)
-                elif similarity == "max":
-                    assert torch.equal(clusters.summary, torch.cat([high, low], -1))
-                else:
-                    torch.testing.assert_close(clusters.summary, mean)
-                rest = keys[:, :, whole * size : stored]
-                if rest.shape[2] and similarity != "mean":
-                    high, low = clusters.edge.chunk(2, -1)
-                    assert torch.equal(high, rest.amax(2))
-                    assert torch.equal(-low, rest.amin(2))
+    keys = random_keys(70)
+    for start in (5, 8, 11):
+        store = Store.of(keys[:, :, :start], keys[:, :, :start], method)
+        for step in (1, 1, 2, 3, 9, 1, 4, 16, 1, 1, 5):
+            fresh = keys[:, :, store.count : store.count + step]
+            store = store.extend(tokens_of(fresh, fresh, fresh), method)
+            assert torch.equal(store.keys, keys[:, :, : store.count])
+            for size, summary in ((8, store.coarse), (4, store.fine)):
+                runs = keys[:, :, : store.count // size * size].unflatten(2, (-1, size))
+                high, low = runs.amax(3), runs.amin(3)
+                wanted = {"linear": 0.6 * high + (1 - 0.6) * low, "max": torch.cat([high, low], -1)}
+                assert torch.equal(summary, wanted.get(similarity, runs.mean(3)))
 
 
 def test_acceptance_2_max_form_bounds_the_best_token():
     method = MPCache(clusters=(16, 8), similarity="max")
     keys = random_keys(8 * 10_000, kv_heads=1, dim=4)
-    clusters = Clusters.of(keys, 8, method)
+    summary = method.summarise(keys, 8)
     queries = random_keys(10_000, kv_heads=1, dim=4, seed=1)
     split = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
-    bound = (split * clusters.summary).sum(-1)
+    bound = (split * summary).sum(-1)
     best = torch.einsum("bhnd,bhntd->bhnt", queries, keys.unflatten(2, (-1, 8))).amax(-1)
     assert (bound >= best - 1e-5).all()
-    elementwise = torch.maximum(queries * clusters.summary[..., :4], queries * clusters.summary[..., 4:]).sum(
-        -1
-    )
+    elementwise = torch.maximum(queries * summary[..., :4], queries * summary[..., 4:]).sum(-1)
     torch.testing.assert_close(bound, elementwise)
-    scores = method.similarities(queries[:, :, :5], clusters.summary[:, :, :5])
+    scores = method.similarities(queries[:, :, :5], summary[:, :, :5])
     torch.testing.assert_close(scores[0, 0].diagonal(), bound[0, 0, :5])
 
 
@@ -193,16 +180,14 @@ def test_acceptance_3_linear_similarity_closed_form_and_as_a_product():
     ends = torch.stack([runs.amax(3), runs.amin(3)])
     for alpha in (0.0, 0.5, 0.6, 1.0):
         method = MPCache(clusters=(8, 8), alpha=alpha)
-        scores = method.similarities(queries, Clusters.of(keys, 8, method).summary)
+        scores = method.similarities(queries, method.summarise(keys, 8))
         at_high, at_low = torch.einsum("bhnd,ebhcd->ebhnc", queries, ends)
         torch.testing.assert_close(scores, alpha * at_high + (1 - alpha) * at_low, atol=1e-6, rtol=1e-6)
         elementwise = (queries.unsqueeze(3) * (alpha * ends[0] + (1 - alpha) * ends[1]).unsqueeze(2)).sum(-1)
         torch.testing.assert_close(scores, elementwise, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("clusters", "ratios"), [((32, 16), (0.5, 0.2)), ((8, 4), (0.3, 0.6)), ((6, 2), (1, 0.5))]
-)
+@pytest.mark.parametrize(("clusters", "ratios"), [((32, 16), (0.5, 0.2)), ((8, 4), (0.3, 0.6)), ((6, 2), (1, 0.5))])
 def test_acceptance_4_first_and_newest_always_and_public_counts(clusters, ratios):
     method = MPCache(clusters=clusters, ratios=ratios)
     large, small = clusters
@@ -232,8 +217,8 @@ def test_acceptance_4_attention_is_exactly_over_those_tokens(monkeypatch):
         chosen.append(real_pick(*args))
         return chosen[-1]
 
-    def spy_attend(store, picked, new, scaling):
-        outputs.append((store, picked, new, scaling, real_attend(store, picked, new, scaling)))
+    def spy_attend(store, size, picked, new, scaling):
+        outputs.append((store, picked, new, scaling, real_attend(store, size, picked, new, scaling)))
         return outputs[-1][-1]
 
     monkeypatch.setattr(mpcache, "pick", spy_pick)
@@ -265,9 +250,9 @@ def test_acceptance_5_shared_layers_use_the_same_indices(monkeypatch):
     seen: dict[int, list] = {}
     real = mpcache.attend_clusters
 
-    def spy(store, picked, new, scaling):
+    def spy(store, size, picked, new, scaling):
         seen.setdefault(len(seen), []).append(picked)
-        return real(store, picked, new, scaling)
+        return real(store, size, picked, new, scaling)
 
     grouped = [(2, 2, [[0], [1], [2, 3], [4, 5], [6]]), (3, 1, [[0], [1, 2, 3], [4, 5, 6]])]
     for span, start, groups in grouped:
@@ -316,7 +301,7 @@ def test_acceptance_6_recall_where_neighbours_are_alike():
     assert shares["linear"] > 0.4
 
 
-# --- parity with the released code --------------------------------------------------------------------
+# --- parity with the released code ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -334,10 +319,10 @@ def test_parity_bounds(golden, total):
     for size in (32, 16):
         high, low = golden[f"t{total}.max{size}"], golden[f"t{total}.min{size}"]
         full = total // size
-        summary = Clusters.of(keys, size, method).summary[0]
+        summary = method.summarise(keys, size)[0]
         assert torch.equal(summary, torch.cat([high, low], -1)[:, :full])
         if total % size:  # there the last cluster reaches back to a whole one, over the last tokens
-            last = Clusters.of(keys[:, :, total - size :], size, method).summary[0]
+            last = method.summarise(keys[:, :, total - size :], size)[0]
             assert torch.equal(last, torch.cat([high, low], -1)[:, full:])
 
 
@@ -349,9 +334,9 @@ def test_parity_similarity_and_the_released_selection(golden, total):
     method = MPCache()
     scores = {}
     for size in (32, 16):
-        summary = Clusters.of(keys, size, method).summary
+        summary = method.summarise(keys, size)
         if total % size:
-            summary = torch.cat([summary, Clusters.of(keys[:, :, total - size :], size, method).summary], 2)
+            summary = torch.cat([summary, method.summarise(keys[:, :, total - size :], size)], 2)
         scores[size] = method.similarities(queries, summary)[0, :, 0]
         torch.testing.assert_close(scores[size], golden[f"t{total}.sim{size}"], atol=1e-5, rtol=1e-5)
     coarse, fine = scores[32].shape[1], scores[16].shape[1]
@@ -402,7 +387,7 @@ def test_parity_output(golden, total):
         queries = golden[f"t{total}.q"].float()[None, one, None]
         new = tokens_of(queries, keys[:, one, -1:], values[:, one, -1:])
         picked = torch.tensor(chosen, dtype=torch.long).reshape(1, 1, 1, 1, -1)
-        output = attend_clusters(store, picked, new, 8**-0.5)[0, 0, 0]
+        output = attend_clusters(store, 16, picked, new, 8**-0.5)[0, 0, 0]
         torch.testing.assert_close(output, golden[f"t{total}.output"][head], atol=1e-6, rtol=1e-5)
 
 
@@ -422,12 +407,13 @@ def test_parity_static_step(golden):
         assert len(ours & set(golden[f"static.{name}.keep"].tolist())) == common
 
 
-# --- the method itself --------------------------------------------------------------------------------
+# --- the method itself ------------------------------------------------------------------------------------
 
 
-def test_static_step_keeps_what_the_window_looks_at_and_frees_the_rest():
+@pytest.mark.parametrize("recent", [0, 10, 16])
+def test_static_step_keeps_what_the_window_looks_at_and_frees_the_rest(recent):
     model = llama(layers=2)
-    method = MPCache(static_keep=0.3, ratios=(1, 1))
+    method = MPCache(static_keep=0.3, ratios=(1, 1), recent=recent)
     prompt = ids(100)
     full, ours = Full().cache(model), method.cache(model)
     full_layers: list[Tokens] = []
@@ -444,6 +430,7 @@ def test_static_step_keeps_what_the_window_looks_at_and_frees_the_rest():
     scaling = attention_modules(model)[0].scaling
     for tokens, layer in zip(full_layers, ours.layers, strict=True):
         votes = attention_rows(tokens.queries[:, :, 80:], tokens.keys, scaling, 80, None).mean((1, 2)).sum(1)
+        votes[:, 100 - recent :] = float("inf")
         best = votes.topk(30).indices.sort().values[0]
         assert torch.equal(layer.stored_keys, tokens.keys[:, :, best])
         assert torch.equal(layer.stored_values, tokens.values[:, :, best])
@@ -453,12 +440,41 @@ def test_static_step_keeps_what_the_window_looks_at_and_frees_the_rest():
     assert MPCache().voters(30_000) == 3_000
 
 
-def test_bytes_are_those_of_slots_summaries_and_edges():
+def test_more_recent_tokens_than_kept():
+    model = llama(layers=1)
+    cache = MPCache(static_keep=0.1, ratios=(1, 1), recent=50).cache(model)
+    run(model, cache, ids(100))
+    full = Full().cache(model)
+    run(model, full, ids(100))
+    assert torch.equal(cache.layers[0].stored_keys, full.layers[0].stored_keys[:, :, 90:])
+
+
+def test_a_group_may_choose_together():
+    keys, queries = random_keys(200), random_keys(3, kv_heads=6, seed=1)
+    store = store_of(MPCache(), keys)
+    each = pick(MPCache(), store, queries)
+    together = pick(MPCache(share_group=True), store, queries)
+    assert each.shape == together.shape == (1, 2, 3, 3, MPCache().counts(200).picked)
+    assert (together == together[:, :, :1]).all()
+    assert not (each == each[:, :, :1]).all()
+    # Similarity is linear: a group's choice is that of its summed query.
+    summed = queries.unflatten(1, (2, 3)).sum(2)
+    assert torch.equal(together[:, :, :1], pick(MPCache(), store, summed))
+    model = llama()
+    passes = [ids(90), ids(1, seed=2), ids(7, seed=3)]
+    cache = MPCache(clusters=(8, 4), share_group=True).cache(model)
+    run(model, cache, *passes)
+    mha = llama(4)
+    first = run(mha, MPCache(clusters=(8, 4), share_group=True).cache(mha), *passes)
+    assert torch.equal(first, run(mha, MPCache(clusters=(8, 4)).cache(mha), *passes))
+
+
+def test_bytes_are_those_of_slots_and_summaries():
     model = llama()
     method = MPCache(static_keep=1)
     cache = method.cache(model)
     run(model, cache, ids(100))
-    vectors = 2 * 100 + (100 // 16 + 2) + (100 // 32 + 2)  # keys and values, summaries and two ends by level
+    vectors = 2 * 100 + 100 // 16 + 100 // 32  # keys and values, summaries by level
     assert cache.nbytes == 4 * 2 * 8 * 4 * vectors  # float32, kv heads, head_dim, layers
     assert set(cache.report()["parts"]) == {"stored_keys", "stored_values", "coarse", "fine"}
     assert cache.layers[0].attended == 0
@@ -488,8 +504,8 @@ def test_at_budget_ends():
     assert whole.static_keep == 1
     assert whole.ratios == (1, 1)
     with pytest.raises(Unreachable) as caught:
-        MPCache().at_budget(0.01, 100, geometry)
-    assert caught.value.least > 0.01
+        MPCache().at_budget(0.009, 100, geometry)
+    assert caught.value.least == 0.01
     MPCache().at_budget(caught.value.least, 100, geometry)
 
 
@@ -586,8 +602,7 @@ def test_storage_dtype():
     cache = MPCache(static_keep=1, clusters=(8, 4)).cache(model, dtype=torch.bfloat16)
     run(model, cache, ids(60), ids(1))
     assert cache.layers[0].stored_keys.dtype == torch.bfloat16
-    assert cache.layers[0].fine.summary.dtype == torch.bfloat16
-    assert cache.layers[0].fine.edge.dtype == torch.bfloat16
+    assert cache.layers[0].fine.dtype == torch.bfloat16
 
 
 def test_too_short_a_prompt_is_attended_in_full_with_a_warning():
@@ -611,6 +626,7 @@ def test_too_short_a_prompt_is_attended_in_full_with_a_warning():
         ({"clusters": (8, 16)}, "nest"),
         ({"share_span": 0}, "share_span"),
         ({"share_from": -1}, "share_from"),
+        ({"recent": -1}, "recent"),
         ({"similarity": "cosine"}, "similarity"),
     ],
 )

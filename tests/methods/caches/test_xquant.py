@@ -7,21 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny import positions, random_ids, tiny
+from transformers import DynamicCache, LlamaConfig, Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from broadsheet.core.numerics.groups import quantise_groups
 from broadsheet.methods.caches import xquant
@@ -32,14 +19,7 @@ from broadsheet.methods.caches.xquant.cost import Hardware, break_even
 from broadsheet.methods.caches.xquant.factors import Factors
 from broadsheet.methods.caches.xquant.streams import ChannelStream, fit_group
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 8,
-    "initializer_range": 0.15,
-}
+SIZES = {"num_hidden_layers": 5, "num_attention_heads": 8}
 MHA, GQA = 8, 2
 PLAIN = {"bits": 16}
 CROSS = {"bits": 16, "cross_layer": True, "base_bits": 16, "accumulator_bits": 16}
@@ -47,9 +27,14 @@ LLAMA_2_7B = Geometry(layers=32, heads=32, kv_heads=32, head_dim=128, hidden_siz
 LLAMA_3_8B = Geometry(layers=32, heads=32, kv_heads=8, head_dim=128, hidden_size=4096)
 
 
-def build(kind=LlamaForCausalLM, config=LlamaConfig, kv_heads=MHA, **changes):
+def build(kind="gqa", kv_heads=MHA, **changes):
+    return tiny(kind, **(SIZES | {"num_key_value_heads": kv_heads} | changes))
+
+
+def olmo2(kv_heads):
     torch.manual_seed(0)
-    return kind(config(**(SIZES | {"num_key_value_heads": kv_heads} | changes))).eval()
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.15}
+    return Olmo2ForCausalLM(Olmo2Config(**sizes, **SIZES, num_key_value_heads=kv_heads, pad_token_id=0)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +48,7 @@ def gqa():
 
 
 def prompt(rows=2, tokens=40, seed=1):
-    return torch.randint(0, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return random_ids(rows, tokens, seed)
 
 
 def padded(ids, pad):
@@ -76,7 +61,7 @@ def run(model, cache, ids, mask=None, sizes=(1,)):
     """Logits of ``ids`` from the first token that ``cache`` has not seen, in passes of ``sizes``; the last
     size repeats."""
     mask = torch.ones_like(ids) if mask is None else mask
-    positions = (mask.cumsum(1) - 1).clamp(0)
+    places = positions(mask)
     logits, start, sizes = [], cache.get_seq_length(), list(sizes)
     while start < ids.shape[1]:
         stop = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), ids.shape[1])
@@ -84,7 +69,7 @@ def run(model, cache, ids, mask=None, sizes=(1,)):
             model(
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
+                position_ids=places[:, start:stop],
                 past_key_values=cache,
             ).logits
         )
@@ -146,11 +131,7 @@ def test_acceptance_3_size_formula():
         assert XQuant(bits).paper_size(LLAMA_3_8B) == 2 * XQuant(bits).paper_size(LLAMA_2_7B)
     for bits, size in ((3, 0.10), (2, 0.08)):  # 3 of 32 layers at 4 bits: 0.1045 and 0.0762
         crossed = XQuant(bits, cross_layer=True)
-        assert (
-            crossed.paper_size(LLAMA_2_7B)
-            == (3 * 4.25 + 29 * (bits + 0.25)) / 32**2
-            == pytest.approx(size, abs=0.005)
-        )
+        assert crossed.paper_size(LLAMA_2_7B) == (3 * 4.25 + 29 * (bits + 0.25)) / 32**2 == pytest.approx(size, abs=0.005)
         assert crossed.paper_size(LLAMA_3_8B) == 2 * crossed.paper_size(LLAMA_2_7B)
 
 
@@ -421,13 +402,9 @@ def test_generate(kv_heads, fields, dtype):
 
 @pytest.mark.parametrize("kv_heads", [MHA, GQA])
 @pytest.mark.parametrize("fields", [PLAIN, CROSS])
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [(Qwen2ForCausalLM, Qwen2Config), (Qwen3ForCausalLM, Qwen3Config), (Olmo2ForCausalLM, Olmo2Config)],
-    ids=["bias", "head norm", "joint norm"],
-)
-def test_other_attentions(kind, config, kv_heads, fields):
-    model = build(kind, config, kv_heads, head_dim=8)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "olmo2"])  # bias, head norm, norm of all heads together
+def test_other_attentions(kind, kv_heads, fields):
+    model = olmo2(kv_heads) if kind == "olmo2" else build(kind, kv_heads, head_dim=8)
     with torch.no_grad():  # fresh biases and gains are 0 and 1
         for name, weight in model.named_parameters():
             if name.endswith(("bias", "k_norm.weight")):
@@ -523,11 +500,12 @@ def test_reset_and_reuse(gqa):
 
 
 def test_what_is_refused():
-    phi = Phi3ForCausalLM(Phi3Config(**SIZES, num_key_value_heads=8, pad_token_id=0, sliding_window=None))
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97, "pad_token_id": 0}
+    phi = Phi3ForCausalLM(Phi3Config(**small, **SIZES, num_key_value_heads=8, sliding_window=None))
     with pytest.raises(ValueError, match="Phi3Attention has no separate k_proj"):
         XQuant().cache(phi)
     with pytest.raises(ValueError, match="GPTNeoXAttention has no separate k_proj"):
-        XQuant().cache(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)))
+        XQuant().cache(tiny("neox"))
     for fields, message in (
         ({"bits": 5}, "bits must be one of 2, 3, 4, 8, 16, got 5"),
         ({"accumulator_bits": 1}, "accumulator_bits must be"),
@@ -555,9 +533,7 @@ def test_an_attention_that_is_not_rebuilt_is_noticed():
         run(model, XQuant().cache(model), prompt(1, 8), sizes=(8,))
 
 
-@pytest.mark.parametrize(
-    ("width", "asked", "group"), [(256, 128, 128), (192, 128, 96), (64, 128, 64), (32, 24, 16)]
-)
+@pytest.mark.parametrize(("width", "asked", "group"), [(256, 128, 128), (192, 128, 96), (64, 128, 64), (32, 24, 16)])
 def test_groups_are_equal_parts(width, asked, group):
     assert fit_group(width, asked) == group
 

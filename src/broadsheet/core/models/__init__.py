@@ -52,12 +52,14 @@ def load(
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged ({error}); download or save them again") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise ModelError(f"cannot load '{name}': {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
+    return model.eval(), tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:

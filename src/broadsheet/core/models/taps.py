@@ -9,7 +9,6 @@ replaced: with any other cache, or none, the function is transformers' SDPA.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -62,9 +61,7 @@ def broadsheet_attention(
     """The attention function registered with transformers: a tapped cache layer answers, or plain SDPA does."""
     tap = module.__dict__.pop("_broadsheet_tap", None)
     if tap is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer, hidden, positions, (cos, sin) = tap
     batch, _, count, _ = query.shape
     if attention_mask is None:
@@ -117,7 +114,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     module.__dict__["_broadsheet_tap"] = (layers[index], hidden, kwargs.get("position_ids"), rotation)
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's self-attention modules in layer order; raises ValueError when none are found."""
     found = {}
     for name, module in model.named_modules():
@@ -133,16 +130,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [found[index] for index in range(layers)]
 
 
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
 def attach(model: PreTrainedModel) -> None:
     """Makes ``model`` serve taps. Idempotent; outputs with ordinary caches stay what they were.
 
     Raises ValueError for models without full softmax attention in every layer (sliding window, linear, MLA).
     """
-    if model in _attached:
-        return
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -156,7 +148,8 @@ def attach(model: PreTrainedModel) -> None:
     modules = attention_modules(model)
     AttentionInterface.register(IMPLEMENTATION, broadsheet_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    model.set_attn_implementation(IMPLEMENTATION)
-    for module in modules:
-        module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-    _attached.add(model)
+    if config._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation(IMPLEMENTATION)
+    for module in modules:  # looked for on the module itself: a deep copy of a model brings its hooks along
+        if _before_attention not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True)

@@ -1,14 +1,14 @@
 """What every KV-cache method stands on.
 
-A method is a frozen dataclass of hyperparameters; ``method.cache(model)`` is a transformers `Cache` for ``model.generate`` or
-plain forward calls. A method brings one `CacheLayer` subclass with three verbs:
+A method is a frozen dataclass of hyperparameters; ``method.cache(model)`` is a transformers `Cache` for
+``model.generate`` or plain forward calls. A method brings one `CacheLayer` subclass with three verbs:
 
 - ``prefill(prompt)``: the whole prompt, once, however many chunks it came in. Prompt attention has been exact by then.
 - ``append(new)``: tokens that follow.
 - ``slots()``: what is stored now, ready for attention.
 
-The rule that makes multi-token follow-ups right: new tokens attend to the slots stored *before* the pass and causally to each
-other, exactly; only then are they stored. Slots carry their own validity, so no mask column is ever mistaken for a
+The rule that makes multi-token follow-ups right: new tokens attend to the slots stored *before* the pass and causally
+to each other, exactly; only then are they stored. Slots carry their own validity, so no mask column is ever mistaken for a
 position. ``nbytes`` is taken from the storages a layer keeps alive, never from a formula.
 
 Tensors are never changed in place, and all have the batch first. That makes ``fork`` (a cheap snapshot that shares memory),
@@ -82,12 +82,17 @@ class CacheLayer(CacheLayerMixin):
     #: attributes that are references or bookkeeping, not state
     _outside: ClassVar[frozenset[str]] = frozenset({"method", "module", "rotary", "cache", "keys", "values"})
 
+    # Any: a layer reads the fields of its own method, and attributes of attention that nn.Module does not declare.
+    method: Any
+    module: Any
+    cache: Any  # the `MethodCache` it is part of
+
     def __init__(self, method: CacheMethod, index: int, module: nn.Module, rotary: nn.Module | None):
         self.method = method
         self.index = index
         self.module = module
         self.rotary = rotary
-        self.cache: MethodCache | None = None
+        self.cache = None
         self.seen = 0
         self.dtype: torch.dtype | None = None
         self.filling = True
@@ -120,9 +125,7 @@ class CacheLayer(CacheLayerMixin):
 
     # --- the life of a layer ------------------------------------------------------------------------------------
 
-    def receive(
-        self, module: nn.Module, new: Tokens, mask: torch.Tensor | None, scaling: float | None
-    ) -> torch.Tensor:
+    def receive(self, module: nn.Module, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
         self.tapped = False
         if self.filling and self.pending and new.count == 1:
             self.end_prefill()
@@ -218,8 +221,10 @@ class MethodCache(Cache):
     `end_prefill`. ``dtype``: what exact parts are stored in (default: the model's own).
     """
 
+    layers: list[Any]  # of `CacheLayer`; transformers' own annotation does not know their methods
+
     def __init__(self, method: CacheMethod, layers: list[CacheLayer], chunked: bool, dtype: torch.dtype | None):
-        super().__init__(layers=layers)
+        super().__init__(layers=layers)  # type: ignore[arg-type]  # a list of subclasses
         self.method = method
         self.chunked = chunked
         self.dtype = dtype
@@ -372,9 +377,7 @@ def attention_rows(
     return torch.nan_to_num(logits.masked_fill(~allowed, float("-inf")).softmax(-1))
 
 
-def attention_mass(
-    prompt: Tokens, scaling: float, rows: slice = slice(None), block: int = 256
-) -> torch.Tensor:
+def attention_mass(prompt: Tokens, scaling: float, rows: slice = slice(None), block: int = 256) -> torch.Tensor:
     """How much attention each prompt token receives from the queries of ``rows``, summed: [batch, kv_heads, group, T].
 
     A second pass in blocks of queries (O(T^2) work, O(T * block) memory); queries that are padding count nothing.

@@ -7,6 +7,7 @@ listed as such and not compared there.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -26,6 +27,7 @@ from broadsheet.core.records import Record, now, provenance
 from broadsheet.core.stats import bootstrap_ci
 
 from .base import CacheMethod, Geometry, Unreachable
+from .full import Full
 from .scbench import GROUPS, MODES, SessionRunner, TurnResult, load_sessions
 
 BENCH = "caches"
@@ -64,8 +66,10 @@ class Workload:
     """One seeded piece of work; equal workloads are equal work.
 
     ``sessions`` per task and mode, of ``context_tokens`` tokens (of the pocket tokenizer) and ``turns`` questions. With
-    ``text`` (a file), documents of it are used instead: ``prefix`` tokens are cached, the next ``continuation`` are scored.
-    ``data``: official SCBench records (file, folder or hub name) instead of generated sessions.
+    ``text`` (a text file or a JSON list of texts), documents of it are used instead: ``prefix`` tokens are cached, the next
+    ``continuation`` are scored.
+    ``data``: official SCBench records (file, folder or hub name) instead of generated sessions. ``kl``: let the full cache
+    read along in sessions and record the KL to it on the gold answers (twice the work).
     """
 
     model: str = "pocket-2m"
@@ -82,6 +86,7 @@ class Workload:
     continuation: int = 128
     device: str = "cpu"
     timing: bool = True
+    kl: bool = False
 
     def __post_init__(self) -> None:
         for mode in self.modes:
@@ -170,7 +175,9 @@ def _session_runs(
             typical = statistics.median(len(tokenizer(session.context)["input_ids"]) for session in sessions)
             fitted = method.at_budget(budget, int(typical), geometry)
         for mode in workload.modes:
-            runner = SessionRunner(model, tokenizer, fitted, golden=workload.golden)
+            runner = SessionRunner(
+                model, tokenizer, fitted, golden=workload.golden, reference=Full() if workload.kl else None
+            )
             start = time.perf_counter()
             played: list[TurnResult] = []
             for first in range(0, len(sessions), 8):
@@ -185,13 +192,18 @@ def _session_runs(
     yield make("bytes_ratio", statistics.mean(ratios), unit="of full 16-bit cache", n=len(ratios))
     yield make("bytes", statistics.mean(r.cache_bytes for r in results), unit="bytes per session", n=len(ratios))
     for setting, chosen in _slices(results, workload):
-        groups = [hash((r.session, r.mode)) for r in chosen]
+        groups = [(r.session, r.mode) for r in chosen]
         scores = [r.score for r in chosen]
         yield make("accuracy", statistics.mean(scores), ci=bootstrap_ci(scores, groups), n=len(scores), setting=setting)
     yield make("strict", statistics.mean(r.strict for r in results), n=len(results))
     losses = [r.gold_nll for r in results if r.gold_nll is not None]
     if losses:
         yield make("gold_nll", statistics.mean(losses), unit="nats per token", n=len(losses))
+    if workload.kl:
+        groups = [(r.session, r.mode) for r in results]
+        divergences = [r.kl or 0.0 for r in results]
+        interval = bootstrap_ci(divergences, groups)
+        yield make("kl", statistics.mean(divergences), ci=interval, n=len(results), unit="nats per token")
     yield make("answer_tokens", statistics.mean(r.new_tokens for r in results), unit="tokens", n=len(results))
     yield make("wall", seconds, unit="s")
     if workload.timing:
@@ -220,20 +232,28 @@ def _slices(results: list[TurnResult], workload: Workload) -> Iterator[tuple[dic
 
 
 def documents(path: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> torch.Tensor:
-    """``count`` seeded, non-overlapping windows of ``length`` tokens of a text file: [count, length]."""
+    """``count`` seeded pieces of ``length`` tokens: [count, length].
+
+    Of a text file, windows that do not overlap; of a JSON list of texts, the beginnings of those that are long enough.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(20_000_000)
-    except (OSError, UnicodeDecodeError) as error:
+        texts = json.loads(text) if path.endswith(".json") else [text]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read the text {path}: {error}") from None
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path} is not a JSON list of texts")
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = length - len(opening)
-    windows = len(ids) // body
-    if windows < count:
-        raise ValueError(f"{path} holds {windows} windows of {length} tokens, {count} are needed; lower --sessions")
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return torch.tensor([opening + ids[index * body : (index + 1) * body] for index in order])
+    pieces = []
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        windows = len(ids) // body
+        pieces += [ids[index * body : (index + 1) * body] for index in range(min(windows, 1) if len(texts) > 1 else windows)]
+    if len(pieces) < count:
+        raise ValueError(f"{path} holds {len(pieces)} pieces of {length} tokens, {count} are needed; lower --sessions")
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return torch.tensor([opening + pieces[index] for index in order])
 
 
 @torch.inference_mode()
@@ -266,8 +286,6 @@ def _text_runs(
     tokenizer: PreTrainedTokenizerBase,
     geometry: Geometry,
 ) -> Iterator[Record]:
-    from .full import Full
-
     fitted = method if budget is None else method.at_budget(budget, workload.prefix, geometry)
     make.method = fitted
     length = workload.prefix + workload.continuation
@@ -305,8 +323,6 @@ def _text_runs(
 @torch.inference_mode()
 def _timing(make: _Maker, method: CacheMethod, tokens: int, model: PreTrainedModel) -> Iterator[Record]:
     """Prefill and decode time over the full cache's, measured alternately on the same tokens."""
-    from .full import Full
-
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     ids = ids.to(model.device)

@@ -135,9 +135,7 @@ def bucket_sizes(buckets: torch.Tensor, valid: torch.Tensor, slots: int) -> torc
     return ones.new_zeros(*buckets.shape[:2], slots).scatter_add(2, buckets, ones)
 
 
-def official_selection(
-    scores: torch.Tensor, forget: int, n_sink: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def official_selection(scores: torch.Tensor, forget: int, n_sink: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the official code keeps, merges and merges into, from one layer's ``scores`` [T]; three index
     vectors.
 
@@ -172,7 +170,7 @@ class ElasticLayer(SlotLayer):
 
     @property
     def scaling(self) -> float:
-        return float(self.module.scaling)  # type: ignore[arg-type]
+        return float(self.module.scaling)
 
     def by_group(self, scores: torch.Tensor) -> torch.Tensor:
         """[batch, kv_heads, group, n] averaged over what shares a selection: [batch, 1 or kv_heads, n]."""
@@ -203,11 +201,7 @@ class ElasticLayer(SlotLayer):
         scores = self.scores(prompt)
         anchors = choose_anchors(scores, prompt.valid, counts, method.n_sink, method.n_recent)
         self.store(prompt, anchors, scores)
-        exits = (
-            counts - method.distance
-            if method.exit_slot is None
-            else torch.full_like(counts, method.exit_slot)
-        )
+        exits = counts - method.distance if method.exit_slot is None else torch.full_like(counts, method.exit_slot)
         self.exits = exits.clamp(min=method.n_sink)
 
     def store(self, prompt: Tokens, anchors: torch.Tensor, scores: torch.Tensor) -> None:
@@ -227,9 +221,7 @@ class ElasticLayer(SlotLayer):
                 # A token alone in its bucket keeps its key's bits.
                 turned = self.mean_unrotated(prompt, buckets, at).to(keys.dtype)
                 keys = torch.where(sizes.unsqueeze(-1) > 1, turned, keys)
-            mass = torch.zeros_like(mass).scatter_add(
-                2, buckets, scores.masked_fill(~prompt.valid.unsqueeze(1), 0)
-            )
+            mass = torch.zeros_like(mass).scatter_add(2, buckets, scores.masked_fill(~prompt.valid.unsqueeze(1), 0))
             if method.mass_bias:
                 self.bias = sizes.clamp(min=1).log().expand(keys.shape[:3]).contiguous()
         self.merged = int(prompt.valid.sum()) * anchors.shape[1] - int(real.sum()) if method.merge else 0
@@ -246,10 +238,7 @@ class ElasticLayer(SlotLayer):
         batch, heads = mean.shape[:2]
         place = at.expand(-1, heads, -1).unsqueeze(-1)
         cos, sin = (
-            x.unsqueeze(1)
-            .expand(-1, heads, -1, -1)
-            .gather(2, place.expand(-1, -1, -1, x.shape[-1]))
-            .flatten(0, 1)
+            x.unsqueeze(1).expand(-1, heads, -1, -1).gather(2, place.expand(-1, -1, -1, x.shape[-1])).flatten(0, 1)
             for x in (prompt.cos, prompt.sin)
         )
         return rotate(mean.flatten(0, 1).unsqueeze(1), cos, sin).squeeze(1).unflatten(0, (batch, heads))
@@ -264,9 +253,7 @@ class ElasticLayer(SlotLayer):
         if forget < 2 or exit_slot < 0:
             raise ValueError(f"official_quirks does not cover a prompt of {total} tokens; use a longer one")
         kept, merged, targets = official_selection(self.scores(prompt)[0, 0], forget, method.n_sink)
-        hits = 1 + torch.zeros(total, device=prompt.keys.device).index_add(
-            0, targets, torch.ones_like(targets).float()
-        )
+        hits = 1 + torch.zeros(total, device=prompt.keys.device).index_add(0, targets, torch.ones_like(targets).float())
 
         def merge(x: torch.Tensor) -> torch.Tensor:
             sums = x.float().index_add(2, targets, x[:, :, merged].float())
@@ -286,7 +273,8 @@ class ElasticLayer(SlotLayer):
             self.mass = received + F.pad(self.mass, (0, new.count))
         super().append(new)
         self.lengths = self.lengths + new.valid.sum(-1)
-        self.evict()
+        if self.method.discard != "none":
+            self.evict()
 
     def evict(self) -> None:
         """Deletes the slot at the exit while more than floor(budget * seen) are stored, all at
@@ -359,7 +347,7 @@ class ElasticCache(CacheMethod):
     - ``importance``: "sum" (paper), "mean" or "moving_average" (with ``decay``) of the attention received.
     - ``granularity``: anchors shared by a "layer" (paper), or chosen by each KV "head".
     - ``discard``: which slot goes while generating: that at the "fixed_point" (paper), the oldest after the
-      sinks, so that the "recent" ones stay, or the one least attended so far ("frequency").
+      sinks, so that the "recent" ones stay, the one least attended so far ("frequency"), or "none".
     - ``mass_bias``: adds log(bucket size) to a slot's logit, so that it carries the attention of all its
       tokens (ours).
     - ``official_quirks``: the official code's selection, for parity tests; one unpadded row.
@@ -377,7 +365,7 @@ class ElasticCache(CacheMethod):
     importance: Literal["sum", "mean", "moving_average"] = "sum"
     decay: float = 0.9
     granularity: Literal["layer", "head"] = "layer"
-    discard: Literal["fixed_point", "recent", "frequency"] = "fixed_point"
+    discard: Literal["fixed_point", "recent", "frequency", "none"] = "fixed_point"
     mass_bias: bool = False
     official_quirks: bool = False
 
@@ -401,9 +389,7 @@ class ElasticCache(CacheMethod):
             if changed := [n for n, value in self.parameters.items() if n not in free and value != usual[n]]:
                 raise ValueError(f"official_quirks leaves no choice of {changed[0]}; drop one of the two")
 
-    def cache(
-        self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None
-    ) -> MethodCache:
+    def cache(self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None) -> MethodCache:
         plain = super().cache(model, chunked, dtype)
         return ElasticStore(self, cast("list[CacheLayer]", plain.layers), chunked, dtype)
 

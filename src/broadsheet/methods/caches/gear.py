@@ -10,6 +10,9 @@ Backbones: ``kivi`` (keys per channel in groups of tokens, values per token in g
 ``kcvt`` (the same with one group: a channel's whole block, all of a token's channels). With ``sparsity=0`` it
 is the paper's GEAR-L; with both ranks 0 as well, the bare backbone.
 
+A padded batch: every row is compressed from its own first real token on, so that it gets the codes that it
+gets alone (see `blocks`).
+
 Deviations: a prompt that is no multiple of the group leaves its tail in the buffer (``kivi``; the official
 code raises); the power iteration runs in float64; outlier counts follow the paper's rule along the axis at
 hand (the official code counts key outliers along the other one); a constant group is exact (there: NaN).
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from os import PathLike
@@ -213,14 +216,11 @@ def compress_block(
     return block
 
 
-def power_iteration(
-    residual: torch.Tensor, start: torch.Tensor, loops: int = 3
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """a [.., n, r], orthonormal, and b [.., d, r] with a b^T close to the best rank-r matrix for ``residual``
-    [.., n, d].
+def power_iteration(residual: torch.Tensor, start: torch.Tensor, loops: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """a [.., n, r], orthonormal, and b [.., d, r]: a b^T is close to the best rank-r matrix for the residual.
 
-    ``start`` [.., d, r]. In float64: b is not normalised before the last loop and turns towards the top
-    direction, which costs float32 about three digits.
+    ``residual`` [.., n, d], ``start`` [.., d, r]. In float64: b is not normalised before the last loop and
+    turns towards the top direction, which costs float32 about three digits.
     """
     residual = residual.double()
     b = start.double().expand(*residual.shape[:-2], -1, -1)
@@ -278,8 +278,7 @@ class Pair:
 
 
 class GEARLayer(QuantisedLayer):
-    """``prompt_block``, then ``blocks`` in order, then ``buffer``: keys' and values' channels side by side,
-    exact.
+    """``prompt_block``, then ``blocks`` in order, then the exact ``buffer``, keys and values side by side.
 
     Rows of unequal length (a padded batch) are compressed one by one, each when its own buffer is full.
     """
@@ -358,14 +357,9 @@ class GEARLayer(QuantisedLayer):
         if self.buffer is None or self.dtype is None:
             return None
         keys, values = self.exact(self.buffer)
-        blocks = [
-            (pair.keys.decompress(self.dtype), pair.values.decompress(self.dtype)) for pair in self.pairs
-        ]
-        return Slots(
-            torch.cat([*(block[0] for block in blocks), keys], 2),
-            torch.cat([*(block[1] for block in blocks), values], 2),
-            self.valid(self.buffer),
-        )
+        keys = torch.cat([*(pair.keys.decompress(self.dtype) for pair in self.pairs), keys], 2)
+        values = torch.cat([*(pair.values.decompress(self.dtype) for pair in self.pairs), values], 2)
+        return Slots(keys, values, self.valid(self.buffer))
 
     def exact(self, buffer: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in the buffer, [batch, kv_heads, tokens, head_dim]."""
@@ -374,14 +368,13 @@ class GEARLayer(QuantisedLayer):
 
     def valid(self, buffer: Rows) -> torch.Tensor | None:
         """Which slots hold a token, bool [batch, 1, slots]; None when all do."""
-        parts = [(pair.size, pair.keys.tokens) for pair in self.pairs] + [
-            (buffer.size, buffer.states.shape[1])
-        ]
+        parts = [(pair.size, pair.keys.tokens) for pair in self.pairs]
+        parts.append((buffer.size, buffer.states.shape[1]))
         masks = [mask(size, width) for size, width in parts]
         if all(part is None for part in masks):
             return None
-        ones = torch.ones(buffer.states.shape[:1], dtype=torch.bool, device=buffer.states.device)
-        full = [ones[:, None].expand(-1, width) if m is None else m for m, (_, width) in zip(masks, parts)]
+        ones = buffer.states.new_ones(len(buffer.states), 1, dtype=torch.bool)
+        full = [ones.expand(-1, width) if m is None else m for m, (_, width) in zip(masks, parts)]
         return torch.cat(full, -1).unsqueeze(1)
 
     def attend(self, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
@@ -394,9 +387,7 @@ class GEARLayer(QuantisedLayer):
         logits = torch.cat([*(pair.keys.scores(q) for pair in pairs), near], -1)
         logits = logits * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         stored, valid = logits.shape[-1] - count, self.valid(self.buffer)
-        allowed = torch.ones(q.shape[0], 1, count, stored + count, dtype=torch.bool, device=q.device).tril(
-            stored
-        )
+        allowed = logits.new_ones(q.shape[0], 1, count, stored + count, dtype=torch.bool).tril(stored)
         allowed[..., stored:] &= new.valid[:, None, None, :]
         if valid is not None:
             allowed[..., :stored] &= valid.unsqueeze(2)
@@ -481,21 +472,16 @@ class GEAR(CacheMethod):
         if self.backend == "kivi" and self.buffer % self.group_size:
             raise ValueError(f"buffer must be a multiple of group_size {self.group_size}, got {self.buffer}")
         if self.rank_decode > self.buffer:
-            raise ValueError(
-                f"rank_decode {self.rank_decode} exceeds a block's {self.buffer} tokens; lower it"
-            )
+            raise ValueError(f"rank_decode {self.rank_decode} exceeds a block's {self.buffer} tokens; lower it")
 
     def check(self, geometry: Geometry) -> None:
         channels = geometry.kv_heads * geometry.head_dim
         if self.backend == "kivi" and channels % self.group_size:
             raise ValueError(
-                f"group_size {self.group_size} does not divide the {channels} channels of a token's values; "
-                "choose a divisor"
+                f"group_size {self.group_size} does not divide the {channels} channels of a token's values; choose a divisor"
             )
         if max(self.rank_prefill, self.rank_decode) > geometry.head_dim:
-            raise ValueError(
-                f"rank_prefill and rank_decode must be at most head_dim, {geometry.head_dim} here"
-            )
+            raise ValueError(f"rank_prefill and rank_decode must be at most head_dim, {geometry.head_dim} here")
 
     def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
         """Bytes of one row after a prompt of ``tokens``, the buffer in 16 bits: what ``nbytes`` will say."""
@@ -515,37 +501,45 @@ class GEAR(CacheMethod):
         return geometry.layers * size
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
-        """Bits, group size and ranks (none above its own) with the least expected error within the budget.
+        """Bits, group size and rank with the least expected error within the budget.
 
         Expected squared error of normal data, where the best rank-r matrix takes about r (sqrt n + sqrt d)^2
-        / (n d) of a white residual. ``sparsity`` stays, since normal data lacks what it is good for; it is
-        halved, at most twice, only where nothing would fit.
+        / (n d) of a white residual. Normal data lacks what ``sparsity`` is good for, so that stays; it is
+        halved (at most twice) only where nothing would fit, and grows (up to 4 times) with what is left. A
+        part that is off stays off.
         """
+        least = 1.0
+        for sparsity in (self.sparsity, self.sparsity / 2, self.sparsity / 4):
+            try:
+                best = best_within(self._choices(sparsity, tokens, geometry), fraction, tokens, geometry)
+                break
+            except Unreachable as unreachable:
+                least = min(least, unreachable.least)
+        else:
+            raise Unreachable(least)
+        more = [replace(best, sparsity=min(times * best.sparsity, 0.499)) for times in (4, 3, 2, 1.5)]
+        room = fraction * geometry.full_bytes(tokens)
+        return next((one for one in more if one.expected_bytes(tokens, geometry) <= room), best)
+
+    def _choices(self, sparsity: float, tokens: int, geometry: Geometry) -> Iterator[tuple[Self, int, float]]:
+        """Settings of one ``sparsity``, with their bytes and expected errors."""
         channels, dim = geometry.kv_heads * geometry.head_dim, geometry.head_dim
         kivi = self.backend == "kivi"
         groups = [size for size in GROUP_SIZES if channels % size == 0] if kivi else [self.group_size]
-        ranks = range(min(1, self.rank_prefill), min(self.rank_prefill, dim) + 1)
-        least = 1.0
-        for halvings in range(3):
-            choices = []
-            for group, bits, rank in product(groups, (8, 4, 3, 2), ranks):
-                one = replace(
-                    self,
-                    bits=bits,
-                    group_size=group,
-                    sparsity=self.sparsity / 2**halvings,
-                    buffer=-(-self.buffer // group) * group if kivi else self.buffer,
-                    rank_prefill=rank,
-                    rank_decode=min(rank, self.rank_decode),
-                )
-                n = tokens // group * group if kivi else tokens
-                along = (group, group) if kivi else (tokens, channels)
-                error = n * sum(quantisation_error(bits, size) for size in along)
-                if n:
-                    error *= 1 - min(1, rank * (n**0.5 + dim**0.5) ** 2 / (n * dim))
-                choices.append((one, one.expected_bytes(tokens, geometry), error))
-            try:
-                return best_within(choices, fraction, tokens, geometry)
-            except Unreachable as unreachable:
-                least = min(least, unreachable.least)
-        raise Unreachable(least)
+        ranks = range(1, dim // 2 + 1) if self.rank_prefill else range(1)
+        for group, bits, rank in product(groups, (8, 4, 3, 2), ranks):
+            one = replace(
+                self,
+                bits=bits,
+                group_size=group,
+                sparsity=sparsity,
+                buffer=-(-self.buffer // group) * group if kivi else self.buffer,
+                rank_prefill=rank,
+                rank_decode=min(rank, self.rank_decode),
+            )
+            n = tokens // group * group if kivi else tokens
+            along = (group, group) if kivi else (tokens, channels)
+            error = n * sum(quantisation_error(bits, size) for size in along)
+            if n:
+                error *= 1 - min(1, rank * (n**0.5 + dim**0.5) ** 2 / (n * dim))
+            yield one, one.expected_bytes(tokens, geometry), error

@@ -6,6 +6,13 @@ newest tokens matter most, so both keep an exact residual: keys collect ``residu
 together, in whole groups; values quantise their oldest exact token whenever there are more than ``residual``
 (section 3.3, algorithm 1).
 
+Decoding on the CPU reads the codes as they are stored (see `packed_attention`): a single query token over a
+long enough cache is answered without decompressing it. Everything else, and ``kernel=False``, decompresses
+and calls SDPA.
+
+A padded batch: every row is quantised from its own first real token on, so that it gets the codes that it
+gets alone (see `blocks`).
+
 Deviations: scale and minimum are stored in 16 bits, and the codes are computed against them as stored; a
 value group may span heads (with a group size that divides head_dim, as the paper has it, none does); bits
 from 1 to 8, which may differ for values.
@@ -14,6 +21,8 @@ from 1 to 8, which may differ for values.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from itertools import product
 from typing import Any, ClassVar, Self
 
@@ -21,7 +30,7 @@ import torch
 
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
-from broadsheet.core.numerics.packing import packed_size
+from broadsheet.core.numerics.packing import packed_size, unpack
 
 from .base import CacheLayer, CacheMethod, Geometry, Slots
 from .blocks import (
@@ -40,23 +49,53 @@ from .blocks import (
 
 
 @dataclass
+class KeyCodes:
+    """Keys in groups of ``group_size`` tokens, one scale and zero for each channel of a group.
+
+    ``codes``: uint8 [batch, groups, bytes, channels], a group's tokens packed into the bytes, so that a group
+    lies in one piece and neighbouring channels side by side; ``scale``, ``zero``: float16 [batch, groups,
+    channels].
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    bits: int
+    group_size: int
+
+    @classmethod
+    def of(cls, states: torch.Tensor, bits: int, group_size: int) -> KeyCodes:
+        """Quantises ``states`` [batch, tokens, channels], tokens a multiple of ``group_size``."""
+        groups = quantise_groups(states.unflatten(1, (-1, group_size)), bits, group_size, per_channel=True)
+        codes = groups.codes.squeeze(-2).transpose(-1, -2).contiguous()
+        return cls(codes, groups.scale.squeeze(-1), groups.zero.squeeze(-1), bits, group_size)
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """zero + scale * code, [batch, tokens, channels]."""
+        codes = unpack(self.codes.transpose(-1, -2), self.bits, self.group_size).transpose(-1, -2)
+        states = codes * self.scale.float().unsqueeze(2) + self.zero.float().unsqueeze(2)
+        return states.flatten(1, 2).to(dtype)
+
+
+@dataclass
 class Stream:
     """The keys or the values of one layer: old tokens in few bits, then exact ones.
 
-    ``packed`` holds [batch, tokens, channels] with groups along tokens (keys: codes [batch, channels, groups,
-    bytes]) or along channels (values: codes [batch, tokens, groups, bytes]). ``counts``: quantised tokens by
-    row, int64 [batch]; None while all rows have as many.
+    ``packed``: `KeyCodes`, or values with codes [batch, tokens, groups, bytes]. ``counts``: quantised tokens
+    by row, int64 [batch]; None while all rows have as many.
     """
 
     recent: Rows
-    packed: GroupQuantised | None = None
+    packed: GroupQuantised | KeyCodes | None = None
     counts: torch.Tensor | None = None
 
     @property
     def quantised(self) -> Size:
         if self.packed is None:
             return 0
-        return self.counts if self.counts is not None else _tokens(self.packed)
+        if self.counts is not None:
+            return self.counts
+        return self.packed.codes.shape[1] * (self.packed.group_size if isinstance(self.packed, KeyCodes) else 1)
 
     @property
     def size(self) -> Size:
@@ -67,16 +106,16 @@ class Stream:
         old, recent = self.recent.split(counts)
         if not old.states.shape[1]:
             return Stream(recent, self.packed, self.counts)
-        fresh = quantise_groups(old.states, bits, group_size, per_channel)
+        fresh: GroupQuantised | KeyCodes
+        fresh = (KeyCodes.of if per_channel else quantise_groups)(old.states, bits, group_size)
         if self.packed is None:
             return Stream(recent, fresh, old.lengths)
-        unit, dim = (group_size, 2) if per_channel else (1, 1)
+        unit = group_size if per_channel else 1
         have, more = self.quantised // unit, old.size // unit
-        codes, lengths = join(self.packed.codes, have, fresh.codes, more, dim)
-        scale, _ = join(self.packed.scale, have, fresh.scale, more, dim)
-        zero, _ = join(self.packed.zero, have, fresh.zero, more, dim)
-        width = codes.shape[2] * group_size if per_channel else fresh.width
-        packed = GroupQuantised(codes, scale, zero, bits, fresh.group_size, width, per_channel)
+        codes, lengths = join(self.packed.codes, have, fresh.codes, more)
+        scale, _ = join(self.packed.scale, have, fresh.scale, more)
+        zero, _ = join(self.packed.zero, have, fresh.zero, more)
+        packed = replace(fresh, codes=codes, scale=scale, zero=zero)
         return Stream(recent, packed, None if lengths is None else lengths * unit)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -86,9 +125,14 @@ class Stream:
             return exact
         return join(self.packed.dequantise(dtype), self.quantised, exact, self.recent.size)[0]
 
-
-def _tokens(packed: GroupQuantised) -> int:
-    return packed.width if packed.transposed else packed.codes.shape[1]
+    def row(self, index: int) -> tuple[Any, torch.Tensor]:
+        """The codes of one row, without the batch axis and padding, and its exact tokens [tokens, channels]."""
+        count, recent = (size if isinstance(size, int) else int(size[index]) for size in (self.quantised, self.recent.size))
+        assert self.packed is not None
+        if isinstance(self.packed, KeyCodes):
+            count //= self.packed.group_size
+        parts = {name: getattr(self.packed, name)[index, :count] for name in ("codes", "scale", "zero")}
+        return replace(self.packed, **parts), self.recent.states[index, :recent]
 
 
 class KIVILayer(QuantisedLayer):
@@ -120,6 +164,66 @@ class KIVILayer(QuantisedLayer):
         valid = mask(self.key_stream.size, keys.shape[2])
         return Slots(keys, values, None if valid is None else valid.unsqueeze(1))
 
+    def attend(self, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        keys, values = self.key_stream, self.value_stream
+        if keys is None or values is None or not self.reads_codes(new):
+            return super().attend(new, mask, scaling)
+        rows = range(new.queries.shape[0])
+        rows_alone = [self.attend_row(keys.row(row), values.row(row), row, new, scaling) for row in rows]
+        return torch.stack(rows_alone).to(new.queries.dtype)
+
+    def reads_codes(self, new: Tokens) -> bool:
+        """Whether the kernels answer this query; the reference is `slots` and SDPA."""
+        if not self.method.kernel or new.count != 1 or new.queries.requires_grad:
+            return False
+        if new.queries.device.type != "cpu" or self.stored < KERNEL_FROM:
+            return False
+        streams = (self.key_stream, self.value_stream)
+        if any(stream is None or stream.packed is None for stream in streams):
+            return False
+        method, head_dim = self.method, new.queries.shape[-1]
+        kernels = _kernels()
+        return kernels is not None and all(
+            kernels.supports(bits, method.group_size, head_dim, kind)
+            for kind, bits in (("key", method.bits), ("value", method.bits_of_values))
+        )
+
+    def attend_row(
+        self,
+        keys_of_row: tuple[Any, torch.Tensor],
+        values_of_row: tuple[Any, torch.Tensor],
+        row: int,
+        new: Tokens,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """One row's attention over its codes, its exact tokens and the new one; float32 [1, heads, head_dim].
+
+        A row with nothing to attend to gets zeros.
+        """
+        kernels = _kernels()
+        _, heads, _, dim = new.queries.shape
+        queries = new.queries[row].reshape(self.kv_heads, heads // self.kv_heads, dim).float()
+        queries = queries * (dim**-0.5 if scaling is None else scaling)
+        (keys, near_keys), (values, near_values) = keys_of_row, values_of_row
+        fresh = new.valid[row : row + 1]  # a row that is padding here brings no token
+        near_keys, near_values = (
+            torch.cat([near.unflatten(-1, (self.kv_heads, dim)).transpose(0, 1).float(), one.float()], 1)
+            for near, one in ((near_keys, new.keys[row][:, fresh]), (near_values, new.values[row][:, fresh]))
+        )  # [kv_heads, tokens, head_dim]
+        old = keys.codes.shape[0] * keys.group_size
+        weights = queries.new_empty(*queries.shape[:2], old + near_keys.shape[1])
+        if not weights.shape[-1]:
+            return queries.new_zeros(1, heads, dim)
+        if old:
+            kernels.packed_scores(queries, keys.codes, keys.scale, keys.zero, keys.bits, weights)
+        weights[..., old:] = queries @ near_keys.mT
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        old = values.codes.shape[0]
+        output = weights[..., old:] @ near_values
+        if old:
+            output += kernels.packed_mix(weights, values.codes, values.scale, values.zero, values.bits)
+        return (output / weights.sum(-1, keepdim=True)).reshape(1, heads, dim)
+
     @property
     def stored(self) -> int:
         size = 0 if self.key_stream is None else self.key_stream.size
@@ -149,6 +253,19 @@ def _grow(stream: Stream | None, new: Rows) -> Stream:
     return Stream(stream.recent.append(new), stream.packed, stream.counts)
 
 
+#: stored tokens from which on the kernels answer: below, compiling them would cost more than they save
+KERNEL_FROM = 2048
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels; None where numba does not run. Imported at the first use, since numba is heavy."""
+    try:
+        return import_module("broadsheet.core.numerics.packed_attention")
+    except ImportError:
+        return None
+
+
 #: a residual that no context outgrows: nothing is ever quantised
 EVERYTHING = 1 << 24
 
@@ -160,12 +277,14 @@ class KIVI(CacheMethod):
     Parameters: ``bits`` 1 to 8 (paper: 2 and 4), ``value_bits`` for the values where they differ;
     ``group_size`` (32): tokens of a key group, channels of a value group; ``residual`` (the paper's R; 128 or
     32): a multiple of ``group_size``. 0 leaves no value exact, and keys only until their group is full.
+    ``kernel``: on a CPU, long caches are read as stored where the layout allows (codes that fill bytes).
     """
 
     bits: int = 2
     group_size: int = 32
     residual: int = 32
     value_bits: int | None = None
+    kernel: bool = True
 
     Layer: ClassVar[type[CacheLayer]] = KIVILayer
 
@@ -176,9 +295,7 @@ class KIVI(CacheMethod):
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if self.residual < 0 or self.residual % self.group_size:
-            raise ValueError(
-                f"residual must be a multiple of group_size {self.group_size}, not {self.residual}"
-            )
+            raise ValueError(f"residual must be a multiple of group_size {self.group_size}, not {self.residual}")
 
     @property
     def bits_of_values(self) -> int:
@@ -193,8 +310,7 @@ class KIVI(CacheMethod):
         channels = geometry.kv_heads * geometry.head_dim
         if channels % self.group_size:
             raise ValueError(
-                f"group_size {self.group_size} does not divide the {channels} channels of a token's values; "
-                "choose a divisor"
+                f"group_size {self.group_size} does not divide the {channels} channels of a token's values; choose a divisor"
             )
 
     def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
@@ -208,7 +324,6 @@ class KIVI(CacheMethod):
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """Bits, group size and residual of the least error on normal data within the budget."""
-
         channels = geometry.kv_heads * geometry.head_dim
         choices = []
         for group in (size for size in GROUP_SIZES if channels % size == 0):

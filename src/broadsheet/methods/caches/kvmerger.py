@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from broadsheet.core.models.rotary import find_rotary
-from broadsheet.core.models.taps import Tokens, attach, attention_modules
+from broadsheet.core.models.taps import Tokens, attention_modules
 
 from .base import (
     CacheLayer,
@@ -56,9 +56,7 @@ from .full import SlotLayer
 # --- pure functions -------------------------------------------------------------------------------------
 
 
-def protect(
-    scores: torch.Tensor, valid: torch.Tensor, recent: torch.Tensor, heavy: torch.Tensor
-) -> torch.Tensor:
+def protect(scores: torch.Tensor, valid: torch.Tensor, recent: torch.Tensor, heavy: torch.Tensor) -> torch.Tensor:
     """The last ``recent`` and the ``heavy`` most attended tokens of each row: bool [batch, kv_heads, T].
 
     ``scores`` [batch, kv_heads, T]; ``valid`` [batch, T]; ``recent``, ``heavy``: int [batch].
@@ -155,9 +153,7 @@ def gaussian_merge(
     keys = keys.float().masked_fill(~member.unsqueeze(-1), 0)
     values = values.float().masked_fill(~member.unsqueeze(-1), 0)
 
-    def total(
-        x: torch.Tensor,
-    ) -> torch.Tensor:  # [batch, kv_heads, T] or [..., T, head_dim] summed over each set
+    def total(x: torch.Tensor) -> torch.Tensor:  # [batch, kv_heads, T] or [..., T, head_dim], over each set
         flat = x.dim() == 3
         x = x.unsqueeze(-1) if flat else x
         sums = x.new_zeros(*x.shape[:2], slots, x.shape[-1])
@@ -187,9 +183,7 @@ def gaussian_merge(
         weights = kernel(spread(width))
     else:
         weights = kernel(torch.tensor(sigma, device=keys.device))
-    weights = weights / spread(total(weights)).clamp(
-        min=1e-30
-    )  # g of the pivot is 1, so only padding is clamped
+    weights = weights / spread(total(weights)).clamp(min=1e-30)  # g of the pivot is 1, so only padding is clamped
     shares = weights * spread(sizes) if value_mass == "paper" else weights
     return total(weights.unsqueeze(-1) * keys), total(shares.unsqueeze(-1) * values), sizes.long()
 
@@ -221,9 +215,7 @@ class Merged:
     counts: torch.Tensor | None
 
     @classmethod
-    def pack(
-        cls, keys: torch.Tensor, values: torch.Tensor, sizes: torch.Tensor, ragged: bool, mass: bool
-    ) -> Merged:
+    def pack(cls, keys: torch.Tensor, values: torch.Tensor, sizes: torch.Tensor, ragged: bool, mass: bool) -> Merged:
         """From ``keys``, ``values`` [batch, kv_heads, slots, head_dim] and ``sizes``; ``mass``: keep sizes
         above 1.
         """
@@ -284,23 +276,21 @@ def concatenate(first: Slots | None, second: Slots | None) -> Slots | None:
     """``first`` then ``second``, each None when empty."""
     if first is None or second is None:
         return first if second is None else second
-    shapes = [part.keys.shape[:3] for part in (first, second)]
-    valid = bias = None
-    if first.valid is not None or second.valid is not None:
-        marks = [
-            part.keys.new_ones(shape, dtype=torch.bool) if part.valid is None else part.valid.expand(shape)
-            for part, shape in zip((first, second), shapes, strict=True)
+    parts = (first, second)
+
+    def joined(name: str, blank: bool | float, dtype: torch.dtype) -> torch.Tensor | None:
+        given = [getattr(part, name) for part in parts]
+        if all(marks is None for marks in given):
+            return None
+        shapes = [part.keys.shape[:3] for part in parts]
+        full = [
+            part.keys.new_full(shape, blank, dtype=dtype) if marks is None else marks.expand(shape)
+            for part, marks, shape in zip(parts, given, shapes, strict=True)
         ]
-        valid = torch.cat(marks, -1)
-    if first.bias is not None or second.bias is not None:
-        biases = [
-            part.keys.new_zeros(shape, dtype=torch.float32) if part.bias is None else part.bias
-            for part, shape in zip((first, second), shapes, strict=True)
-        ]
-        bias = torch.cat(biases, -1)
-    return Slots(
-        torch.cat([first.keys, second.keys], 2), torch.cat([first.values, second.values], 2), valid, bias
-    )
+        return torch.cat(full, -1)
+
+    keys, values = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("keys", "values"))
+    return Slots(keys, values, joined("valid", True, torch.bool), joined("bias", 0.0, torch.float32))
 
 
 class KVMergerLayer(CacheLayer):
@@ -315,13 +305,11 @@ class KVMergerLayer(CacheLayer):
 
     @property
     def scaling(self) -> float:
-        return float(self.module.scaling)  # type: ignore[arg-type]
+        return float(self.module.scaling)
 
     def prefill(self, prompt: Tokens) -> None:
         if int(prompt.valid.sum(-1).min()) < 4:
-            raise ValueError(
-                f"KVMerger needs at least 4 tokens to merge, got {int(prompt.valid.sum(-1).min())}"
-            )
+            raise ValueError(f"KVMerger needs at least 4 tokens to merge, got {int(prompt.valid.sum(-1).min())}")
         scores = attention_mass(prompt, self.scaling).sum(2)
         self.merged = self.merge(prompt.keys, prompt.values, scores, prompt.valid)
 
@@ -402,9 +390,7 @@ class KVMergerLayer(CacheLayer):
                 order = order - 10 * (norm_ratios(keys) > method.max_norm_ratio)
         return find_sets_to_count(order, protected, counts, valid)
 
-    def merge(
-        self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor
-    ) -> Merged:
+    def merge(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor) -> Merged:
         """Steps 2 to 5 on tokens [batch, kv_heads, T, head_dim] whose attention was ``scores`` [batch,
         kv_heads, T].
         """
@@ -412,9 +398,7 @@ class KVMergerLayer(CacheLayer):
         sets = self.find_sets(keys, scores, valid)
         if method.pivot == "random":
             scores = scatter_order(valid.long().cumsum(-1), keys.shape[1])
-        new_keys, new_values, sizes = gaussian_merge(
-            keys, values, sets, scores, method.sigma, method.value_mass
-        )
+        new_keys, new_values, sizes = gaussian_merge(keys, values, sets, scores, method.sigma, method.value_mass)
         return self.pack(new_keys.to(keys.dtype), new_values.to(values.dtype), sizes)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor, sizes: torch.Tensor) -> Merged:
@@ -524,22 +508,14 @@ class KVMerger(CacheMethod):
                 f"{share:.3g}; lower them"
             )
 
-    def skipped(self, layers: int) -> set[int]:
-        """Indices of the layers that stay whole, in a model of ``layers``."""
-        if isinstance(self.skip_layers, str):
-            return set(range(layers))
-        if outside := [index for index in self.skip_layers if not -layers <= index < layers]:
-            raise ValueError(f"skip_layers names layer {outside[0]} of a model with {layers} layers")
-        return {index % layers for index in self.skip_layers}
-
     def layer_share(self, layers: int) -> float:
         """Slots over tokens in each layer not skipped, so that all layers together meet ``budget``."""
         assert self.budget is not None
-        whole = len(self.skipped(layers))
+        whole = len(skipped(self.skip_layers, layers))
         return (self.budget * layers - whole) / (layers - whole) if whole < layers else 1.0
 
     def check(self, geometry: Geometry) -> None:
-        whole = len(self.skipped(geometry.layers))
+        whole = len(skipped(self.skip_layers, geometry.layers))
         if self.budget is None or whole == 0:
             return
         if whole == geometry.layers or self.layer_share(geometry.layers) <= 0:
@@ -553,15 +529,13 @@ class KVMerger(CacheMethod):
 
     def layers(self, model: PreTrainedModel) -> list[CacheLayer]:
         rotary, modules = find_rotary(model), attention_modules(model)
-        whole = self.skipped(len(modules))
+        whole = skipped(self.skip_layers, len(modules))
         return [
-            (SlotLayer if index in whole else KVMergerLayer)(self, index, module, rotary)
+            (SlotLayer if index in whole else self.Layer)(self, index, module, rotary)
             for index, module in enumerate(modules)
         ]
 
-    def cache(
-        self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None
-    ) -> MethodCache:
+    def cache(self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None) -> MethodCache:
         plain = super().cache(model, chunked, dtype)
         return KVMergerCache(self, cast("list[CacheLayer]", plain.layers), chunked, dtype)
 
@@ -576,15 +550,14 @@ class KVMerger(CacheMethod):
             return replace(self, budget=1.0)
         layers = geometry.layers
         skip = self.skip_layers if layers >= 8 or self.skip_layers == "all" else ()
-        whole = len(replace(self, budget=None, skip_layers=skip, sets="similar").skipped(layers))
+        whole = len(skipped(skip, layers))
         slot = 4 * geometry.head_dim
         size = 0 if self.value_mass != "bias" or not self.merge else 2 if tokens < 2**15 else 4
-        budget = fraction * layers * tokens * slot - whole * tokens * slot
-        count = int(budget // ((layers - whole) * (slot + size))) if whole < layers else 0
+        fixed = whole * tokens * slot + (layers - whole) * 4 * (self.layout == "ragged")  # of one head
+        room = fraction * layers * tokens * slot - fixed
+        count = int(room // ((layers - whole) * (slot + size))) if whole < layers else 0
         if count < 1:
-            raise Unreachable(
-                (whole * tokens * slot + (layers - whole) * (slot + size)) / (layers * tokens * slot)
-            )
+            raise Unreachable((fixed + (layers - whole) * (slot + size)) / (layers * tokens * slot))
         # The ceiling of a share just above count - 1 is count here, and never dearer on a longer prompt.
         share = (count - 1 + 1e-3) / tokens
         recent, heavy = paper_protection(share)
@@ -595,6 +568,15 @@ class KVMerger(CacheMethod):
             heavy=self.heavy * heavy,
             skip_layers=skip,
         )
+
+
+def skipped(skip_layers: tuple[int, ...] | str, layers: int) -> set[int]:
+    """Indices of the layers that stay whole, in a model of ``layers``."""
+    if isinstance(skip_layers, str):
+        return set(range(layers))
+    if outside := [index for index in skip_layers if not -layers <= index < layers]:
+        raise ValueError(f"skip_layers names layer {outside[0]} of a model with {layers} layers")
+    return {index % layers for index in skip_layers}
 
 
 def paper_protection(share: float) -> tuple[float, float]:
@@ -665,25 +647,29 @@ class ProfilingLayer(KVMergerLayer):
         self.norm_ratio = (high / low.clamp(min=1e-12))[several]
 
 
-def profile_model(
-    model: PreTrainedModel, prompts: Iterable[torch.Tensor], method: KVMerger | None = None
-) -> MergeProfile:
+@dataclass(frozen=True)
+class Profiler(KVMerger):
+    """`KVMerger` with layers that measure only."""
+
+    Layer: ClassVar[type[CacheLayer]] = ProfilingLayer
+
+
+def profile_model(model: PreTrainedModel, prompts: Iterable[torch.Tensor], method: KVMerger | None = None) -> MergeProfile:
     """Measures how far ``model`` merges at ``method.epsilon`` on ``prompts``, int64 [tokens] each; take 50 or
     more.
 
     All layers are measured, those that the method would skip too. Raises ValueError with fewer than two
     prompts.
     """
-    method = replace(method or KVMerger(), budget=None, sets="similar", merge=True, skip_layers=())
+    everywhere = {"budget": None, "sets": "similar", "merge": True, "skip_layers": ()}
+    profiler = Profiler(**{**(method or KVMerger()).parameters, **everywhere})
     ratios: list[torch.Tensor] = []
     norms: list[list[torch.Tensor]] = []
-    attach(model)
     for prompt in prompts:
-        plain = method.layers(model)
-        layers = [ProfilingLayer(method, layer.index, layer.module, layer.rotary) for layer in plain]
-        cache = KVMergerCache(method, list(layers), chunked=False, dtype=None)
+        cache = profiler.cache(model)
         with torch.no_grad():
             model(prompt.reshape(1, -1).to(model.device), past_key_values=cache, use_cache=True)
+        layers = cast("list[ProfilingLayer]", cache.layers)
         ratios.append(torch.stack([layer.ratio for layer in layers]))
         norms.append([layer.norm_ratio for layer in layers])
     if len(ratios) < 2:
@@ -691,9 +677,9 @@ def profile_model(
     every = torch.stack(ratios).double()  # [prompts, layers, kv_heads]
     spans = [torch.cat(layer) for layer in zip(*norms, strict=True)]
     return MergeProfile(
-        epsilon=method.epsilon,
-        recent=method.recent,
-        heavy=method.heavy,
+        epsilon=profiler.epsilon,
+        recent=profiler.recent,
+        heavy=profiler.heavy,
         prompts=len(ratios),
         mean=every.mean(0).tolist(),
         std=every.std(0).tolist(),

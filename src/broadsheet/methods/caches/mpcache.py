@@ -19,7 +19,12 @@ Deviations, and why:
 - Layers that share choices also share the tokens kept after the prompt, those of the first of them. The paper
   evicts by layer; but then a cluster's number would mean other tokens in every layer, and sharing it would
   mean nothing.
-- With grouped-query attention each query head picks for itself.
+- The newest ``recent`` tokens of the prompt stay. Votes are summed over causal queries, so the last tokens
+  are seen by few and would go first, the end of the question among them; ``recent=0`` is the paper's rule.
+- With grouped-query attention each query head picks for itself, unless ``share_group``.
+- A cluster is summarised when it is full, from the stored keys: the newest, still open, is attended to anyway
+  and needs no score. On secret shares its maxima and minima would be updated with every token instead, which
+  is what `mpc_cost` prices; the numbers are the same.
 - The released code differs in more: its static step keeps what exceeds a threshold on unscaled, uncausal
   attention (a count that depends on data), and it masks instead of gathering.
 """
@@ -42,7 +47,6 @@ from .base import (
     CacheLayer,
     CacheMethod,
     Geometry,
-    MethodCache,
     Slots,
     Unreachable,
     attend_slots,
@@ -62,6 +66,7 @@ class Counts(NamedTuple):
     coarse: int  #: coarse clusters, the newest (perhaps still empty) one included: G1
     fine: int  #: fine clusters, likewise: G2
     opened: int  #: coarse clusters opened beside the first and the newest
+    candidates: int  #: fine clusters in the opened, the first and the newest coarse ones, less first and newest
     picked: int  #: fine clusters picked beside the first and the newest
     tail: int  #: stored tokens in the newest fine cluster
 
@@ -72,57 +77,40 @@ class Counts(NamedTuple):
 
 
 @dataclass
-class Clusters:
-    """Runs of ``size`` adjacent keys. What a query needs of a run is its summary, written when it is full.
-
-    ``summary``: [batch, kv_heads, full runs, width], see `MPCache.summarise`; ``edge``: running statistics of
-    the newest, open run, [batch, kv_heads, width], see `MPCache.statistics`; meaningless while that run is
-    empty.
-    """
-
-    size: int
-    summary: torch.Tensor
-    edge: torch.Tensor
-
-    @classmethod
-    def of(cls, keys: torch.Tensor, size: int, method: MPCache) -> Clusters:
-        """Clusters of ``keys`` [batch, kv_heads, tokens, head_dim]."""
-        none = method.statistics(keys[:, :, :1])[:, :, :0]
-        edge = none.new_zeros(*none.shape[:2], none.shape[-1])
-        return cls(size, method.summarise(none, size, keys.dtype), edge).extend(keys, 0, method)
-
-    def extend(self, keys: torch.Tensor, stored: int, method: MPCache) -> Clusters:
-        """These clusters once ``keys`` [batch, kv_heads, new, head_dim] follow the ``stored`` tokens."""
-        statistics = method.statistics(keys)
-        edge, full = self.edge, [self.summary]
-        if filled := stored % self.size:  # what is in the open run joins as if it were one more token
-            statistics = torch.cat([edge.unsqueeze(2), statistics], 2)
-            end = self.size - filled + 1
-            edge = method.reduce(statistics[:, :, :end], 2)
-            if statistics.shape[2] >= end:
-                full.append(method.summarise(edge.unsqueeze(2), self.size, keys.dtype))
-            statistics = statistics[:, :, end:]
-        whole = statistics.shape[2] // self.size * self.size
-        if whole:
-            runs = method.reduce(statistics[:, :, :whole].unflatten(2, (-1, self.size)), 3)
-            full.append(method.summarise(runs, self.size, keys.dtype))
-        if statistics.shape[2] > whole:
-            edge = method.reduce(statistics[:, :, whole:], 2)
-        return Clusters(self.size, torch.cat(full, 2) if len(full) > 1 else self.summary, edge)
-
-
-@dataclass
 class Store:
-    """What rows of equal length hold: keys and values [batch, kv_heads, tokens, head_dim], and clusters."""
+    """What rows of equal length hold.
+
+    ``keys``, ``values``: [batch, kv_heads, tokens, head_dim]. ``coarse``, ``fine``: summaries of the full clusters,
+    [batch, kv_heads, tokens // size, width], see `MPCache.summarise`; None when nothing is selected.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
-    coarse: Clusters | None
-    fine: Clusters | None
+    coarse: torch.Tensor | None = None
+    fine: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
         return self.keys.shape[2]
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, method: MPCache) -> Store:
+        if not method.selects:
+            return cls(keys, values)
+        return cls(keys, values, *(method.summarise(keys, size) for size in method.clusters))
+
+    def extend(self, new: Tokens, method: MPCache) -> Store:
+        """This store with ``new`` after it; clusters that they fill get their summary."""
+        keys, values = torch.cat([self.keys, new.keys], 2), torch.cat([self.values, new.values], 2)
+        if self.coarse is None or self.fine is None:
+            return Store(keys, values)
+        levels = []
+        for summary, size in zip((self.coarse, self.fine), method.clusters, strict=True):
+            full = summary.shape[2]
+            if keys.shape[2] // size > full:
+                summary = torch.cat([summary, method.summarise(keys[:, :, full * size :], size)], 2)
+            levels.append(summary)
+        return Store(keys, values, *levels)
 
 
 class MPCacheLayer(CacheLayer):
@@ -131,11 +119,10 @@ class MPCacheLayer(CacheLayer):
     _outside: ClassVar[frozenset[str]] = CacheLayer._outside | {"kept", "picked"}
 
     method: MPCache
-    cache: MethodCache
     stored_keys: torch.Tensor  #: [batch, kv_heads, slots, head_dim]
     stored_values: torch.Tensor
-    coarse: Clusters | None = None
-    fine: Clusters | None = None
+    coarse: torch.Tensor | None = None  #: summaries, see `Store`
+    fine: torch.Tensor | None = None
     lengths: torch.Tensor | None = None  #: [batch]
     #: tokens that the last query attended to, stored and new, itself included; the same for all heads
     attended: int = 0
@@ -177,19 +164,18 @@ class MPCacheLayer(CacheLayer):
             )
 
     def _look_once(self, prompt: Tokens) -> torch.Tensor | None:
-        """Static eviction (paper section 4.2): the tokens that stay, ascending [batch, kept]; None: all do.
+        """Look-once static eviction: the tokens that stay, ascending [batch, kept]; None: all do.
 
         a_j sums over the last queries of the prompt the mean over heads of softmax(q_i K^T / sqrt(d))_j; the
-        top share of ``static_keep`` stays.
+        top share of ``static_keep`` stays, the newest ``recent`` tokens in it.
         """
         total = prompt.count
         kept = self.method.kept(total)
         if kept >= total:
             return None
         window = self.method.voters(total)
-        votes = attention_mass(prompt, cast(float, self.module.scaling), slice(total - window, total)).mean(
-            (1, 2)
-        )
+        votes = attention_mass(prompt, self.module.scaling, slice(total - window, total)).mean((1, 2))
+        votes[:, total - min(self.method.recent, kept) :] = float("inf")
         return votes.topk(kept, -1).indices.sort(-1).values
 
     def _store(self, prompt: Tokens, kept: torch.Tensor | None) -> Store:
@@ -197,29 +183,16 @@ class MPCacheLayer(CacheLayer):
         if kept is not None:
             wide = kept[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             keys, values = keys.gather(2, wide), values.gather(2, wide)
-        if not self.method.selects:
-            return Store(keys, values, None, None)
-        coarse, fine = (Clusters.of(keys, size, self.method) for size in self.method.clusters)
-        return Store(keys, values, coarse, fine)
+        return Store.of(keys, values, self.method)
 
     # --- tokens that follow -------------------------------------------------------------------------------
 
     def append(self, new: Tokens) -> None:
-        stores = []
         if self.lengths is None and bool(new.valid.all()):
             grown = [(self._whole(), new)]
         else:
             grown = list(zip(self._rows(), _rows(new), strict=True))
-        for store, tokens in grown:
-            before = store.count
-            keys = torch.cat([store.keys, tokens.keys], 2)
-            values = torch.cat([store.values, tokens.values], 2)
-            coarse, fine = (
-                clusters.extend(tokens.keys, before, self.method) if clusters and tokens.count else clusters
-                for clusters in (store.coarse, store.fine)
-            )
-            stores.append(Store(keys, values, coarse, fine))
-        self._hold(stores)
+        self._hold([store.extend(tokens, self.method) for store, tokens in grown])
 
     def attend(self, new: Tokens, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
         """Exact attention over the clusters picked by each query and head, and the new tokens."""
@@ -244,13 +217,13 @@ class MPCacheLayer(CacheLayer):
                 chosen = shared[number] if shared else None
                 chosen = pick(self.method, store, tokens.queries) if chosen is None else chosen
                 picked.append(chosen)
-                outputs.append(attend_clusters(store, chosen, tokens, scaling))
+                outputs.append(attend_clusters(store, self.method.clusters[1], chosen, tokens, scaling))
                 attended = counts.tail + (1 + counts.picked) * self.method.clusters[1]
             self.attended = max(self.attended, attended + new.count)
         self._pass_on("picked", picked, leader)
         return torch.cat(outputs)
 
-    # --- sharing between layers (paper section 4.4) -------------------------------------------------------
+    # --- sharing between layers ---------------------------------------------------------------------------
 
     def _leader(self) -> MPCacheLayer | None:
         """The layer whose choices this one takes over, or None when it makes its own."""
@@ -279,16 +252,11 @@ class MPCacheLayer(CacheLayer):
         """Each row by itself, without the padding on its right."""
         for row in range(self.stored_keys.shape[0]):
             count = self.stored if self.lengths is None else int(self.lengths[row])
-            levels = (
-                clusters
-                and Clusters(
-                    clusters.size,
-                    clusters.summary[row : row + 1, :, : count // clusters.size],
-                    clusters.edge[row : row + 1],
-                )
-                for clusters in (self.coarse, self.fine)
-            )
             one = slice(row, row + 1)
+            levels = (
+                None if summary is None else summary[one, :, : count // size]
+                for summary, size in zip((self.coarse, self.fine), self.method.clusters, strict=True)
+            )
             yield Store(self.stored_keys[one, :, :count], self.stored_values[one, :, :count], *levels)
 
     def _hold(self, stores: list[Store]) -> None:
@@ -298,17 +266,14 @@ class MPCacheLayer(CacheLayer):
         self.stored_values = _stack([store.values for store in stores])
         for name in ("coarse", "fine"):
             levels = [getattr(store, name) for store in stores]
-            if levels[0] is not None:
-                summary = _stack([level.summary for level in levels])
-                levels[0] = Clusters(levels[0].size, summary, torch.cat([level.edge for level in levels]))
-            setattr(self, name, levels[0])
+            setattr(self, name, None if levels[0] is None else _stack(levels))
         self.lengths = None
         if len(set(counts)) > 1:
             self.lengths = torch.tensor(counts, device=self.stored_keys.device)
 
 
 def pick(method: MPCache, store: Store, queries: torch.Tensor) -> torch.Tensor:
-    """Two-level selection (paper section 4.3): each query's fine clusters beside the first and the newest.
+    """Two-level selection: each query's fine clusters beside the first and the newest.
 
     ``queries``: [batch, heads, n, head_dim]. Returns indices [batch, kv_heads, group, n, picked], ascending.
     """
@@ -316,38 +281,41 @@ def pick(method: MPCache, store: Store, queries: torch.Tensor) -> torch.Tensor:
     coarse, fine = store.coarse, store.fine
     assert coarse is not None
     assert fine is not None
-    batch, heads, n, dim = queries.shape
-    kv_heads = store.keys.shape[1]
-    grouped = queries.reshape(batch, kv_heads, heads // kv_heads * n, dim)
-    children = coarse.size // fine.size
+    n = queries.shape[2]
+    grouped = queries.unflatten(1, (store.keys.shape[1], -1))
+    group = grouped.shape[2]
+    children = method.clusters[0] // method.clusters[1]
+
+    def scores(summary: torch.Tensor) -> torch.Tensor:
+        """Similarity of each query, or of a group's together, with the full clusters of a level."""
+        each = method.similarities(grouped.flatten(2, 3), summary).unflatten(2, (group, n))
+        return each.sum(2, keepdim=True) if method.share_group else each
+
     # Level 1. Only full clusters have a summary, so the newest is out already.
-    opened = method.similarities(grouped, coarse.summary)[..., 1:].topk(counts.opened, -1).indices + 1
+    opened = scores(coarse)[..., 1:].topk(counts.opened, -1).indices + 1
     candidates = (opened.unsqueeze(-1) * children + torch.arange(children, device=opened.device)).flatten(-2)
     first = torch.arange(1, children, device=opened.device)
     newest = torch.arange(children * (counts.coarse - 1), counts.fine - 1, device=opened.device)
     always = torch.cat([first, newest]).expand(*candidates.shape[:-1], -1)
     candidates = torch.cat([candidates, always], -1)
     # Level 2. On plain tensors one product with all summaries is cheaper than gathering the candidates'.
-    scores = method.similarities(grouped, fine.summary).gather(-1, candidates)
-    picked = candidates.gather(-1, scores.topk(counts.picked, -1).indices).sort(-1).values
-    return picked.unflatten(2, (-1, n))
+    best = scores(fine).gather(-1, candidates).topk(counts.picked, -1).indices
+    return candidates.gather(-1, best).sort(-1).values.expand(-1, -1, group, -1, -1)
 
 
-def attend_clusters(store: Store, picked: torch.Tensor, new: Tokens, scaling: float) -> torch.Tensor:
+def attend_clusters(store: Store, size: int, picked: torch.Tensor, new: Tokens, scaling: float) -> torch.Tensor:
     """Softmax over the first, the picked and the newest fine clusters and, causally, the new tokens.
 
-    ``picked``: [batch, kv_heads, group, n, k] fine clusters of each query. Tokens are gathered, in tiles of
-    queries; float32 inside. Returns [batch, n, heads, head_dim].
+    ``size``: tokens of a fine cluster; ``picked``: [batch, kv_heads, group, n, k] fine clusters of each query.
+    Tokens are gathered, in tiles of queries; float32 inside. Returns [batch, n, heads, head_dim].
     """
-    assert store.fine is not None
-    size = store.fine.size
     batch, kv_heads, group, n, chosen = picked.shape
     dim = store.keys.shape[-1]
     wide = torch.promote_types(new.keys.dtype, torch.float32)
     tail = store.count // size * size
     # What every query sees: no gather.
     keys, values = (
-        torch.cat([old[:, :, :size], old[:, :, tail:], fresh.to(old.dtype)], 2).to(wide)
+        torch.cat([part.to(wide) for part in (old[:, :, :size], old[:, :, tail:], fresh)], 2)
         for old, fresh in ((store.keys, new.keys), (store.values, new.values))
     )
     causal = torch.ones(n, n, dtype=torch.bool, device=keys.device).tril() & new.valid[:, None, :]
@@ -381,7 +349,7 @@ def recall(method: MPCache, queries: torch.Tensor, keys: torch.Tensor, top: int 
     ``queries`` [batch, heads, n, head_dim]; ``keys`` [batch, kv_heads, T, head_dim], what is stored when they
     ask. Tokens chosen at random would recall the second number.
     """
-    store = Store(keys, keys, *(Clusters.of(keys, size, method) for size in method.clusters))
+    store = Store.of(keys, keys, method)
     batch, heads, n, _ = queries.shape
     kv_heads, total = keys.shape[1:3]
     group = heads // kv_heads
@@ -434,12 +402,15 @@ class MPCache(CacheMethod):
     0.4 is lossless there on average); ``window`` share of the prompt whose queries vote (halved beyond 24k
     tokens); ``alpha`` weight of the maxima in the linear score; ``clusters`` coarse and fine size in tokens;
     ``ratios`` shares of the coarse and fine clusters chosen (of all there are, beside the first and the
-    newest); ``share_span`` layers that share choices, from layer ``share_from`` on.
+    newest); ``share_span`` layers that share choices, from layer ``share_from`` on; ``similarity`` of query
+    and cluster; ``recent`` newest tokens of the prompt that stay in any case; ``share_group`` lets the query
+    heads of a KV head choose together, by the sum of their similarities (a choice per KV head is what secret
+    sharing would rather pay for).
 
     Parts off: ``static_keep=1`` no eviction; ``ratios=(1, 1)`` no selection, and no cluster state is held;
     ``ratios=(1, r)`` one level; ``clusters=(1, 1)`` token by token; ``share_span=1`` no sharing;
-    ``similarity="max"`` the bound that the linear score stands for (as in Quest), ``"mean"`` mean-pooled keys
-    (as in InfLLM).
+    ``recent=0`` the paper's votes alone; ``similarity="max"`` the bound that the linear score stands for (as
+    in Quest), ``"mean"`` mean-pooled keys (as in InfLLM).
 
     Raises ValueError for shares outside (0, 1], alpha outside [0, 1] and clusters that do not nest.
     """
@@ -452,6 +423,8 @@ class MPCache(CacheMethod):
     share_span: int = 2
     share_from: int = 2
     similarity: str = "linear"
+    recent: int = 16
+    share_group: bool = False
 
     Layer: ClassVar[type[CacheLayer]] = MPCacheLayer
 
@@ -467,8 +440,9 @@ class MPCache(CacheMethod):
             raise ValueError(f"clusters must nest (coarse a multiple of fine), got {self.clusters}")
         if self.share_span < 1:
             raise ValueError(f"share_span must be at least 1, got {self.share_span}")
-        if self.share_from < 0:
-            raise ValueError(f"share_from must be at least 0, got {self.share_from}")
+        for name, value in (("share_from", self.share_from), ("recent", self.recent)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if self.similarity not in {"linear", "max", "mean"}:
             raise ValueError(f"similarity must be linear, max or mean, got '{self.similarity}'")
 
@@ -477,11 +451,11 @@ class MPCache(CacheMethod):
     @property
     def selects(self) -> bool:
         """Whether there is a dynamic selection at all."""
-        return self.ratios != (1, 1)
+        return tuple(self.ratios) != (1, 1)
 
     def kept(self, tokens: int) -> int:
         """Tokens of a prompt that stay."""
-        return max(1, _floor(self.static_keep * tokens))
+        return max(1, round(self.static_keep * tokens))
 
     def voters(self, tokens: int) -> int:
         """Last queries of a prompt that vote in the static step."""
@@ -493,37 +467,27 @@ class MPCache(CacheMethod):
         (large, small), (ratio1, ratio2) = self.clusters, self.ratios
         coarse, fine = stored // large + 1, stored // small + 1
         if stored + 1 < 2 * large:
-            return Counts(coarse, fine, coarse - 2, fine - 2, stored % small)
+            return Counts(coarse, fine, coarse - 2, fine - 2, fine - 2, stored % small)
         opened = min(_floor(coarse * ratio1), coarse - 2)
         candidates = large // small * (1 + opened) + fine - large // small * (coarse - 1) - 2
-        return Counts(coarse, fine, opened, min(_floor(fine * ratio2), candidates), stored % small)
+        picked = min(_floor(fine * ratio2), candidates)
+        return Counts(coarse, fine, opened, candidates, picked, stored % small)
 
     # --- similarity ---------------------------------------------------------------------------------------
 
-    def statistics(self, keys: torch.Tensor) -> torch.Tensor:
-        """Per token, what `reduce` combines to a run's statistics.
+    def summarise(self, keys: torch.Tensor, size: int) -> torch.Tensor:
+        """What queries are multiplied with, for every full run of ``size`` adjacent keys.
 
-        Keys and negated keys (a minimum is the negated maximum of those); for the mean the keys in float32.
+        ``keys``: [batch, kv_heads, tokens, head_dim]. linear: u_c = alpha * max + (1 - alpha) * min, by channel; max:
+        both ends, side by side; mean: the mean. Returns [batch, kv_heads, tokens // size, width], in the keys' dtype.
         """
-        return keys.float() if self.similarity == "mean" else torch.cat([keys, -keys], -1)
-
-    def reduce(self, statistics: torch.Tensor, dim: int) -> torch.Tensor:
-        """Combines the statistics of tokens (or parts of a run) along ``dim``."""
-        return statistics.sum(dim) if self.similarity == "mean" else statistics.amax(dim)
-
-    def summarise(self, statistics: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """The vector of a full run that queries are multiplied with.
-
-        linear: u_c = alpha * max + (1 - alpha) * min (paper section 4.3); max: both ends, side by side;
-        mean: the mean.
-        """
+        runs = keys[:, :, : keys.shape[2] // size * size].unflatten(2, (-1, size))
         if self.similarity == "mean":
-            return (statistics / size).to(dtype)
-        high, low = statistics.chunk(2, -1)
-        low = -low
+            return runs.float().mean(3).to(keys.dtype)
+        high, low = runs.amax(3), runs.amin(3)
         if self.similarity == "max":
             return torch.cat([high, low], -1)
-        return (self.alpha * high.float() + (1 - self.alpha) * low.float()).to(dtype)
+        return (self.alpha * high.float() + (1 - self.alpha) * low.float()).to(keys.dtype)
 
     def similarities(self, queries: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         """One matrix product: queries [..., n, head_dim] with summaries [..., runs, width], float32.
@@ -547,11 +511,11 @@ class MPCache(CacheMethod):
         full = geometry.full_bytes(tokens)
 
         def held(kept: int) -> int:
-            """Bytes in 16 bits: slots, summaries and the open runs (two ends, or sums in float32)."""
+            """Bytes in 16 bits: slots and summaries."""
             elements = 2 * kept
             if self.selects:
                 width = 2 if self.similarity == "max" else 1
-                elements += sum(width * (kept // size) + 2 for size in self.clusters)
+                elements += sum(width * (kept // size) for size in self.clusters)
             return 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * elements
 
         kept = bisect_right(range(tokens + 1), fraction * full, key=held) - 1

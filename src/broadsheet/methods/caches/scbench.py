@@ -137,6 +137,7 @@ class TurnResult:
     strict: float
     new_tokens: int
     gold_nll: float | None  #: mean negative log-likelihood of the gold answer's tokens, nats
+    kl: float | None  #: mean KL(full cache || this one) over the gold answer's tokens, nats
     cache_bytes: int  #: bytes a row held when the prompt had been compressed
     prompt_tokens: int
 
@@ -213,6 +214,7 @@ class SessionRunner:
 
     ``golden``: later turns see the gold answers of the earlier ones (SCBench's default), not the model's own. ``dtype``: what
     exact parts of a cache are stored in. ``limit``: context tokens, by default what the model's positions allow.
+    ``reference``: a second method that reads along, and to whose predictions on the gold answers the KL is taken.
     """
 
     model: PreTrainedModel
@@ -221,6 +223,7 @@ class SessionRunner:
     golden: bool = True
     dtype: torch.dtype | None = torch.bfloat16
     limit: int | None = None
+    reference: CacheMethod | None = None
     forwarded: int = field(default=0, init=False)  #: context tokens forwarded so far
     unanswerable: int = field(default=0, init=False)  #: turns left out because truncation removed their answer
 
@@ -249,6 +252,7 @@ class SessionRunner:
 
     def _multi_turn(self, prompts: list[Prompt]) -> list[TurnResult]:
         stream = _Stream(self, len(prompts))
+        shadow = _Stream(self, len(prompts), self.reference) if self.reference else None
         results: list[TurnResult] = []
         own: list[tuple[int, ...]] = []
         turns = max(len(prompt.questions) for prompt in prompts)
@@ -262,6 +266,7 @@ class SessionRunner:
                     before = prompt.answers[turn - 1] if self.golden and turn <= len(prompt.answers) else own[row]
                     chunk.append(before + question)
             logits = stream.feed(chunk)
+            expected = shadow.feed(chunk) if shadow else None
             if turn == 0:
                 self.forwarded += sum(len(prompt.context) for prompt in prompts)
                 sizes = stream.bytes_by_row()
@@ -269,10 +274,12 @@ class SessionRunner:
             caps = [p.session.turns[turn].max_new_tokens if a else 0 for p, a in zip(prompts, active, strict=True)]
             own = stream.fork().decode(logits, caps)
             gold = [p.answers[turn] if a else () for p, a in zip(prompts, active, strict=True)]
-            nll = stream.fork().likelihood(logits, gold)
+            ours = stream.fork().predict(logits, gold)
+            theirs = shadow.fork().predict(expected, gold) if shadow else None
             for row, prompt in enumerate(prompts):
                 if active[row]:
-                    results.append(self._result(prompt, turn, "multi-turn", own[row], nll[row], sizes[row]))
+                    losses = _losses(ours[row], theirs and theirs[row], gold[row])
+                    results.append(self._result(prompt, turn, "multi-turn", own[row], losses, sizes[row]))
             if not self.golden:  # an answer that was cut gets its end token
                 end = _end(self.tokenizer)
                 own = [ids if ids[-len(end) :] == end else ids + end for ids in own]
@@ -281,6 +288,9 @@ class SessionRunner:
     def _multi_request(self, prompts: list[Prompt]) -> list[TurnResult]:
         shared = _Stream(self, len(prompts))
         shared.feed([prompt.context for prompt in prompts])
+        shadow = _Stream(self, len(prompts), self.reference) if self.reference else None
+        if shadow:
+            shadow.feed([prompt.context for prompt in prompts])
         self.forwarded += sum(len(prompt.context) for prompt in prompts)
         sizes = shared.bytes_by_row()
         results: list[TurnResult] = []
@@ -288,14 +298,20 @@ class SessionRunner:
         for turn in range(max(map(len, opening))):
             active = [turn < len(turns) for turns in opening]
             request = shared.fork()
-            logits = request.feed([self._request(p, turn) if a else () for p, a in zip(prompts, active, strict=True)])
+            chunk = [self._request(p, turn) if a else () for p, a in zip(prompts, active, strict=True)]
+            logits = request.feed(chunk)
             caps = [p.session.turns[turn].max_new_tokens if a else 0 for p, a in zip(prompts, active, strict=True)]
             own = request.fork().decode(logits, caps)
             gold = [p.answers[turn] if a else () for p, a in zip(prompts, active, strict=True)]
-            nll = request.likelihood(logits, gold)
+            ours = request.predict(logits, gold)
+            theirs = None
+            if shadow:
+                other = shadow.fork()
+                theirs = other.predict(other.feed(chunk), gold)
             for row, prompt in enumerate(prompts):
                 if active[row]:
-                    results.append(self._result(prompt, turn, "multi-request", own[row], nll[row], sizes[row]))
+                    losses = _losses(ours[row], theirs and theirs[row], gold[row])
+                    results.append(self._result(prompt, turn, "multi-request", own[row], losses, sizes[row]))
         return results
 
     def _request(self, prompt: Prompt, turn: int) -> tuple[int, ...]:
@@ -309,7 +325,13 @@ class SessionRunner:
         return tuple(self.tokenizer(text.split(mark)[1], add_special_tokens=False)["input_ids"])
 
     def _result(
-        self, prompt: Prompt, turn: int, mode: str, ids: tuple[int, ...], nll: float | None, size: int
+        self,
+        prompt: Prompt,
+        turn: int,
+        mode: str,
+        ids: tuple[int, ...],
+        losses: tuple[float | None, float | None],
+        size: int,
     ) -> TurnResult:
         asked = prompt.session.turns[turn]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -322,7 +344,8 @@ class SessionRunner:
             score=check(text, asked),
             strict=strict(text, asked),
             new_tokens=len(ids),
-            gold_nll=nll,
+            gold_nll=losses[0],
+            kl=losses[1],
             cache_bytes=size,
             prompt_tokens=len(prompt.context),
         )
@@ -331,9 +354,9 @@ class SessionRunner:
 class _Stream:
     """A batch of token streams on one cache: padding, positions and validity are kept here."""
 
-    def __init__(self, runner: SessionRunner, rows: int):
+    def __init__(self, runner: SessionRunner, rows: int, method: CacheMethod | None = None):
         self.runner = runner
-        self.cache: MethodCache = runner.method.cache(runner.model, dtype=runner.dtype)
+        self.cache: MethodCache = (method or runner.method).cache(runner.model, dtype=runner.dtype)
         device = runner.model.device
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=device)
 
@@ -373,28 +396,32 @@ class _Stream:
                 logits = self.feed([(chosen[row],) if going[row] else () for row in range(len(caps))])
         return [tuple(row) for row in rows]
 
-    def likelihood(self, logits: torch.Tensor, gold: list[tuple[int, ...]]) -> list[float | None]:
-        """Mean negative log-likelihood of the gold tokens, teacher-forced, for every row."""
-        if not any(gold):
-            return [None for _ in gold]
+    def predict(self, logits: torch.Tensor, gold: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        """Teacher-forced log-probabilities at the gold tokens of every row: [tokens, vocabulary] each."""
         width = max(map(len, gold))
-        found: list[float | None] = []
         after = self._forward([ids[:-1] for ids in gold]) if width > 1 else None
+        found = []
         for row, ids in enumerate(gold):
-            if not ids:
-                found.append(None)
-                continue
-            steps = logits[row : row + 1]
+            steps = logits[row : row + 1, :][: len(ids)]
             if after is not None and len(ids) > 1:
                 steps = torch.cat([steps, after[row, after.shape[1] - (len(ids) - 1) :]])
-            target = torch.tensor(ids, device=steps.device)
-            found.append(float(torch.nn.functional.cross_entropy(steps, target)))
+            found.append(steps.log_softmax(-1))
         return found
 
     def bytes_by_row(self) -> list[int]:
         """Bytes a row holds: its share of the batch by real tokens."""
         real = self.mask.sum(1).tolist()
         return [round(self.cache.nbytes * count / sum(real)) for count in real]
+
+
+def _losses(
+    ours: torch.Tensor, theirs: torch.Tensor | None, gold: tuple[int, ...]
+) -> tuple[float | None, float | None]:
+    """Mean negative log-likelihood of the gold tokens, and mean KL(theirs || ours) where there is a reference."""
+    if not gold:
+        return None, None
+    nll = -float(ours[torch.arange(len(gold)), torch.tensor(gold)].mean())
+    return nll, None if theirs is None else float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
 def _stops(model: PreTrainedModel) -> list[int]:

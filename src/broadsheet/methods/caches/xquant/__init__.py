@@ -41,7 +41,8 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.rotary import find_rotary, rotate
 from broadsheet.core.models.taps import Tokens, attention_modules
 
-from ..base import CacheLayer, CacheMethod, Geometry, MethodCache, Slots, Unreachable, attend_slots
+from ..base import CacheLayer, CacheMethod, Geometry, MethodCache, Slots, attend_slots
+from ..blocks import GROUP_SIZES, best_within, quantisation_error
 from . import cost
 from .factors import CROSS_FACTOR, PLAIN_FACTORS, Factors, loaded, prepared, projection_of
 from .streams import (
@@ -51,6 +52,7 @@ from .streams import (
     decode,
     encode,
     extended,
+    fit_group,
     joined,
     left_aligned,
     sliced,
@@ -72,9 +74,7 @@ class XQuantCache(MethodCache):
     method: XQuant
     layers: list[Any]
 
-    def __init__(
-        self, method: XQuant, layers: list[Any], chunked: bool, dtype: torch.dtype | None, factors: Factors
-    ):
+    def __init__(self, method: XQuant, layers: list[Any], chunked: bool, dtype: torch.dtype | None, factors: Factors):
         super().__init__(method, layers, chunked, dtype)
         self.factors = factors
         self.walk: dict[str, tuple[int, Items]] = {}
@@ -89,9 +89,7 @@ class XQuantCache(MethodCache):
         """The accumulator that layer ``index`` - 1 gave in this pass."""
         below, accumulator = self.walk.get(purpose, (None, None))
         if accumulator is None or below != index - 1:
-            raise RuntimeError(
-                "XQuant-CL's layers work in order; run the whole model, one forward pass at a time"
-            )
+            raise RuntimeError("XQuant-CL's layers work in order; run the whole model, one forward pass at a time")
         return accumulator
 
     def report(self) -> dict[str, Any]:
@@ -285,9 +283,7 @@ class XQuantLayer(CacheLayer):
         keys = F.linear(keys, self.factors["M_k"].T, self.module.k_proj.bias)
         return keys, F.linear(values, self.factors["M_v"].T, self.module.v_proj.bias)
 
-    def heads(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def heads(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Head norm (where the model has one) and rotation; [batch, kv_heads, tokens, head_dim] each."""
         width = self.module.head_dim
         norm = getattr(self.module, "k_norm", None) or nn.Identity()
@@ -371,9 +367,7 @@ class XQuant(CacheMethod):
                 stacklevel=3,
             )
 
-    def cache(
-        self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None
-    ) -> XQuantCache:
+    def cache(self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None) -> XQuantCache:
         plain = super().cache(model, chunked, dtype)
         return XQuantCache(self, plain.layers, chunked, dtype, self.prepare(model))
 
@@ -385,9 +379,7 @@ class XQuant(CacheMethod):
             raise ValueError(f"{type(model).__name__} has no rotary embedding to rebuild keys with")
         kind = getattr(rotary, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rope type '{kind}' rotates by the length of the pass, so old keys cannot be rebuilt exactly"
-            )
+            raise ValueError(f"rope type '{kind}' rotates by the length of the pass, so old keys cannot be rebuilt exactly")
         return super().layers(model)
 
     def uses_latent(self, geometry: Geometry) -> bool:
@@ -412,6 +404,11 @@ class XQuant(CacheMethod):
             return [(min(hidden, 2 * kv), bits)]
         return [(min(hidden, kv), bits)] * 2
 
+    def is_blocked(self, index: int, number: int, geometry: Geometry) -> bool:
+        """Whether stream ``number`` of layer ``index`` is quantised per channel, in blocks of tokens."""
+        sizes = self.stream_sizes(index, geometry)
+        return self.per_channel_keys and len(sizes) == 2 and number == 0 and sizes[number][1] < 16
+
     def paper_size(self, geometry: Geometry) -> float:
         """The paper's size formula, as a fraction of a 16-bit KV cache.
 
@@ -428,31 +425,43 @@ class XQuant(CacheMethod):
         """Bytes that a cache really holds for one row of ``tokens`` tokens, exact parts at 16 bits."""
         total = 4 * tokens + 8 * geometry.layers  # positions, lengths
         for index in range(geometry.layers):
-            streams = self.stream_sizes(index, geometry)
-            for number, (width, bits) in enumerate(streams):
-                if len(streams) == 2 and number == 0 and bits < 16 and self.per_channel_keys:
+            for number, (width, bits) in enumerate(self.stream_sizes(index, geometry)):
+                if self.is_blocked(index, number, geometry):
                     blocks, tail = divmod(tokens, self.residual)
                     total += width * (blocks * stored_size(self.residual, bits, self.group_size) + 2 * tail)
                 else:
                     total += tokens * stored_size(width, bits, self.group_size)
         return total
 
-    def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
-        """The most bits that fit, then the finest groups and the longest exact tail that still do.
+    def expected_error(self, tokens: int, geometry: Geometry) -> float:
+        """Squared error that a row of standard normal data would take, summed over what is quantised."""
+        total = 0.0
+        for index in range(geometry.layers):
+            for number, (width, bits) in enumerate(self.stream_sizes(index, geometry)):
+                along, count = width, tokens
+                if self.is_blocked(index, number, geometry):
+                    along, count = self.residual, tokens // self.residual * self.residual
+                if bits < 16:
+                    total += width * count * quantisation_error(bits, fit_group(along, self.group_size))
+        return total
 
-        Base layers and accumulator get at least those bits. Raises `Unreachable`.
+    def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
+        """Bits (of base layers too), group and block size of the least expected error within the budget.
+
+        Groups and blocks are at most the method's own, base layers and accumulator at least as fine as the
+        deltas. Raises `Unreachable`.
         """
         if fraction >= 1:  # nothing has to be saved; positions go on top
             return replace(self, bits=16, base_bits=16, accumulator_bits=16)
-        sizes = {}
-        for bits, group, residual in product(BITS, _halvings(self.group_size), _halvings(self.residual)):
-            least = {name: max(bits, getattr(self, name)) for name in ("base_bits", "accumulator_bits")}
-            method = replace(self, bits=bits, group_size=group, residual=residual, **least)
-            sizes[method] = method.row_bytes(tokens, geometry) / geometry.full_bytes(tokens)
-        fitting = [method for method, size in sizes.items() if size <= fraction]
-        if not fitting:
-            raise Unreachable(min(sizes.values()))
-        return max(fitting, key=lambda method: (method.bits, sizes[method]))
+        groups, blocks = ({size, *(one for one in GROUP_SIZES if one <= size)} for size in (self.group_size, self.residual))
+        choices = []
+        for bits, base, group, block in product(BITS, BITS, sorted(groups), sorted(blocks)):
+            if base < bits or (base != self.base_bits and not self.cross_layer):
+                continue
+            one = replace(self, bits=bits, group_size=group, residual=block, base_bits=base)
+            one = replace(one, accumulator_bits=max(bits, self.accumulator_bits))
+            choices.append((one, one.row_bytes(tokens, geometry), one.expected_error(tokens, geometry)))
+        return best_within(choices, fraction, tokens, geometry)
 
     def prepare(self, model: PreTrainedModel) -> Factors:
         """The SVD factors that this method needs of ``model``; none when X itself is stored.
@@ -479,13 +488,6 @@ class XQuant(CacheMethod):
             for name in ((CROSS_FACTOR,) if self.crosses(index) else PLAIN_FACTORS)
         ]
 
-    def cost_model(
-        self, config: Any, seq_len: int, batch: int = 1, hardware: str | cost.Hardware = "h100"
-    ) -> cost.Cost:
+    def cost_model(self, config: Any, seq_len: int, batch: int = 1, hardware: str | cost.Hardware = "h100") -> cost.Cost:
         """FLOP, bytes, bound and break-even length of a decode step over ``seq_len`` stored tokens a row."""
         return cost.decode_cost(self, config, seq_len, batch, hardware)
-
-
-def _halvings(size: int) -> list[int]:
-    """``size`` and its halves down to an eighth, none of them below 16."""
-    return [size >> shift for shift in range(4) if not shift or size >> shift >= 16]

@@ -102,9 +102,7 @@ def decode_cost(method: XQuant, config: Any, seq_len: int, batch: int, hardware:
     if isinstance(hardware, str):
         if hardware not in HARDWARE:
             known = ", ".join(sorted(HARDWARE))
-            raise ValueError(
-                f"unknown hardware '{hardware}'; give one of {known} or Hardware(flops, bandwidth)"
-            )
+            raise ValueError(f"unknown hardware '{hardware}'; give one of {known} or Hardware(flops, bandwidth)")
         hardware = HARDWARE[hardware]
     geometry = Geometry.of(config)
     mlp = getattr(config.get_text_config(), "intermediate_size", None)
@@ -119,9 +117,7 @@ def decode_cost(method: XQuant, config: Any, seq_len: int, batch: int, hardware:
     flop = cached = accumulated = weights = 0  # FLOP and bytes a token of one row; weights in parameters
     for index in range(geometry.layers):
         crossing = method.crosses(index)
-        cached += sum(
-            stored_size(*stream, method.group_size) for stream in method.stream_sizes(index, geometry)
-        )
+        cached += sum(stored_size(*stream, method.group_size) for stream in method.stream_sizes(index, geometry))
         if latent and crossing:
             flop += 2 * dense + 2 * hidden * min(hidden, 2 * kv)
             weights += others + dense + hidden * min(hidden, 2 * kv)

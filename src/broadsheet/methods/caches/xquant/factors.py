@@ -128,17 +128,11 @@ def loaded(path: str | Path, model: PreTrainedModel, names: list[str]) -> Factor
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of XQuant factors: {error}") from None
     if about.get("kind") != "xquant factors":
-        raise ValueError(
-            f"{path} is no file of XQuant factors; make one with XQuant.prepare(model).save(path)"
-        )
+        raise ValueError(f"{path} is no file of XQuant factors; make one with XQuant.prepare(model).save(path)")
     if about.get("model") != fingerprint(model):
-        raise ValueError(
-            f"{path} belongs to a model with other weights; make its factors with XQuant.prepare(model)"
-        )
+        raise ValueError(f"{path} belongs to a model with other weights; make its factors with XQuant.prepare(model)")
     if missing := [name for name in names if name not in found]:
-        raise ValueError(
-            f"{path} lacks {missing[0]}: it was made for another latent or cross_layer; prepare again"
-        )
+        raise ValueError(f"{path} lacks {missing[0]}: it was made for another latent or cross_layer; prepare again")
     tensors = {name: tensor.to(weights[2 * _layer_of(name)].device) for name, tensor in found.items()}
     factors = Factors(tensors, about["model"])
     _prepared[model] = (_stamp(weights), factors)

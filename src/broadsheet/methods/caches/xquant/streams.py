@@ -35,9 +35,7 @@ def stored_size(width: int, bits: int, group_size: int, itemsize: int = 2) -> in
     return width // group * (packed_size(group, bits) + 4)
 
 
-def encode(
-    x: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype, per_channel: bool = False
-) -> Items:
+def encode(x: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype, per_channel: bool = False) -> Items:
     """``x`` [..., tokens, channels] in ``bits``, in groups along channels or (``per_channel``) along tokens.
 
     With 16 bits nothing is quantised: a copy in ``dtype``.
