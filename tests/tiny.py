@@ -30,7 +30,7 @@ _SIZES = {
 
 
 def tiny(kind: str = "gqa", seed: int = 0, **sizes: object) -> PreTrainedModel:
-    """A random model: ``gqa``, ``mha``, ``mqa`` (Llama), ``qwen2``, ``qwen3``, ``neox``. Weights are large enough to matter."""
+    """A random model, weights large enough to matter: ``gqa``, ``mha``, ``mqa`` (Llama), ``qwen2``, ``qwen3``, ``neox``."""
     wanted = {**_SIZES, **sizes}
     kv_heads = {"gqa": 2, "mha": 4, "mqa": 1}.get(kind, 2)
     if kind == "neox":

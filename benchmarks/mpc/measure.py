@@ -33,40 +33,100 @@ PROTOCOLS = ("aby3", "semi2k", "cheetah")
 
 # (T, k, H, d) for each operator: sizes to fit on, and sizes held out.
 TOKENS_FIT = [
-    (16, 0, 8, 64), (64, 0, 8, 64), (128, 0, 8, 64), (256, 0, 8, 64), (512, 0, 8, 64), (1024, 0, 8, 64),
-    (256, 0, 1, 64), (256, 0, 16, 64), (256, 0, 8, 128), (256, 0, 8, 32), (64, 0, 32, 128), (16, 0, 1, 64),
+    (16, 0, 8, 64),
+    (64, 0, 8, 64),
+    (128, 0, 8, 64),
+    (256, 0, 8, 64),
+    (512, 0, 8, 64),
+    (1024, 0, 8, 64),
+    (256, 0, 1, 64),
+    (256, 0, 16, 64),
+    (256, 0, 8, 128),
+    (256, 0, 8, 32),
+    (64, 0, 32, 128),
+    (16, 0, 1, 64),
 ]
 TOKENS_HELD_OUT = [
-    (51, 0, 8, 64), (96, 0, 8, 64), (384, 0, 8, 64), (768, 0, 8, 64), (192, 0, 4, 32), (320, 0, 16, 128),
+    (51, 0, 8, 64),
+    (96, 0, 8, 64),
+    (384, 0, 8, 64),
+    (768, 0, 8, 64),
+    (192, 0, 4, 32),
+    (320, 0, 16, 128),
     (2048, 0, 8, 64),
 ]
 TOPK_SIZES_FIT = [
-    (16, 3), (32, 6), (64, 8), (128, 16), (256, 32), (256, 128), (512, 64), (1024, 51), (1024, 128),
+    (16, 3),
+    (32, 6),
+    (64, 8),
+    (128, 16),
+    (256, 32),
+    (256, 128),
+    (512, 64),
+    (1024, 51),
+    (1024, 128),
 ]
 TOPK_SIZES_HELD_OUT = [(24, 3), (96, 12), (384, 19), (410, 51), (768, 96)]
 TOPK_FIT, TOPK_HELD_OUT = (
     [(T, k, H, 0) for T, k in sizes for H in (1, 8)] for sizes in (TOPK_SIZES_FIT, TOPK_SIZES_HELD_OUT)
 )
 ONE_HOT_FIT = [
-    (12, 6, 8, 0), (16, 2, 8, 0), (64, 8, 8, 0), (128, 16, 8, 0), (256, 16, 8, 0), (512, 8, 8, 0),
-    (512, 64, 8, 0), (1024, 16, 8, 0), (128, 16, 1, 0), (128, 16, 16, 0),
+    (12, 6, 8, 0),
+    (16, 2, 8, 0),
+    (64, 8, 8, 0),
+    (128, 16, 8, 0),
+    (256, 16, 8, 0),
+    (512, 8, 8, 0),
+    (512, 64, 8, 0),
+    (1024, 16, 8, 0),
+    (128, 16, 1, 0),
+    (128, 16, 16, 0),
 ]
 ONE_HOT_HELD_OUT = [
-    (26, 3, 8, 0), (96, 12, 8, 0), (384, 24, 8, 0), (410, 51, 8, 0), (1024, 128, 8, 0), (128, 4, 4, 0),
+    (26, 3, 8, 0),
+    (96, 12, 8, 0),
+    (384, 24, 8, 0),
+    (410, 51, 8, 0),
+    (1024, 128, 8, 0),
+    (128, 4, 4, 0),
     (768, 32, 8, 0),
 ]
 GATHER_FIT = [
-    (16, 2, 8, 64), (64, 8, 8, 64), (256, 32, 8, 64), (512, 64, 8, 64), (1024, 16, 8, 64), (128, 4, 8, 1024),
-    (24, 3, 8, 2048), (64, 6, 8, 2048), (12, 6, 8, 2), (26, 3, 8, 16), (256, 32, 8, 128), (128, 16, 1, 64),
-    (128, 16, 16, 64), (3, 24, 8, 16), (8, 64, 8, 16),
+    (16, 2, 8, 64),
+    (64, 8, 8, 64),
+    (256, 32, 8, 64),
+    (512, 64, 8, 64),
+    (1024, 16, 8, 64),
+    (128, 4, 8, 1024),
+    (24, 3, 8, 2048),
+    (64, 6, 8, 2048),
+    (12, 6, 8, 2),
+    (26, 3, 8, 16),
+    (256, 32, 8, 128),
+    (128, 16, 1, 64),
+    (128, 16, 16, 64),
+    (3, 24, 8, 16),
+    (8, 64, 8, 16),
 ]
 GATHER_HELD_OUT = [
-    (3, 26, 8, 16), (26, 3, 8, 2048), (96, 12, 8, 64), (410, 51, 8, 128), (12, 6, 8, 26), (768, 24, 8, 64),
-    (1024, 128, 8, 64), (64, 8, 4, 32),
+    (3, 26, 8, 16),
+    (26, 3, 8, 2048),
+    (96, 12, 8, 64),
+    (410, 51, 8, 128),
+    (12, 6, 8, 26),
+    (768, 24, 8, 64),
+    (1024, 128, 8, 64),
+    (64, 8, 4, 32),
 ]
 CLUSTERS_FIT = [
-    (8, 0, 8, 64), (16, 0, 8, 64), (32, 0, 8, 64), (64, 0, 8, 64), (128, 0, 8, 64), (32, 0, 1, 64),
-    (32, 0, 16, 128), (32, 0, 8, 32),
+    (8, 0, 8, 64),
+    (16, 0, 8, 64),
+    (32, 0, 8, 64),
+    (64, 0, 8, 64),
+    (128, 0, 8, 64),
+    (32, 0, 1, 64),
+    (32, 0, 16, 128),
+    (32, 0, 8, 32),
 ]
 CLUSTERS_HELD_OUT = [(13, 0, 8, 64), (26, 0, 8, 64), (48, 0, 8, 64), (96, 0, 8, 64), (24, 0, 4, 32)]
 GRID = {
@@ -88,13 +148,25 @@ GRID = {
     "sim_max_by_sign": (CLUSTERS_FIT, CLUSTERS_HELD_OUT),
     "sim_linear": (CLUSTERS_FIT, CLUSTERS_HELD_OUT),
     "sim_linear_matmul": (CLUSTERS_FIT, CLUSTERS_HELD_OUT),
-    "cluster_update": ([(0, 0, 1, 64), (0, 0, 8, 64), (0, 0, 8, 128), (0, 0, 32, 128), (0, 0, 4, 32)],
-                       [(0, 0, 8, 96), (0, 0, 16, 64)]),
+    "cluster_update": (
+        [(0, 0, 1, 64), (0, 0, 8, 64), (0, 0, 8, 128), (0, 0, 32, 128), (0, 0, 4, 32)],
+        [(0, 0, 8, 96), (0, 0, 16, 64)],
+    ),
 }
 # CHEETAH works on ciphertexts, minutes for large sizes on one core: fewer operators, sizes and repeats.
 CHEETAH_OPS = (
-    "qk", "softmax", "attention", "topk", "one_hot", "one_hot_arithmetic", "gather", "sim_max",
-    "sim_max_by_sign", "sim_linear", "sim_linear_matmul", "cluster_update",
+    "qk",
+    "softmax",
+    "attention",
+    "topk",
+    "one_hot",
+    "one_hot_arithmetic",
+    "gather",
+    "sim_max",
+    "sim_max_by_sign",
+    "sim_linear",
+    "sim_linear_matmul",
+    "cluster_update",
 )
 CHEETAH_MOST_ENTRIES = 65_536  # H * T * k
 
@@ -126,19 +198,31 @@ def measure(op: str, protocol: str, python: str) -> list[dict]:
         raise SystemExit(f"{protocol} {op} failed:\n{done.stderr[-2000:]}")
     answer = json.loads(done.stdout)
     parties = answer["parties"]
-    origin = {"versions": answer["versions"], "device": f"{platform.machine()} CPU, one core",
-              "date": datetime.date.today().isoformat()}
+    origin = {
+        "versions": answer["versions"],
+        "device": f"{platform.machine()} CPU, one core",
+        "date": datetime.date.today().isoformat(),
+    }
     records = []
     for row, result in zip(rows, answer["results"]):
         samples = result.pop("samples")
         per_party = {key: [sum(s[key]) / parties for s in samples] for key in ("bytes", "actions", "cpu_s")}
         typical = min if protocol == "cheetah" and op != "topk" else statistics.fmean
-        records.append({
-            "op": op, "protocol": protocol, "parties": parties, **result, "split": row["split"],
-            "repeats": len(samples), **{key: typical(values) for key, values in per_party.items()},
-            "bytes_by_rank": samples[0]["bytes"], "actions_by_rank": samples[0]["actions"],
-            "samples": {key: per_party[key] for key in ("bytes", "actions")} if len(samples) > 1 else {},
-            **origin})
+        records.append(
+            {
+                "op": op,
+                "protocol": protocol,
+                "parties": parties,
+                **result,
+                "split": row["split"],
+                "repeats": len(samples),
+                **{key: typical(values) for key, values in per_party.items()},
+                "bytes_by_rank": samples[0]["bytes"],
+                "actions_by_rank": samples[0]["actions"],
+                "samples": {key: per_party[key] for key in ("bytes", "actions")} if len(samples) > 1 else {},
+                **origin,
+            }
+        )
     setup = {key: sum(values) / parties for key, values in answer["setup"].items()}
     return [*records, {"op": "setup", "protocol": protocol, "parties": parties, **setup, **origin}]
 

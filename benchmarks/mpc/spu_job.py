@@ -288,9 +288,7 @@ class Session:
         self.pipes, self.processes = [], []
         for rank in range(self.parties):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=party, args=(rank, ports, protocol, theirs, self.logs[rank]), daemon=True
-            )
+            process = context.Process(target=party, args=(rank, ports, protocol, theirs, self.logs[rank]), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -309,9 +307,7 @@ class Session:
             except (EOFError, TimeoutError) as error:
                 with open(self.logs[rank], errors="replace") as log:
                     tail = log.read()[-2000:]
-                raise RuntimeError(
-                    f"{self.protocol} party {rank} stopped ({type(error).__name__}):\n{tail}"
-                ) from None
+                raise RuntimeError(f"{self.protocol} party {rank} stopped ({type(error).__name__}):\n{tail}") from None
         return got
 
     def compile(self, function, arguments):
@@ -335,25 +331,17 @@ class Session:
         import numpy as np
         from spu import libspu
 
-        shares = [
-            self.io.make_shares(np.ascontiguousarray(x), libspu.Visibility.VIS_SECRET) for x in arguments
-        ]
+        shares = [self.io.make_shares(np.ascontiguousarray(x), libspu.Visibility.VIS_SECRET) for x in arguments]
         code = program.SerializeToString()
         for rank, pipe in enumerate(self.pipes):
             pipe.send(
                 (
                     code,
-                    {
-                        name: (s[rank].meta, list(s[rank].share_chunks))
-                        for name, s in zip(program.input_names, shares)
-                    },
+                    {name: (s[rank].meta, list(s[rank].share_chunks)) for name, s in zip(program.input_names, shares)},
                 )
             )
         answers = self.answers()
-        outputs = [
-            self.io.reconstruct([rebuild(*part) for part in parts])
-            for parts in zip(*(a["shares"] for a in answers))
-        ]
+        outputs = [self.io.reconstruct([rebuild(*part) for part in parts]) for parts in zip(*(a["shares"] for a in answers))]
         return outputs, {key: [a[key] for a in answers] for key in ("bytes", "actions", "cpu_s")}
 
     def close(self):

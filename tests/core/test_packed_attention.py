@@ -148,15 +148,18 @@ def test_a_layer_answers_as_the_reference_does(shape, head_dim, method, prompts,
     logits = (queries @ keys.mT * scaling).masked_fill(~valid, -torch.inf)
     weights = logits.softmax(-1)
     exact = (weights @ values).reshape(len(prompts), 1, heads * group, head_dim)
-    # |scale * code| + |zero| <= 3 max |x|, as codes span at most max - min.
-    off = scaling * gamma(head_dim + 8) * 3 * float((queries.abs().sum(-1) * keys.abs().max()).max())
-    largest = logits[logits.isfinite()].abs().max()
-    off += 3 * 2.0**-24 * float(largest)  # a logit is rounded, and so is its distance from the maximum
-    off = 2 * off + gamma(keys.shape[2] + TILE + 8)  # of a weight: numerator, denominator, sums
-    bound = 3 * off * float(values.abs().max())
-    assert bound < 1e-2 * float(exact.abs().max())  # else the test would say nothing
-    assert float((got - exact).abs().max()) <= bound
-    assert float((got - reference).abs().max()) <= 2 * bound
+    # Within a group |scale * code| + |zero| <= 3 max |x|, as codes span at most max - min.
+    reach = 3 * (queries.abs() @ keys.abs().amax(2).unsqueeze(-1))
+    shift = scaling * gamma(head_dim + 8) * reach  # of a logit, [batch, heads, group, 1]
+    shift += gamma(3) * logits.masked_fill(~valid, 0).abs().amax(-1, keepdim=True)  # scaled, less the maximum
+    # A weight is off by its logit's shift and the maximum's, and by what exp, the sum and the division round.
+    count = keys.shape[2]
+    bound = (2 * shift + gamma(count + 8)) * (weights @ values.abs())
+    bound = bound + gamma(count + TILE + 8) * 3 * values.abs().amax(2).unsqueeze(2)
+    bound = bound.reshape(exact.shape)
+    assert bound.max() < 1e-2 * exact.abs().max()  # else the test would say nothing
+    assert ((got - exact).abs() <= bound).all()
+    assert ((got - reference).abs() <= 2 * bound).all()
 
 
 def test_threads_share_the_work_and_the_rows_of_padding_bring_no_token():

@@ -308,36 +308,7 @@ def _with_progress(work: Any) -> list[Record]:
 
 def _print_table(records: Sequence[Record]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    from broadsheet.lab.report import cell, columns, describe
-    from broadsheet.lab.table import rows
+    from broadsheet.lab.terminal import terminal_table
 
-    heads = columns(records)
-    table = Table(title=describe(records), title_justify="left", header_style="bold", box=None, padding=(0, 1))
-    table.add_column("method")
-    for name in ("budget", "bytes", *(name for name, _, _ in heads), "by turn"):
-        table.add_column(name, justify="right", no_wrap=True)
-    last: float | None = None
-    for row in rows(records):
-        if row.budget != last and table.row_count:
-            table.add_section()
-        last = row.budget
-        budget = "full" if row.budget is None else f"{row.budget:g}"
-        if row.least is not None:
-            table.add_row(row.method, budget, f"≥ {row.least:.3f}", style="dim")
-            continue
-        cells = [cell(row, metric, setting) for _, metric, setting in heads]
-        table.add_row(row.method, budget, f"{row.values.get('bytes_ratio', 0):.3f}", *cells, _sparkline(row))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-
-
-def _sparkline(row: Any) -> str:
-    """Accuracy at turns 1, 2, ... of the multi-turn mode, as bars."""
-    points = sorted(
-        (dict(key)["turn"], value)
-        for (metric, key), value in row.slices.items()
-        if metric == "accuracy" and set(dict(key)) == {"mode", "turn"} and dict(key)["mode"] == "multi-turn"
-    )
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for _, value in points)
+    Console(width=None if sys.stdout.isatty() else 160).print(terminal_table(records))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import SHARED, needs_stories
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,9 +40,13 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from broadsheet.core.models import ModelError, load
+from broadsheet.core.models.outliers import inject_key_outliers
 from broadsheet.core.models.taps import attention_modules
 from broadsheet.core.numerics.bfp import Format, bfp_quantise
+from broadsheet.core.stats import paired_difference
 from broadsheet.methods.caches.base import Geometry, Unreachable
+from broadsheet.methods.caches.bench import likelihood
 from broadsheet.methods.caches.block_quant_outliers import (
     KSortBFP,
     KSortPlan,
@@ -50,11 +55,12 @@ from broadsheet.methods.caches.block_quant_outliers import (
     find_rotation,
     ksort,
     load_sorted,
-    observe,
     rank_agreement,
+    score_error,
     sort_channels,
     weight_norms,
 )
+from broadsheet.methods.caches.observe import observe
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bfp_official.safetensors"
 SIZES = {
@@ -305,9 +311,7 @@ MODELS = {
     "olmo2-flat-qk-norm": lambda: build(Olmo2ForCausalLM, Olmo2Config),
     "phi-partial": lambda: build(PhiForCausalLM, PhiConfig, 4),
     "helium-interleaved": lambda: build(HeliumForCausalLM, HeliumConfig, head_dim=16),
-    "helium-interleaved-bias": lambda: build(
-        HeliumForCausalLM, HeliumConfig, head_dim=16, attention_bias=True
-    ),
+    "helium-interleaved-bias": lambda: build(HeliumForCausalLM, HeliumConfig, head_dim=16, attention_bias=True),
     "glm-interleaved-partial": lambda: build(GlmForCausalLM, GlmConfig, head_dim=16),
     "cohere-interleaved": lambda: build(CohereForCausalLM, CohereConfig),
     "cohere-qk-norm": lambda: build(CohereForCausalLM, CohereConfig, use_qk_norm=True),
@@ -358,9 +362,7 @@ def test_acceptance_2_sorting_changes_no_output(name, monkeypatch):
             assert float((old - new).abs().max()) <= tolerance * max(1.0, float(old.abs().max())), count
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-gqa", "qwen3-qk-norm", "glm-interleaved-partial", "helium-interleaved"]
-)
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-qk-norm", "glm-interleaved-partial", "helium-interleaved"])
 @pytest.mark.parametrize("rank", ["weight", "random", "interleaved", "calibration"])
 def test_sorted_keys_are_the_permuted_keys(name, rank):
     """What the sorted model hands to attention is the permuted state of the unsorted one."""
@@ -424,10 +426,7 @@ def test_inplace_and_copy():
         torch.testing.assert_close(model(ids(20)).logits, truth, atol=1e-5, rtol=1e-4)
         twin = copy.deepcopy(model)
         torch.testing.assert_close(twin(ids(20)).logits, truth, atol=1e-5, rtol=1e-4)
-        assert (
-            twin.model.layers[0].self_attn.sorted_rotation
-            is not model.model.layers[0].self_attn.sorted_rotation
-        )
+        assert twin.model.layers[0].self_attn.sorted_rotation is not model.model.layers[0].self_attn.sorted_rotation
     with pytest.raises(ValueError, match="sorted already"):
         ksort(model)
     with pytest.raises(ValueError, match="rank='none'"):
@@ -457,6 +456,8 @@ def test_acceptance_9_a_sorted_checkpoint_needs_its_plan(name, dtype, tmp_path):
     for loader in (AutoModelForCausalLM, type(model)):
         with pytest.raises(KeyError, match="load_sorted"):
             loader.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot load .*: ksort: load this model with .*load_sorted$"):
+        load(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"plan\.save"):
         load_sorted(tmp_path)
     plan.save(tmp_path)
@@ -559,9 +560,7 @@ def test_unusual_layers_are_restored_after_a_refusal():
 
 def test_weight_norms_count_gain_bias_and_qk_norm():
     model = MODELS["llama-bias"]()
-    for layer, plain, full in zip(
-        model.model.layers, weight_norms(model, gain=False), weight_norms(model), strict=True
-    ):
+    for layer, plain, full in zip(model.model.layers, weight_norms(model, gain=False), weight_norms(model), strict=True):
         weight, bias = layer.self_attn.k_proj.weight.data, layer.self_attn.k_proj.bias.data
         gain = layer.input_layernorm.weight.data
         torch.testing.assert_close(plain, weight.norm(dim=1).view(2, 16))
@@ -654,42 +653,51 @@ def test_nothing_quantised_is_the_full_cache(rank):
     assert torch.equal(run(model, KSortBFP(key_bits=None, block=8, rank=rank).cache(model), *passes), full)
 
 
-def key_error(model, method: KSortBFP, prompt: torch.Tensor) -> float:
-    """Relative error of the scores, |QK' - QK'_hat| / |QK'|, over layers."""
-    cache = method.cache(model)
-    tokens = observe(model, prompt)
-    run(model, cache, prompt)
-    errors = []
-    for layer, seen in zip(cache.layers, tokens, strict=True):
-        group = seen.queries.shape[1] // seen.keys.shape[1]
-        truth, stored = (k.repeat_interleave(group, 1) for k in (seen.keys, layer.slots().keys))
-        scores = seen.queries @ truth.transpose(-1, -2)
-        errors.append(float((seen.queries @ stored.transpose(-1, -2) - scores).norm() / scores.norm()))
-    return sum(errors) / len(errors)
-
-
 def test_sorting_helps_where_there_are_outliers():
     model = outliers(llama(head_dim=32), 16.0, channels=(2, 11))
     prompt = ids(200)
     for pair_aware in (True, False):
         base = KSortBFP(block=8, pair_aware=pair_aware)
         errors = {
-            rank: key_error(model, KSortBFP(block=8, rank=rank, pair_aware=pair_aware), prompt)
+            rank: score_error(model, KSortBFP(block=8, rank=rank, pair_aware=pair_aware), prompt)
             for rank in ("weight_gain", "weight", "calibration", "none", "interleaved")
         }
         for rank in ("weight_gain", "weight", "calibration"):
             assert errors[rank] < 0.9 * errors["none"] < errors["interleaved"], (rank, errors)
-        assert key_error(model, base, prompt) == errors["weight_gain"]
+        assert score_error(model, base, prompt) == errors["weight_gain"]
     # One block a head: nothing to gain, exactly.
-    whole = {
-        rank: key_error(model, KSortBFP(block=32, rank=rank), prompt) for rank in ("weight", "none", "random")
-    }
+    whole = {rank: score_error(model, KSortBFP(block=32, rank=rank), prompt) for rank in ("weight", "none", "random")}
     assert max(whole.values()) - min(whole.values()) < 1e-6
     # More mantissa bits, less error.
-    falling = [key_error(model, KSortBFP(block=8, key_bits=bits), prompt) for bits in (3, 4, 6, 8)]
+    falling = [score_error(model, KSortBFP(block=8, key_bits=bits), prompt) for bits in (3, 4, 6, 8)]
     assert falling == sorted(falling, reverse=True)
     # Two bits are a factor of 4, once no channel drowns in the step as a whole (at 3 and 4 bits some do).
     assert falling[3] == pytest.approx(falling[2] / 4, rel=0.1)
+
+
+@needs_stories
+def test_acceptance_8_sorting_pays_on_a_trained_model_with_outliers():
+    """On stories260K, whose heads have 8 channels: blocks of 2, outliers of 16; losses paired by document."""
+    model, tokenizer = load(str(SHARED / "models" / "stories260K"))
+    stories = json.loads((SHARED / "data" / "tinystories_wikitext_1000" / "tinystories_1000.json").read_text())
+    texts = [story if isinstance(story, str) else story["text"] for story in stories]
+    encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    windows = torch.tensor([ids[:127] for ids in encoded if len(ids) >= 127][:48])
+    windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], 1)
+    with torch.no_grad():
+        before = model(windows[:2]).logits
+        inject_key_outliers(model, 16.0, pairs=1)
+        torch.testing.assert_close(model(windows[:2]).logits, before, atol=1e-3, rtol=1e-3)
+
+    def losses(**order) -> list[float]:
+        return likelihood(KSortBFP(block=2, **order), model, windows, 64, step=64)[0].mean(1).tolist()
+
+    unsorted, ordered = losses(rank="none"), losses(rank="weight_gain")
+    _, (low, high) = paired_difference(ordered, unsorted)
+    assert high < 0, (low, high)
+    drawn = torch.tensor([losses(rank="random", seed=seed) for seed in range(3)]).mean(0).tolist()
+    _, (low, high) = paired_difference(drawn, unsorted)
+    assert high > 0  # no better than unsorted
 
 
 def test_stored_keys_are_the_quantised_sorted_keys():

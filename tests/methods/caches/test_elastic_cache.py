@@ -382,6 +382,17 @@ def test_mass_bias_is_exact_when_keys_coincide(model):
     assert (outputs[False] - exact).abs().max() > 1e-3
 
 
+def test_discard_none_keeps_all_that_is_generated(model):
+    torch.manual_seed(18)
+    layer = lone_layer(model, ElasticCache(budget=0.5, discard="none"))
+    layer.prefill(random_tokens(20))
+    before = layer.stored_keys.clone()
+    for _ in range(9):
+        step(layer)
+    assert layer.stored == 10 + 9
+    assert torch.equal(layer.stored_keys[:, :, :10], before)
+
+
 def test_discard_recent_keeps_sinks_and_the_newest(model):
     torch.manual_seed(12)
     layer = lone_layer(model, ElasticCache(budget=0.5, discard="recent", n_sink=2))

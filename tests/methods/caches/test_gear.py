@@ -368,6 +368,16 @@ def test_nothing_but_the_buffer_stays_exact(model):
         assert cache.layers[0].stored == 100
 
 
+@pytest.mark.parametrize("fields", [{}, {"sparsity": 0.0}, {"backend": "kcvt"}])
+@pytest.mark.parametrize(("fraction", "filled"), [(0.5, 0.49), (0.25, 0.23)])
+def test_at_budget_fills_the_budget_with_its_own_parts(fields, fraction, filled):
+    geometry = Geometry(layers=4, heads=4, kv_heads=2, head_dim=64, hidden_size=256)
+    method = GEAR(**fields).at_budget(fraction, 512, geometry)
+    assert filled < method.expected_bytes(512, geometry) / geometry.full_bytes(512) <= fraction
+    assert (method.sparsity > 0) == ("sparsity" not in fields)
+    assert GEAR(rank_prefill=0, rank_decode=0).at_budget(fraction, 512, geometry).rank_prefill == 0
+
+
 @torch.no_grad()
 def test_eight_bits_are_close_to_the_full_cache(model):
     ids = random_ids(2, 120, 4)

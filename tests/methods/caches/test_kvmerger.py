@@ -483,15 +483,27 @@ def test_chunked_prompt_and_fork(model):
     assert max(whole.report()["slots"]) < 41
 
 
-@pytest.mark.parametrize("value_mass", ["bias", "paper"])
-@pytest.mark.parametrize("fraction", [1.0, 0.9, 0.5, 0.25, 0.1, 0.05])
-def test_at_budget_counts_real_bytes(model, fraction, value_mass):
+@pytest.mark.parametrize("options", [{}, {"value_mass": "paper"}, {"layout": "ragged"}])
+@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.25, 0.1, 0.05])
+def test_at_budget_counts_real_bytes(model, fraction, options):
     geometry = Geometry.of(model.config)
-    method = KVMerger(value_mass=value_mass).at_budget(fraction, 100, geometry)
+    method = KVMerger(**options).at_budget(fraction, 100, geometry)
     cache = method.cache(model, dtype=torch.bfloat16)
     feed(model, cache, prompt_ids(100))
     share = cache.nbytes / geometry.full_bytes(100)
     assert fraction - 0.012 < share <= fraction
+
+
+def test_at_budget_takes_ragged_counts_into_account(model):
+    """53 slots and their sizes fill this budget to the byte: nothing is left for the counts."""
+    geometry = Geometry.of(model.config)
+    for layout, slots in (("padded", 53), ("ragged", 52)):
+        fraction = 53 * (4 * 8 + 2) / (4 * 8 * 100) + 1e-9
+        method = KVMerger(layout=layout).at_budget(fraction, 100, geometry)
+        cache = method.cache(model, dtype=torch.bfloat16)
+        feed(model, cache, prompt_ids(100))
+        assert cache.report()["slots"] == [slots] * 3
+        assert cache.nbytes <= fraction * geometry.full_bytes(100)
 
 
 def test_at_budget_keeps_the_papers_layers_in_deep_models():

@@ -117,9 +117,12 @@ def test_acceptance_9_model_error_on_held_out_sizes(records, protocol):
 
 def test_acceptance_9_cheetah_holds_for_some_operators_only(records):
     errors = held_out_errors(records, "cheetah")
-    within = {op for op, error in errors.items() if max(error) <= 0.10}
-    assert within == CHEETAH_WITHIN
-    assert set(errors) - within == CHEETAH_BEYOND
+    beyond = {op for op, error in errors.items() if max(error) > 0.10}
+    # Refills of the pool of oblivious transfers are random (top-k, one-hot), and how elementwise products are cut into
+    # ciphertexts below 16,384 elements is not modelled (the two `sim`, which no step under "linear" uses).
+    assert beyond == {"topk", "one_hot", "sim_max", "sim_linear"}
+    assert len(errors) == 12
+    assert errors["topk"][0] <= 0.5
 
 
 def test_calibrate_reproduces_the_shipped_model(tmp_path):

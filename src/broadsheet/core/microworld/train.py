@@ -44,6 +44,7 @@ class Stage:
     Every batch draws its sequence length between ``first`` and ``last``. ``until``: the stage ends when the running
     accuracy reaches this. ``reach`` is the largest position id that jumps may lead to; 0 leaves positions alone.
     ``arithmetic``: how often it is drawn, against 1 for most tasks; its hundreds of facts take longest to learn.
+    ``focus``: take the loss on what is not known yet, see `answer_loss`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Stage:
     reach: int = 0
     until: float = 2.0
     arithmetic: float = 2.5
+    focus: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ class Recipe:
 _STAGES = (
     Stage("induction", 1_500, 1_200, 24, 64, until=0.95),
     Stage("short", 1_000, 2_400, 64, 256),
-    Stage("medium", 900, 3_600, 128, 640, reach=2048, arithmetic=8),
-    Stage("long", 500, 4_800, 512, 1_152, reach=4096, arithmetic=5),
+    Stage("medium", 378, 3_600, 128, 640, reach=2048, arithmetic=8),
+    Stage("focus", 600, 3_600, 96, 512, reach=2048, arithmetic=8, focus=True),
+    Stage("long", 450, 4_800, 512, 1_152, reach=4096, arithmetic=5, focus=True),
 )
 RECIPES = {
     recipe.name: recipe
@@ -295,11 +298,12 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
     ]
 
 
-def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, list[float]]:
+def answer_loss(model: LlamaForCausalLM, batch: Batch, focus: bool = False) -> tuple[torch.Tensor, list[float]]:
     """Cross-entropy on the labelled tokens, and the accuracy on them by row; the output head runs on them alone.
 
     Every sequence weighs the same, however long its answers are: or the written-out steps of arithmetic would drown the
-    few tokens that a retrieval task answers with.
+    few tokens that a retrieval task answers with. With ``focus`` a token weighs 1 - p (p: the probability that it has),
+    so that within a sequence the one result counts that six predictable words surround.
     """
     hidden = model.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
     labels = batch.labels[:, 1:]
@@ -307,9 +311,12 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, li
     logits = model.lm_head(hidden[:, :-1][wanted])
     targets = labels[wanted]
     rows = wanted.nonzero()[:, 0]
-    weight = 1.0 / wanted.sum(1).clamp(min=1)[rows]
-    loss = (F.cross_entropy(logits.float(), targets, reduction="none") * weight).sum() / len(labels)
-    hits = torch.zeros(len(labels), device=weight.device).index_add_(0, rows, (logits.argmax(-1) == targets) * weight)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    by_row = torch.zeros(len(labels), device=losses.device)
+    weight = 1 - (-losses.detach()).exp() if focus else torch.ones_like(losses)
+    total = by_row.index_add(0, rows, weight).clamp(min=1)
+    loss = (losses * weight / total[rows]).sum() / len(labels)
+    hits = by_row.index_add(0, rows, (logits.argmax(-1) == targets).float()) / wanted.sum(1).clamp(min=1)
     return loss, hits.tolist()
 
 
@@ -387,7 +394,7 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
         for optimizer, rate in zip(optimizers, base, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
-        loss, accuracies = answer_loss(model, batch)
+        loss, accuracies = answer_loss(model, batch, stage.focus)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

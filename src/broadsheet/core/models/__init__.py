@@ -26,14 +26,14 @@ def pockets() -> list[str]:
 def load(
     name: str, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model and its tokenizer, in evaluation mode.
+    """Loads a causal language model (or a vision-language model, LLaVA and the like) and its tokenizer, in evaluation mode.
 
     ``name``: a built-in pocket model, a folder with safetensors weights, or a hub name. ``dtype``: float32 on a CPU and the
     checkpoint's own elsewhere when None. Remote code is never run and pickled weights are never read. Raises `ModelError`.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     source: str | Path = name
     if name in pockets():
@@ -47,7 +47,9 @@ def load(
         raise ModelError(f"{name} has no config.json; give the folder that save_pretrained wrote")
     wanted = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True)
+        sees = getattr(AutoConfig.from_pretrained(source), "vision_config", None) is not None
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(source, dtype=wanted, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged ({error}); download or save them again") from None

@@ -88,12 +88,11 @@ def attention_received(stored: Slots, new: Tokens, scaling: float) -> torch.Tens
 def choose_anchors(
     scores: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, n_sink: int, n_recent: int
 ) -> torch.Tensor:
-    """The ``counts`` [batch] highest ``scores`` [batch, groups, T] of each row, ascending: int64 [batch,
-    groups, max(counts)].
+    """The places of each row's ``counts`` [batch] highest ``scores`` [batch, groups, T], ascending.
 
-    The first ``n_sink`` and the last ``n_recent`` real tokens are always among them, in the place of the
-    weakest; the lower index wins a tie. Rows with fewer anchors are filled with -1 in front. ``valid``
-    [batch, T]: False is padding.
+    Returns int64 [batch, groups, max(counts)]. The first ``n_sink`` and the last ``n_recent`` real tokens are
+    always among them, in the place of the weakest; the lower index wins a tie. Rows with fewer anchors are filled
+    with -1 in front. ``valid`` [batch, T]: False is padding.
     """
     rank = valid.long().cumsum(-1)
     fixed = valid & ((rank <= n_sink) | (rank > rank[:, -1:] - n_recent))
@@ -117,8 +116,7 @@ def assign_buckets(anchors: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def bucket_mean(x: torch.Tensor, buckets: torch.Tensor, valid: torch.Tensor, slots: int) -> torch.Tensor:
-    """Plain mean of ``x`` [batch, kv_heads, T, channels] over each bucket, float32 [batch, kv_heads, slots,
-    channels].
+    """Plain mean of ``x`` [batch, kv_heads, T, channels] over each bucket, float32 [batch, kv_heads, slots, channels].
 
     ``buckets`` [batch, 1 or kv_heads, T] as from `assign_buckets`; ``valid`` [batch, T]: padding has no
     weight.
@@ -136,8 +134,7 @@ def bucket_sizes(buckets: torch.Tensor, valid: torch.Tensor, slots: int) -> torc
 
 
 def official_selection(scores: torch.Tensor, forget: int, n_sink: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the official code keeps, merges and merges into, from one layer's ``scores`` [T]; three index
-    vectors.
+    """Indices that the official code keeps, merges and merges into, from one layer's ``scores`` [T].
 
     ``order[j]``, the index of the j-th smallest score, is read as the rank of token j; the tokens merged lack
     the offset ``n_sink``, so that each means a token further left; sinks and the last token are never
@@ -230,9 +227,7 @@ class ElasticLayer(SlotLayer):
         self.mass = mass if method.discard == "frequency" else None
 
     def mean_unrotated(self, prompt: Tokens, buckets: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Means of the keys before rotation, turned to their anchors' positions: [batch, kv_heads, slots,
-        head_dim].
-        """
+        """Means of the keys before rotation, turned to their anchors' positions: [batch, kv_heads, slots, head_dim]."""
         bare = rotate(prompt.keys.float(), prompt.cos, prompt.sin, inverse=True)
         mean = bucket_mean(bare, buckets, prompt.valid, at.shape[-1])
         batch, heads = mean.shape[:2]
@@ -277,9 +272,7 @@ class ElasticLayer(SlotLayer):
             self.evict()
 
     def evict(self) -> None:
-        """Deletes the slot at the exit while more than floor(budget * seen) are stored, all at
-        once.
-        """
+        """Deletes the slot at the exit while more than floor(budget * seen) are stored, all at once."""
         assert self.stored_keys is not None
         assert self.lengths is not None
         assert self.exits is not None
@@ -310,9 +303,7 @@ class ElasticLayer(SlotLayer):
         self.keep_where(real & ~drop)
 
     def keep_where(self, kept: torch.Tensor) -> None:
-        """Frees the slots where ``kept`` [batch, 1 or kv_heads, slots] is False; shorter rows are filled in
-        front.
-        """
+        """Frees the slots where ``kept`` [batch, 1 or kv_heads, slots] is False; shorter rows are filled in front."""
         assert self.stored_keys is not None
         width = int(kept.sum(-1).max())
         order = kept.long().argsort(dim=-1, stable=True)[..., -width:]

@@ -205,7 +205,7 @@ class KIVILayer(QuantisedLayer):
         queries = new.queries[row].reshape(self.kv_heads, heads // self.kv_heads, dim).float()
         queries = queries * (dim**-0.5 if scaling is None else scaling)
         (keys, near_keys), (values, near_values) = keys_of_row, values_of_row
-        fresh = new.valid[row : row + 1]  # a row that is padding here brings no token
+        fresh = new.valid[row]  # a row that is padding here brings no token
         near_keys, near_values = (
             torch.cat([near.unflatten(-1, (self.kv_heads, dim)).transpose(0, 1).float(), one.float()], 1)
             for near, one in ((near_keys, new.keys[row][:, fresh]), (near_values, new.values[row][:, fresh]))

@@ -75,9 +75,7 @@ def similarity(keys: torch.Tensor) -> torch.Tensor:
 
 
 def joinable(protected: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Whether token j may share a set with token j + 1: neither is protected or padding. Bool [batch,
-    kv_heads, T - 1].
-    """
+    """Whether token j may share a set with j + 1: neither is protected or padding. Bool [batch, kv_heads, T - 1]."""
     free = ~protected if valid is None else ~protected & valid.unsqueeze(1)
     return free[..., :-1] & free[..., 1:]
 
@@ -113,8 +111,7 @@ def find_merging_sets(
 def find_sets_to_count(
     order: torch.Tensor, protected: torch.Tensor, counts: torch.Tensor, valid: torch.Tensor
 ) -> torch.Tensor:
-    """Merging sets, ``counts`` [batch] of them (as many as protection allows), joining the highest ``order``
-    first.
+    """``counts`` [batch] merging sets (or as few as protection allows), joining the highest ``order`` first.
 
     ``order`` [batch, kv_heads, T - 1]: how much tokens j and j + 1 want to share a set; the rest as
     `find_merging_sets`.
@@ -216,9 +213,7 @@ class Merged:
 
     @classmethod
     def pack(cls, keys: torch.Tensor, values: torch.Tensor, sizes: torch.Tensor, ragged: bool, mass: bool) -> Merged:
-        """From ``keys``, ``values`` [batch, kv_heads, slots, head_dim] and ``sizes``; ``mass``: keep sizes
-        above 1.
-        """
+        """From ``keys``, ``values`` [batch, kv_heads, slots, head_dim] and ``sizes``; ``mass``: keep sizes above 1."""
         real = sizes > 0
         counts = real.sum(-1).int() if ragged else None
         if ragged:
@@ -391,9 +386,7 @@ class KVMergerLayer(CacheLayer):
         return find_sets_to_count(order, protected, counts, valid)
 
     def merge(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor) -> Merged:
-        """Steps 2 to 5 on tokens [batch, kv_heads, T, head_dim] whose attention was ``scores`` [batch,
-        kv_heads, T].
-        """
+        """Merges tokens [batch, kv_heads, T, head_dim] whose attention was ``scores`` [batch, kv_heads, T]."""
         method = self.method
         sets = self.find_sets(keys, scores, valid)
         if method.pivot == "random":
@@ -580,9 +573,7 @@ def skipped(skip_layers: tuple[int, ...] | str, layers: int) -> set[int]:
 
 
 def paper_protection(share: float) -> tuple[float, float]:
-    """Factors on the default ``recent`` and ``heavy`` for a layer that keeps ``share`` of its
-    tokens.
-    """
+    """Factors on the default ``recent`` and ``heavy`` for a layer that keeps ``share`` of its tokens."""
     low, high = 0.35, 0.5
     factors = (0.08 / 0.17, 0.02 / 0.12)
     if share <= low:

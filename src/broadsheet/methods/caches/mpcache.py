@@ -34,8 +34,9 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -366,6 +367,30 @@ def recall(method: MPCache, queries: torch.Tensor, keys: torch.Tensor, top: int 
     return float(found.float().mean()), float(opened.float().mean())
 
 
+@torch.no_grad()
+def model_recall(method: MPCache, states: Sequence[Tokens], asking: int = 16, top: int = 16) -> tuple[float, float]:
+    """`recall` over the layers of a model, whose ``states`` `observe` gave: the last ``asking`` queries look at the keys
+    before them, nothing evicted. Returns the mean recall and the mean share of tokens opened."""
+    pairs = [recall(method, layer.queries[:, :, -asking:], layer.keys[:, :, :-asking], top) for layer in states]
+    found, opened = zip(*pairs, strict=True)
+    return sum(found) / len(found), sum(opened) / len(opened)
+
+
+@torch.no_grad()
+def commonality(method: MPCache, states: Sequence[Tokens], asking: int = 16) -> list[float]:
+    """The share of its fine clusters that each layer has in common with the one before, for layers 1, 2, ...
+
+    Only picked clusters count, not the first and the newest. Queries and keys as in `model_recall`.
+    """
+    marks = []
+    for layer in states:
+        keys = layer.keys[:, :, :-asking]
+        picked = pick(method, Store.of(keys, keys, method), layer.queries[:, :, -asking:])
+        marked = torch.zeros(*picked.shape[:-1], method.counts(keys.shape[2]).fine, device=picked.device)
+        marks.append(marked.scatter_(-1, picked, 1.0).flatten(1, 2))  # by query head
+    return [float((a * b).sum() / b.sum()) for a, b in pairwise(marks)]
+
+
 def _equal_rows(prompt: Tokens) -> list[Tokens]:
     """The prompt in one piece when no row has padding, else row by row without it."""
     return [prompt] if bool(prompt.valid.all()) else _rows(prompt)
@@ -498,6 +523,17 @@ class MPCache(CacheMethod):
         if self.similarity == "max":
             queries = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
         return queries @ summary.float().transpose(-1, -2)
+
+    def reading(self, fraction: float, stored: int) -> Self:
+        """With the largest fine ratio that attends to at most ``fraction`` of ``stored`` tokens (first and newest included).
+
+        Raises ValueError when the first and the newest cluster alone are more.
+        """
+        small = self.clusters[1]
+        picked = int(fraction * stored) // small - 2
+        if picked < 1:
+            raise ValueError(f"{fraction} of {stored} tokens are fewer than three clusters of {small}")
+        return replace(self, ratios=(self.ratios[0], picked / (stored // small + 1)))
 
     # --- budget -------------------------------------------------------------------------------------------
 

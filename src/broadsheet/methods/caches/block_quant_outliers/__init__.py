@@ -29,12 +29,12 @@ from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.bfp import BFPTensor, bfp_quantise
 
 from ..base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable
+from ..observe import observe
 from .channels import (
     RANKS,
     calibrated_norms,
     channel_orders,
     find_rotation,
-    observe,
     pair_norms,
     rank_agreement,
     sort_channels,
@@ -50,8 +50,8 @@ __all__ = [
     "find_rotation",
     "ksort",
     "load_sorted",
-    "observe",
     "rank_agreement",
+    "score_error",
     "sort_channels",
     "weight_norms",
 ]
@@ -228,3 +228,19 @@ class KSortBFP(CacheMethod):
             raise Unreachable(min(share(2, 2, block) for block in blocks))
         _, _, block, keys, values = min(fitting, key=lambda option: option[:3])
         return replace(self, key_bits=keys, value_bits=values, block=block)
+
+
+@torch.no_grad()
+def score_error(model: PreTrainedModel, method: KSortBFP, tokens: torch.Tensor) -> float:
+    """Relative error that quantised keys leave in the scores: |Q K' - Q K_hat'| / |Q K'| in Frobenius norms, the mean over
+    layers, all queries and keys of ``tokens`` [batch, n]."""
+    cache = method.cache(model)
+    model(tokens, past_key_values=cache, logits_to_keep=1)
+    errors = []
+    for layer, seen in zip(cache.layers, observe(model, tokens), strict=True):
+        group = seen.queries.shape[1] // seen.keys.shape[1]
+        truth, held = (keys.float().repeat_interleave(group, 1) for keys in (seen.keys, layer.slots().keys))
+        queries = seen.queries.float()
+        scores = queries @ truth.transpose(-1, -2)
+        errors.append(float((queries @ (held - truth).transpose(-1, -2)).norm() / scores.norm()))
+    return sum(errors) / len(errors)

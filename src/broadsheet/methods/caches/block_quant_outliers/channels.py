@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,34 +11,12 @@ from scipy.stats import spearmanr
 from torch import nn
 from transformers import PreTrainedModel
 
-from broadsheet.core.models.taps import Tokens, attention_modules
+from broadsheet.core.models.taps import attention_modules
 
-from ..base import CacheLayer, Geometry
-from ..full import Full, SlotLayer
+from ..base import Geometry
+from ..observe import observe
 
 RANKS = ("weight_gain", "weight", "calibration", "none", "random", "interleaved")
-
-
-class _ObserveLayer(SlotLayer):
-    def prefill(self, prompt: Tokens) -> None:
-        self.prompt = prompt
-
-
-@dataclass(frozen=True)
-class _Observe(Full):
-    Layer: ClassVar[type[CacheLayer]] = _ObserveLayer
-
-
-@torch.no_grad()
-def observe(model: PreTrainedModel, tokens: torch.Tensor) -> list[Tokens]:
-    """What every layer's attention gets for ``tokens`` [batch, n]: rotated queries and keys, the tables."""
-    if training := model.training:
-        model.eval()
-    cache = _Observe().cache(model)
-    model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True)
-    if training:
-        model.train()
-    return [cast(_ObserveLayer, layer).prompt for layer in cache.layers]
 
 
 # --- the rotation -------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from transformers import AutoConfig, PreTrainedModel
 from broadsheet.core.models.taps import attach, attention_modules
 
 from ..base import Geometry
-from .channels import Rotation, Turn, channel_orders, find_rotation, observe, projections
+from ..observe import observe
+from .channels import Rotation, Turn, channel_orders, find_rotation, projections
 
 #: The ``rope_type`` of a sorted checkpoint. Transformers knows no such rotation, so plain loading stops with
 #: this text.

@@ -1,0 +1,44 @@
+"""Draws the pictures of the README and the docs from the committed records.
+
+    python benchmarks/pictures.py
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from broadsheet.core.records import read_json
+from broadsheet.lab import plots
+from broadsheet.lab.table import quality_metric, rows
+from broadsheet.lab.terminal import terminal_table
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name in ("caches_sessions", "caches_text"):
+        path = HERE / "results" / f"{name}.records.json"
+        if not path.is_file():
+            continue
+        records = list(read_json(path))
+        table = rows(records)
+        metric, _ = quality_metric(records)
+        console = Console(record=True, width=150, file=io.StringIO(), force_terminal=True)
+        console.print(terminal_table([r for r in records if r.setting.get("budget", 0.25) == 0.25]))
+        title = "broadsheet compare caches --budgets 0.25"
+        (IMAGES / f"{name}_table.svg").write_text(console.export_svg(title=title, unique_id=name), encoding="utf-8")
+        (IMAGES / f"{name}_bytes.svg").write_text(plots.svg(plots.quality_against_bytes(table, metric)), encoding="utf-8")
+        for mode in ("multi-turn", "multi-request"):
+            turns = plots.quality_by_turn(table, mode)
+            if turns is not None:
+                (IMAGES / f"{name}_{mode}.svg").write_text(plots.svg(turns), encoding="utf-8")
+    print(f"drawn into {IMAGES}")
+
+
+if __name__ == "__main__":
+    main()
