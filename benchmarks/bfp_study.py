@@ -22,6 +22,7 @@ from broadsheet.core.models.outliers import inject_key_outliers
 from broadsheet.core.numerics.bfp import Format
 from broadsheet.methods.caches.base import Geometry
 from broadsheet.methods.caches.block_quant_outliers import KSortBFP, rank_agreement, score_error
+from broadsheet.methods.caches.observe import observe
 
 ALPHAS = (1.0, 4.0, 8.0, 16.0)
 ORDERS = ("none", "weight", "weight_gain", "calibration", "random", "interleaved")
@@ -45,6 +46,7 @@ def order_study(study: Study) -> None:
         items = reference(study, seed)
         for alpha in ALPHAS:
             model = with_outliers(study.model, alpha, seed)
+            states = [observe(model, item.prefix) for item in items]
             for block in blocks_of(head_dim):
                 for order in ORDERS:
                     # The mean over several random orders, item by item, so that it is paired with the others.
@@ -55,7 +57,7 @@ def order_study(study: Study) -> None:
                     for metric in ("loss", "kl", "exact"):
                         rows = zip(*(getattr(outcome, metric) for outcome in played), strict=True)
                         cell[metric] += [sum(row) / len(row) for row in rows]
-                    errors = [[score_error(model, method, item.prefix) for method in methods] for item in items]
+                    errors = [[score_error(model, method, state) for method in methods] for state in states]
                     cell["score_error"] += [sum(row) / len(row) for row in errors]
     for (alpha, block, order), cell in found.items():
         method = KSortBFP(block=block, rank=order)
@@ -82,7 +84,7 @@ def agreement_study(study: Study) -> None:
 
 
 def main() -> None:
-    study = Study.start("bfp_study", "block-quant-outliers", __doc__ or "", tokens=256, items=6)
+    study = Study.start("bfp_study", "block-quant-outliers", __doc__ or "", tokens=256, items=3)
     with torch.inference_mode():
         agreement_study(study)
         order_study(study)

@@ -75,6 +75,11 @@ class Work:
     def geometry(self) -> Geometry:
         return Geometry.of(self.model.config)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the prompts are, for the records."""
+        return {"seeds": self.seeds, "tokens": self.tokens}
+
     def run(self, method: CacheMethod) -> Scores:
         raise NotImplementedError
 
@@ -89,6 +94,10 @@ class Text(Work):
 
     path: str = ""
     continuation: int = 64
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return super().about | {"text": Path(self.path).name, "continuation": self.continuation}
 
     @cached_property
     def rows(self) -> torch.Tensor:
@@ -122,6 +131,10 @@ class Sessions(Work):
 
     tasks: tuple[str, ...] = ("kv", "vt", "many_shot", "needle")
     turns: int = 2
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return super().about | {"tasks": self.tasks, "turns": self.turns}
 
     @cached_property
     def drawn(self) -> list[tuple[int, Session]]:
@@ -173,7 +186,7 @@ class Study:
     records: list[Record] = field(default_factory=list)
 
     def add(self, variant: str, metric: str, value: float, **fields: Any) -> None:
-        setting = {"study": self.name, **self.setting, **fields.pop("setting", {})}
+        setting = {"study": self.name, **self.work.about, **self.setting, **fields.pop("setting", {})}
         self.records.append(
             Record(
                 paper=self.paper,
@@ -216,7 +229,7 @@ class Study:
             for part in values
         ]
         won = sum(first < second for first, second in zip(*means, strict=True))
-        setting = {"against": worse, "seeds": len(seeds), "lower_in_seeds": won}
+        setting = {"against": worse, "lower_in_seeds": won}
         self.add(better, f"{metric}_saved", difference, ci=interval, n=len(values[0]), setting=setting)
         print(
             f"{self.name:<12} {metric}({worse}) - {metric}({better}) = {difference:+.4f} "

@@ -655,21 +655,21 @@ def test_nothing_quantised_is_the_full_cache(rank):
 
 def test_sorting_helps_where_there_are_outliers():
     model = outliers(llama(head_dim=32), 16.0, channels=(2, 11))
-    prompt = ids(200)
+    states = observe(model, ids(200))
     for pair_aware in (True, False):
         base = KSortBFP(block=8, pair_aware=pair_aware)
         errors = {
-            rank: score_error(model, KSortBFP(block=8, rank=rank, pair_aware=pair_aware), prompt)
+            rank: score_error(model, KSortBFP(block=8, rank=rank, pair_aware=pair_aware), states)
             for rank in ("weight_gain", "weight", "calibration", "none", "interleaved")
         }
         for rank in ("weight_gain", "weight", "calibration"):
             assert errors[rank] < 0.9 * errors["none"] < errors["interleaved"], (rank, errors)
-        assert score_error(model, base, prompt) == errors["weight_gain"]
+        assert score_error(model, base, states) == errors["weight_gain"]
     # One block a head: nothing to gain, exactly.
-    whole = {rank: score_error(model, KSortBFP(block=32, rank=rank), prompt) for rank in ("weight", "none", "random")}
+    whole = {rank: score_error(model, KSortBFP(block=32, rank=rank), states) for rank in ("weight", "none", "random")}
     assert max(whole.values()) - min(whole.values()) < 1e-6
     # More mantissa bits, less error.
-    falling = [score_error(model, KSortBFP(block=8, key_bits=bits), prompt) for bits in (3, 4, 6, 8)]
+    falling = [score_error(model, KSortBFP(block=8, key_bits=bits), states) for bits in (3, 4, 6, 8)]
     assert falling == sorted(falling, reverse=True)
     # Two bits are a factor of 4, once no channel drowns in the step as a whole (at 3 and 4 bits some do).
     assert falling[3] == pytest.approx(falling[2] / 4, rel=0.1)

@@ -238,7 +238,7 @@ def arithmetic(rng: random.Random, context_tokens: int, turns: int, steps: int |
             value = result
         extra = {"steps": length}
         questions.append(
-            Turn(" ".join(told), " ".join(written), "last_number", max_new_tokens=7 * length + 4, extra=extra)
+            Turn(" ".join(told), " ".join(written), "last_number", max_new_tokens=7 * length + 1, extra=extra)
         )
     return _session(rng, "arithmetic", "", questions)
 

@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ class Stage:
     Every batch draws its sequence length between ``first`` and ``last``. ``until``: the stage ends when the running
     accuracy reaches this. ``reach`` is the largest position id that jumps may lead to; 0 leaves positions alone.
     ``arithmetic``: how often it is drawn, against 1 for most tasks; its hundreds of facts take longest to learn.
-    ``focus``: take the loss on what is not known yet, see `answer_loss`.
+    ``focus``: take the loss on what is not known yet, see `answer_loss`. ``packed``: attention stops at the jumps (they are
+    the borders of packed documents); else it crosses them. ``rates``: the learning rate's factor at the first and after the
+    last step, linear between them and never below a twentieth.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Stage:
     until: float = 2.0
     arithmetic: float = 2.5
     focus: bool = False
+    packed: bool = False
+    rates: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,10 @@ class Recipe:
 _STAGES = (
     Stage("induction", 1_500, 1_200, 24, 64, until=0.95),
     Stage("short", 1_000, 2_400, 64, 256),
-    Stage("medium", 378, 3_600, 128, 640, reach=2048, arithmetic=8),
-    Stage("focus", 600, 3_600, 96, 512, reach=2048, arithmetic=8, focus=True),
-    Stage("long", 450, 4_800, 512, 1_152, reach=4096, arithmetic=5, focus=True),
+    Stage("medium", 378, 3_600, 128, 640, reach=2048, arithmetic=8, packed=True),
+    Stage("focus", 500, 3_600, 96, 512, reach=2048, arithmetic=8, focus=True, packed=True),
+    Stage("long", 600, 4_800, 256, 1_152, reach=4096, arithmetic=8, focus=True, packed=True, rates=(1.0, 0.0)),
+    Stage("extend", 260, 8_192, 640, 4_096, arithmetic=3, focus=True, rates=(0.5, 0.0)),
 )
 RECIPES = {
     recipe.name: recipe
@@ -114,7 +119,7 @@ RECIPES = {
             heads=2,
             kv_heads=2,
             intermediate=384,
-            stages=(*_STAGES[:2], Stage("medium", 400, 3_600, 128, 512, arithmetic=5)),
+            stages=(*_STAGES[:2], Stage("medium", 400, 3_600, 128, 512, arithmetic=5, rates=(1.0, 0.0))),
         ),
     )
 }
@@ -130,9 +135,10 @@ class Batch:
     labels: torch.Tensor
     positions: torch.Tensor
     tasks: list[str]
+    packed: bool = False  #: attention stops where the positions jump
 
     def to(self, device: str) -> Batch:
-        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), self.tasks)
+        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), positions=self.positions.to(device))
 
 
 def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -207,6 +213,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
         labels=torch.full((len(rows), width), IGNORE),
         positions=torch.zeros(len(rows), width, dtype=torch.long),
         tasks=tasks,
+        packed=stage.packed,
     )
     for row, (ids, labels) in enumerate(rows):
         batch.ids[row, : len(ids)] = torch.tensor(ids)
@@ -246,12 +253,11 @@ def _previous_token_head(model: LlamaForCausalLM, theta: float, sharpness: float
 
 
 def _learning_rate(recipe: Recipe, stage: Stage, step: int) -> float:
-    """Warm-up in the first stage, then flat, then linear decay to a twentieth over the last stage."""
+    """The factor on the recipe's rates: a warm-up in the first stage, then what the stage says."""
     if stage is recipe.stages[0]:
         return min(1.0, (step + 1) / recipe.warmup)
-    if stage is recipe.stages[-1]:
-        return max(0.05, 1 - step / stage.steps)
-    return 1.0
+    first, last = stage.rates
+    return max(0.05, first + (last - first) * step / stage.steps)
 
 
 class Muon(torch.optim.Optimizer):
@@ -305,7 +311,11 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch, focus: bool = False) -> t
     few tokens that a retrieval task answers with. With ``focus`` a token weighs 1 - p (p: the probability that it has),
     so that within a sequence the one result counts that six predictable words surround.
     """
-    hidden = model.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
+    # Without a mask, transformers reads a jump in the positions as the border of a packed document.
+    mask = None if batch.packed else torch.ones_like(batch.ids)
+    hidden = model.model(
+        input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
     labels = batch.labels[:, 1:]
     wanted = labels != IGNORE
     logits = model.lm_head(hidden[:, :-1][wanted])

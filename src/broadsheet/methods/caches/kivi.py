@@ -20,6 +20,7 @@ from 1 to 8, which may differ for values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -30,7 +31,7 @@ import torch
 
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
-from broadsheet.core.numerics.packing import packed_size, unpack
+from broadsheet.core.numerics.packing import pack, packed_size, unpack
 
 from .base import CacheLayer, CacheMethod, Geometry, Slots
 from .blocks import (
@@ -66,15 +67,45 @@ class KeyCodes:
     @classmethod
     def of(cls, states: torch.Tensor, bits: int, group_size: int) -> KeyCodes:
         """Quantises ``states`` [batch, tokens, channels], tokens a multiple of ``group_size``."""
-        groups = quantise_groups(states.unflatten(1, (-1, group_size)), bits, group_size, per_channel=True)
-        codes = groups.codes.squeeze(-2).transpose(-1, -2).contiguous()
-        return cls(codes, groups.scale.squeeze(-1), groups.zero.squeeze(-1), bits, group_size)
+        grouped = states.unflatten(1, (-1, group_size)).float()
+        low, high = grouped.amin(2), grouped.amax(2)
+        scale, zero = ((high - low) / (2**bits - 1)).half(), low.half()
+        step = scale.float().unsqueeze(2)
+        codes = (grouped - zero.float().unsqueeze(2)).div_(torch.where(step > 0, step, 1.0))
+        codes = codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+        return cls(_packed_along_tokens(codes, bits), scale, zero, bits, group_size)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """zero + scale * code, [batch, tokens, channels]."""
         codes = unpack(self.codes.transpose(-1, -2), self.bits, self.group_size).transpose(-1, -2)
         states = codes * self.scale.float().unsqueeze(2) + self.zero.float().unsqueeze(2)
         return states.flatten(1, 2).to(dtype)
+
+
+def _packed_along_tokens(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`pack` along the tokens of ``codes`` [batch, groups, tokens, channels], without turning them round."""
+    tokens, per = codes.shape[2], 8 // bits
+    if 8 % bits or tokens % per:
+        return pack(codes.transpose(-1, -2), bits).transpose(-1, -2).contiguous()
+    packed = codes[:, :, ::per].clone()
+    for place in range(1, per):
+        packed |= codes[:, :, place::per] << (bits * place)
+    return packed
+
+
+#: numbers quantised at a time: as many as stay in a processor's cache from one pass to the next
+BLOCK = 1 << 18
+
+
+def _in_blocks(quantise: Callable[[torch.Tensor, int, int], Any], states: torch.Tensor, bits: int, group_size: int) -> Any:
+    """``quantise(states, bits, group_size)`` for ``states`` [batch, tokens, channels], some tokens at a time."""
+    batch, _, channels = states.shape
+    tokens = -(-BLOCK // (batch * channels * group_size)) * group_size
+    parts = [quantise(part, bits, group_size) for part in states.split(tokens, 1)]
+    if len(parts) == 1:
+        return parts[0]
+    joined = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scale", "zero")}
+    return replace(parts[0], **joined)
 
 
 @dataclass
@@ -106,8 +137,8 @@ class Stream:
         old, recent = self.recent.split(counts)
         if not old.states.shape[1]:
             return Stream(recent, self.packed, self.counts)
-        fresh: GroupQuantised | KeyCodes
-        fresh = (KeyCodes.of if per_channel else quantise_groups)(old.states, bits, group_size)
+        quantise = KeyCodes.of if per_channel else quantise_groups
+        fresh = _in_blocks(quantise, old.states, bits, group_size)
         if self.packed is None:
             return Stream(recent, fresh, old.lengths)
         unit = group_size if per_channel else 1

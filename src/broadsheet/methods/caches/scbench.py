@@ -139,7 +139,7 @@ class TurnResult:
     gold_nll: float | None  #: mean negative log-likelihood of the gold answer's tokens, nats
     kl: float | None  #: mean KL(full cache || this one) over the gold answer's tokens, nats
     cache_bytes: int  #: bytes a row held when the prompt had been compressed
-    prompt_tokens: int
+    prompt_tokens: int  #: tokens of that prompt: the context and, multi-turn, the first question
 
     def to_json(self) -> dict[str, Any]:
         return vars(self).copy()
@@ -347,7 +347,7 @@ class SessionRunner:
             gold_nll=losses[0],
             kl=losses[1],
             cache_bytes=size,
-            prompt_tokens=len(prompt.context),
+            prompt_tokens=len(prompt.context) + (len(prompt.questions[0]) if mode == "multi-turn" else 0),
         )
 
 

@@ -19,6 +19,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
@@ -29,7 +30,6 @@ from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.bfp import BFPTensor, bfp_quantise
 
 from ..base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable
-from ..observe import observe
 from .channels import (
     RANKS,
     calibrated_norms,
@@ -231,13 +231,15 @@ class KSortBFP(CacheMethod):
 
 
 @torch.no_grad()
-def score_error(model: PreTrainedModel, method: KSortBFP, tokens: torch.Tensor) -> float:
-    """Relative error that quantised keys leave in the scores: |Q K' - Q K_hat'| / |Q K'| in Frobenius norms, the mean over
-    layers, all queries and keys of ``tokens`` [batch, n]."""
-    cache = method.cache(model)
-    model(tokens, past_key_values=cache, logits_to_keep=1)
+def score_error(model: PreTrainedModel, method: KSortBFP, states: Sequence[Tokens]) -> float:
+    """Relative error that quantised keys leave in the scores: |Q K' - Q K_hat'| / |Q K'| in Frobenius norms.
+
+    ``states``: what `observe` gave for a prompt; all its queries and keys count. Returns the mean over layers.
+    """
     errors = []
-    for layer, seen in zip(cache.layers, observe(model, tokens), strict=True):
+    for layer, seen in zip(method.cache(model).layers, states, strict=True):
+        layer.pending = [seen]
+        layer.end_prefill()
         group = seen.queries.shape[1] // seen.keys.shape[1]
         truth, held = (keys.float().repeat_interleave(group, 1) for keys in (seen.keys, layer.slots().keys))
         queries = seen.queries.float()
