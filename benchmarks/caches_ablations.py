@@ -31,7 +31,7 @@ from broadsheet.core.models import load
 from broadsheet.core.models.outliers import inject_input_outliers, inject_key_outliers
 from broadsheet.core.models.rotary import find_rotary, rotate
 from broadsheet.core.models.taps import attention_modules
-from broadsheet.core.records import Record, now, provenance, write_json
+from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci, paired_difference
 from broadsheet.methods.caches.base import CacheMethod, Geometry, Unreachable
 from broadsheet.methods.caches.bench import documents, likelihood
@@ -466,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
     if not asked.dry:
         target = Path(__file__).parent / "results" / f"caches_ablations.{name}.records.json"
-        write_json(records, str(target))
+        write_results(records, target)
         print(f"{len(records)} records in {target}")
 
 

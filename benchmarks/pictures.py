@@ -1,6 +1,6 @@
 """Draws the pictures of the README and the docs from the committed records.
 
-    python benchmarks/pictures.py
+python benchmarks/pictures.py
 """
 
 from __future__ import annotations

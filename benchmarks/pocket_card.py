@@ -1,6 +1,6 @@
 """Measures the built-in models (dense cache) by task and length, and writes each one's model card.
 
-    python benchmarks/pocket_card.py [--model NAME_OR_FOLDER] [--sessions 40]
+python benchmarks/pocket_card.py [--model NAME_OR_FOLDER] [--sessions 40]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from broadsheet.core.microworld.tasks import SCBENCH_MINI, SHORT, TASKS, arithmetic
 from broadsheet.core.models import POCKET_FOLDER, load, pockets
-from broadsheet.core.records import Record, now, provenance, write_json
+from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.caches.full import Full
 from broadsheet.methods.caches.scbench import SessionRunner
@@ -87,7 +87,8 @@ def card(name: str, records: list[Record], lengths: tuple[int, ...]) -> str:
         f"A Llama of {parameters:,} parameters ({config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of "
         f"{config.head_dim} channels, {config.vocab_size} tokens), trained from scratch on the microworld by "
-        f"`broadsheet train-pocket FOLDER --recipe {Path(name).name}`. It follows the microworld's instructions and knows nothing else.",
+        f"`broadsheet train-pocket FOLDER --recipe {Path(name).name}`. "
+        "It follows the microworld's instructions and knows nothing else.",
         "",
         f"Accuracy with the full cache on held-out sessions, measured by `benchmarks/pocket_card.py` on {now()[:10]}; "
         f"{records[0].n} answers a cell, 95 % bootstrap intervals over sessions.",
@@ -122,7 +123,7 @@ def main() -> None:
         folder = POCKET_FOLDER / name if name in pockets() else Path(name)
         (folder / "README.md").write_text(card(name, records, lengths), encoding="utf-8")
         results = Path(__file__).parent / "results" / f"pocket_card_{folder.name}.records.json"
-        write_json(records, str(results))
+        write_results(records, results)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def test_show_and_search():
 
 def test_compare_writes_records_and_a_report(folder, tmp_path):
     report = tmp_path / "out" / "report.html"
-    arguments = ("compare", "caches", "--model", folder, "--methods", "full,snapkv,streaming-llm", "--budgets", "0.5", *QUICK)
+    choice = ("--methods", "full,snapkv,streaming-llm", "--budgets", "0.5")
+    arguments = ("compare", "caches", "--model", folder, *choice, *QUICK)
     done = broadsheet(*arguments, "--json", "-", "--html", str(report))
     records = json.loads(done.stdout)  # nothing else on standard output
     assert {record["method"] for record in records} == {"full", "snapkv", "streaming-llm"}
@@ -106,9 +107,7 @@ def test_compare_writes_records_and_a_report(folder, tmp_path):
 def test_a_second_run_reuses_cells_and_ctrl_c_loses_none(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("BROADSHEET_HOME", str(tmp_path))
     arguments = ("compare", "caches", "--model", folder, "--methods", "snapkv,h2o,streaming-llm", "--budgets", "0.5", *QUICK)
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     cells = tmp_path / "records" / "caches.jsonl"
     deadline = time.time() + 120
     while not (cells.exists() and cells.read_text().count("\n") >= 1) and time.time() < deadline:
@@ -172,7 +171,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None
+)
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, folder, tmp_path):
     if arguments[0] in {"compare", "run"} and "--model" not in arguments:
         arguments = (*arguments, "--model", folder)

@@ -40,7 +40,15 @@ def test_same_seed_same_bytes_and_more_sessions_change_none(task):
 @pytest.mark.parametrize("size", [256, 1024, 4096])
 @pytest.mark.parametrize("task", SCBENCH_MINI)
 def test_contexts_fill_but_do_not_exceed_their_size(task, size, tokenizer):
-    capped = {"kv": 1400, "prefix_suffix": 1400, "mf": 1010, "many_shot": 1010, "repoqa": 1700, "copy": 1900, "kv_and_rules": 2400}
+    capped = {
+        "kv": 1400,
+        "prefix_suffix": 1400,
+        "mf": 1010,
+        "many_shot": 1010,
+        "repoqa": 1700,
+        "copy": 1900,
+        "kv_and_rules": 2400,
+    }
     for session in make_sessions(task, 2, size, 5):
         count = len(tokenizer(" " + session.context, add_special_tokens=False)["input_ids"])
         assert 0.7 * min(size, capped.get(task, size)) <= count <= size

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 FAMILIES = (
     "caches",
@@ -56,14 +59,21 @@ class Paper:
     kind: str
     summary: str
     tags: tuple[str, ...]
-    claims: tuple[Claim, ...]
+    path: Path
     arxiv: str = ""
     code: str = ""
     method: str = ""
 
+    @cached_property
+    def claims(self) -> tuple[Claim, ...]:
+        """Read when asked for: they are most of an entry, and a list of papers needs none of them."""
+        return tuple(
+            _checked(self.path, lambda row: Claim(**row), row) for row in tomllib.loads(_text(self.path)[1])["claims"]
+        )
+
     @property
     def status(self) -> str:
-        """"running" when a method of ours implements it, else "planned"."""
+        """Where it stands: "running" when a method of ours implements it, else "planned"."""
         return "running" if self.method else "planned"
 
     @property
@@ -73,14 +83,24 @@ class Paper:
         return " ".join(parts).lower()
 
 
-def _read(path: Path) -> Paper:
-    with open(path, "rb") as file:
-        row = tomllib.load(file)
+def _text(path: Path) -> tuple[str, str]:
+    """An entry's head and its claims, each TOML."""
+    head, mark, claims = path.read_text(encoding="utf-8").partition("[[claims]]")
+    return head, mark + claims
+
+
+def _checked(path: Path, make: Callable[[dict[str, Any]], T], row: dict[str, Any]) -> T:
     try:
-        claims = tuple(Claim(**claim) for claim in row.pop("claims", ()))
-        paper = Paper(**{**row, "tags": tuple(row["tags"]), "summary": row["summary"].strip(), "claims": claims})
+        return make(row)
     except (TypeError, KeyError) as error:
         raise ValueError(f"catalogue entry {path.name}: {error}") from None
+
+
+def _read(path: Path) -> Paper:
+    row = tomllib.loads(_text(path)[0])
+    paper = _checked(
+        path, lambda r: Paper(**{**r, "tags": tuple(r["tags"]), "summary": r["summary"].strip(), "path": path}), row
+    )
     if paper.slug != path.stem or paper.family not in FAMILIES:
         raise ValueError(f"catalogue entry {path.name}: slug or family does not fit")
     return paper
@@ -97,6 +117,8 @@ def paper(slug: str) -> Paper:
     """The paper of that slug; raises ValueError with the nearest slugs when there is none."""
     known = papers()
     if slug not in known:
+        from difflib import get_close_matches
+
         near = get_close_matches(slug, known, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; 'broadsheet papers' lists them"
         raise ValueError(f"no paper '{slug}' in the catalogue{hint}")

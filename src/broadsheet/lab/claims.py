@@ -65,7 +65,8 @@ def page() -> str:
     lines = [
         "# Claims",
         "",
-        "What the papers say and what Broadsheet measured, recomputed from `benchmarks/results` by `broadsheet claims --write`.",
+        "What the papers say and what Broadsheet measured, recomputed from "
+        "`benchmarks/results` by `broadsheet claims --write`.",
         "",
     ]
     for paper in papers().values():

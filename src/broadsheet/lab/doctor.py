@@ -11,7 +11,6 @@ from broadsheet.core.records import home
 
 _OPTIONAL = {
     "datasets": "official SCBench records from the hub: pip install 'broadsheet[data]'",
-    "kvpress": "peer in the caches bench: pip install 'broadsheet[peers]'",
     "optimum.quanto": "peer: transformers' QuantizedCache: pip install 'broadsheet[peers]'",
     "hqq": "peer: transformers' QuantizedCache: pip install 'broadsheet[peers]'",
 }

@@ -57,7 +57,9 @@ def quality_against_bytes(rows: Sequence[Row], metric: str) -> Any:
             continue
         if name == "full":
             axes.axhline(points[0][1], color="black", linewidth=1, linestyle="--")
-            axes.annotate("full cache", (1, points[0][1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            axes.annotate(
+                "full cache", (1, points[0][1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            )
             continue
         x, y = [p[0] for p in points], [p[1] for p in points]
         error = [[v - (c[0] if c else v) for _, v, c in points], [(c[1] if c else v) - v for _, v, c in points]]

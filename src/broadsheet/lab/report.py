@@ -30,6 +30,7 @@ figcaption, .soft { color: var(--soft); font-size: .9rem } .wide { overflow-x: a
 def columns(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Any]]]:
     """(heading, metric, setting) of the table's columns, by what was measured."""
     names = {record.metric for record in records}
+    found: list[tuple[str, str, dict[str, Any]]]
     if "accuracy" in names:
         found = [("accuracy", "accuracy", {})]
         modes = dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting)

@@ -18,12 +18,8 @@ from broadsheet.methods.caches.kivi import KIVI
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 CONFIGS = {
     "mha": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=4, max_position_embeddings=512),
-    "gqa": LlamaConfig(
-        **SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16, max_position_embeddings=512
-    ),
-    "one-head": LlamaConfig(
-        **SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, max_position_embeddings=512
-    ),
+    "gqa": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16, max_position_embeddings=512),
+    "one-head": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, max_position_embeddings=512),
     "qwen3": Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16),
     "neox": GPTNeoXConfig(**SMALL, intermediate_size=48, rotary_pct=0.5, max_position_embeddings=512),
 }
@@ -132,9 +128,7 @@ def test_factored_attention_is_attention(models):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for first, last in ((0, 50), (50, 90), (90, 91), (91, 120)):
         step = {"attention_mask": mask[:, :last], "position_ids": positions[:, first:last]}
-        a, b = (
-            model(ids[:, first:last], past_key_values=cache, **step).logits for cache in (plain, factored)
-        )
+        a, b = (model(ids[:, first:last], past_key_values=cache, **step).logits for cache in (plain, factored))
         real = mask[:, first:last].bool()
         torch.testing.assert_close(a[real], b[real], atol=1e-4, rtol=1e-4)
     assert len(factored.layers[0].blocks) > 3
@@ -153,9 +147,7 @@ def test_bytes_are_those_foretold_and_held(models, family, name):
     assert bits["total"] == pytest.approx(16 * cache.nbytes / 2 / geometry.full_bytes(70))
     assert sum(bits.values()) == pytest.approx(2 * bits["total"])
     feed(model, cache, *draw(2, 40, 2).split(8, 1))
-    assert (
-        sum(cache.report()["parts"].values()) == cache.nbytes == nbytes([one.state() for one in cache.layers])
-    )
+    assert sum(cache.report()["parts"].values()) == cache.nbytes == nbytes([one.state() for one in cache.layers])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -186,9 +178,7 @@ def test_generate_fork_and_beams_in_bfloat16(name):
     assert torch.equal(cache.layers[0].slots().keys, before)
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
-    beams = model.generate(
-        ids, attention_mask=mask, past_key_values=method.cache(model), num_beams=2, **options
-    )
+    beams = model.generate(ids, attention_mask=mask, past_key_values=method.cache(model), num_beams=2, **options)
     assert beams.shape == (2, 42)
 
 

@@ -53,7 +53,7 @@ def test_arithmetic_in_twenty_written_steps(pocket):
 
 
 def test_acceptance_8_dropping_decays_over_turns_and_four_bits_do_not(pocket):
-    """SCBench, finding 1: SnapKV at 1/8 loses at least 20 points after turn 1; KIVI-4 stays within 3 of dense, in both modes."""
+    """SCBench, finding 1: SnapKV at 1/8 loses at least 20 points after turn 1; KIVI-4 within 3 of dense, both modes."""
     sessions = make_sessions("kv", 24, 1024, 5, seed=3)
     tokens = 1024
 

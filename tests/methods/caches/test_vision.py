@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
     )
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("llava")
-    LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)).save_pretrained(path)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    LlavaForConditionalGeneration(config).save_pretrained(path)
     train_tokenizer().save_pretrained(path)
     return str(path)
 

@@ -43,5 +43,7 @@ VERBS = tuple("guards follows crosses faces hides feeds warms shades passes leav
 TIMES = tuple("today often again slowly early late sometimes never always soon".split())
 
 #: People of the closed-book facts: three syllables, capitalised.
-PEOPLE = tuple(word.capitalize() + tail for word, tail in zip(_invent(160, seed=21), ("na", "ro", "li", "mu") * 40, strict=True))
+PEOPLE = tuple(
+    word.capitalize() + tail for word, tail in zip(_invent(160, seed=21), ("na", "ro", "li", "mu") * 40, strict=True)
+)
 CITIES = tuple(word.capitalize() for word in _invent(24, seed=22))

@@ -237,9 +237,7 @@ def arithmetic(rng: random.Random, context_tokens: int, turns: int, steps: int |
             written.append(f"#{step} {verb} {amount} gives {result}.")
             value = result
         extra = {"steps": length}
-        questions.append(
-            Turn(" ".join(told), " ".join(written), "last_number", max_new_tokens=7 * length + 1, extra=extra)
-        )
+        questions.append(Turn(" ".join(told), " ".join(written), "last_number", max_new_tokens=7 * length + 1, extra=extra))
     return _session(rng, "arithmetic", "", questions)
 
 
@@ -368,6 +366,4 @@ def make_sessions(task: str, sessions: int, context_tokens: int, turns: int = 5,
     """``sessions`` sessions of one task. Session i of seed s never changes, however many are asked for."""
     if task not in TASKS:
         raise ValueError(f"unknown task '{task}'; known: {', '.join(TASKS)}")
-    return [
-        TASKS[task](random.Random(f"{task}/{seed}/{index}"), context_tokens, turns) for index in range(sessions)
-    ]
+    return [TASKS[task](random.Random(f"{task}/{seed}/{index}"), context_tokens, turns) for index in range(sessions)]

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +151,7 @@ def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tupl
         spans.append(len(texts) - 1)
         opening = ""
     pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    user, assistant = cast(list[int], tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"]))
     ids, labels = [tokenizer.bos_token_id], [IGNORE]
     for index in spans:
         question, reply = pieces[index - 1], pieces[index] + [tokenizer.eos_token_id]
@@ -196,7 +196,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
     """The batch of one step of a stage; a function of (recipe.name, recipe.seed, stage.name, step) alone."""
     rng = random.Random(f"{recipe.name}/{recipe.seed}/{stage.name}/{step}")
     length = rng.randrange(stage.first, stage.last + 1)
-    words = tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS])
+    words = cast(list[int], tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS]))
     rows, tasks = [], []
     for _ in range(max(1, stage.tokens // length)):
         if stage.name == "induction":
@@ -236,7 +236,7 @@ def _previous_token_head(model: LlamaForCausalLM, theta: float, sharpness: float
     c, spread over the ``pairs`` fastest rotary frequencies, its key is u rotated by one position: the logit at distance d is
     then ``sharpness * mean_i cos(theta_i (d - 1))``, largest at d = 1. Training is free to undo any of it.
     """
-    config = model.config
+    config: Any = model.config  # its fields are declared optional
     dim, hidden = config.head_dim, config.hidden_size
     common = F.normalize(torch.randn(hidden), dim=0)
     embeddings = model.model.embed_tokens.weight
@@ -346,9 +346,7 @@ class _Progress:
             self.stage, self.step, self.accuracy = self.stage + 1, 0, 0.0
 
 
-def _save(
-    folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: _Progress
-) -> None:
+def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: _Progress) -> None:
     """Checkpoint without pickle: weights and moments as safetensors, written beside and then renamed."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     for index, optimizer in enumerate(optimizers):
@@ -389,7 +387,7 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
     tokenizer = train_tokenizer()
     model = LlamaForCausalLM(recipe.config(tokenizer))
     _previous_token_head(model, recipe.rope_theta)
-    model.to(device).train()
+    model.to(device).train()  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
     optimizers = _optimizers(model, recipe)
     progress = _restore(folder, model, optimizers)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
@@ -427,5 +425,5 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
                 "tokens_per_s": seen / (time.perf_counter() - start),
             }
             losses, hits, seen, start = [], {}, 0, time.perf_counter()
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)

@@ -7,6 +7,8 @@ models have.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,7 +24,8 @@ def inject_key_outliers(model: PreTrainedModel, factor: float, pairs: int = 2, s
     unchanged. Raises ValueError for fused or normalised projections.
     """
     generator = torch.Generator().manual_seed(seed)
-    for module in attention_modules(model):
+    modules: list[Any] = attention_modules(model)  # nn.Module does not declare what attention has
+    for module in modules:
         q, k = _projections(module)
         dim = module.head_dim
         group = module.num_key_value_groups
@@ -60,9 +63,11 @@ def inject_input_outliers(model: PreTrainedModel, factor: float, channels: int =
     return model
 
 
-def _projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+def _projections(module: Any) -> tuple[nn.Linear, nn.Linear]:
     if not hasattr(module, "q_proj") or not hasattr(module, "k_proj"):
-        raise ValueError(f"{type(module).__name__} has fused projections; outliers can be injected into q_proj/k_proj models")
+        raise ValueError(
+            f"{type(module).__name__} has fused projections; outliers can be injected into q_proj/k_proj models"
+        )
     if hasattr(module, "q_norm"):
         raise ValueError(f"{type(module).__name__} normalises its keys, which would undo the outliers")
     return module.q_proj, module.k_proj

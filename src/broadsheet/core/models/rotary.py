@@ -17,10 +17,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool 
     turned, rest = x[..., :width], x[..., width:]
     half = width // 2
     swapped = torch.cat([-turned[..., half:], turned[..., :half]], -1)
-    if inverse:
-        turned = (turned * cos - swapped * sin) / (cos * cos + sin * sin)
-    else:
-        turned = turned * cos + swapped * sin
+    turned = (turned * cos - swapped * sin) / (cos * cos + sin * sin) if inverse else turned * cos + swapped * sin
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 

@@ -1,7 +1,7 @@
 """Unsigned codes of 1 to 8 bits, packed without gaps.
 
-The packed row of n codes of b bits takes ceil(n*b/8) bytes; code i occupies bits i*b .. i*b+b-1 of the row, least significant
-first. For 1, 2, 4 and 8 bits that is the usual several-codes-a-byte layout; 3, 5, 6 and 7 bits straddle bytes.
+The packed row of n codes of b bits takes ceil(n*b/8) bytes; code i occupies bits i*b .. i*b+b-1 of the row, least
+significant first. For 1, 2, 4 and 8 bits that is the usual several-codes-a-byte layout; 3, 5, 6 and 7 bits straddle bytes.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from broadsheet.core.stats import bootstrap_ci
 
 from .base import CacheMethod, Geometry, Unreachable
 from .full import Full
+from .peers import BITS, Backend, TransformersQuantized
 from .scbench import GROUPS, MODES, SessionRunner, TurnResult, load_sessions
 
 BENCH = "caches"
@@ -40,6 +43,12 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "snapkv": ("broadsheet.methods.caches.snapkv:SnapKV", {}),
     "kivi": ("broadsheet.methods.caches.kivi:KIVI", {}),
 }
+#: What people use already, run as it is: name -> (backend of transformers' `QuantizedCache`, the package it needs).
+PEERS: dict[str, tuple[Backend, str]] = {
+    "transformers-fp8": ("fp8", ""),
+    "transformers-quanto": ("quanto", "optimum"),
+    "transformers-hqq": ("hqq", "hqq"),
+}
 #: Forms of a paper's method that enter the table on their own: name -> (slug, parameters).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gear-l": ("gear", {"sparsity": 0.0}),
@@ -48,8 +57,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def methods() -> dict[str, CacheMethod]:
-    """Every method of the family by name: baselines, running papers, their variants."""
+    """Every method of the family by name: baselines, the peers that are installed, running papers, their variants."""
     found = {name: resolve(target)(**parameters) for name, (target, parameters) in BASELINES.items()}
+    for name, (backend, package) in PEERS.items():
+        if not package or find_spec(package):
+            found[name] = TransformersQuantized(backend=backend, bits=min(BITS[backend], key=lambda bits: abs(bits - 4)))
     running = {p.slug: p for p in papers().values() if p.family == "caches" and p.method}
     for slug, paper in running.items():
         made = resolve(paper.method)
@@ -102,9 +114,7 @@ def _model(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, tokenizer, fingerprint(model)
 
 
-def measure(
-    name: str, method: CacheMethod, workload: Workload, budget: float | None = None
-) -> list[Record]:
+def measure(name: str, method: CacheMethod, workload: Workload, budget: float | None = None) -> list[Record]:
     """Runs one method on one workload and returns its records.
 
     ``budget``: fraction of the full cache's 16-bit bytes; None takes the method as it is. A budget that the method cannot
@@ -118,6 +128,11 @@ def measure(
         return list(runs(make, method, workload, budget, model, tokenizer, geometry))
     except Unreachable as error:
         return [make("reachable", 0.0, setting={"least": round(error.least, 4)})]
+
+
+def _short(model: str) -> str:
+    """A folder by its last name: where it lies on this machine is nobody's business."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 @dataclass
@@ -141,7 +156,7 @@ class _Maker:
             metric=metric,
             value=value,
             seed=self.workload.seed,
-            model=f"{self.workload.model}@{self.mark}",
+            model=f"{_short(self.workload.model)}@{self.mark}",
             parameters=fields.pop("parameters", self.method.parameters),
             setting=setting,
             device=self.workload.device,
@@ -172,8 +187,8 @@ def _session_runs(
             task, workload.sessions, workload.context_tokens, workload.turns, workload.seed, workload.data or None
         )
         if budget is not None:
-            typical = statistics.median(len(tokenizer(session.context)["input_ids"]) for session in sessions)
-            fitted = method.at_budget(budget, int(typical), geometry)
+            lengths = [len(tokenizer(session.context)["input_ids"]) for session in sessions]
+            fitted = method.at_budget(budget, int(statistics.median(lengths)), geometry)
         for mode in workload.modes:
             runner = SessionRunner(
                 model, tokenizer, fitted, golden=workload.golden, reference=Full() if workload.kl else None
@@ -207,8 +222,8 @@ def _session_runs(
     yield make("answer_tokens", statistics.mean(r.new_tokens for r in results), unit="tokens", n=len(results))
     yield make("wall", seconds, unit="s")
     if workload.timing:
-        tokens = int(statistics.median(r.prompt_tokens for r in results))
-        yield from _timing(make, fitted, tokens, model)
+        typical = int(statistics.median(r.prompt_tokens for r in results))
+        yield from _timing(make, fitted, typical, model)
 
 
 def _slices(results: list[TurnResult], workload: Workload) -> Iterator[tuple[dict[str, Any], list[TurnResult]]]:

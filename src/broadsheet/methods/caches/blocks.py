@@ -166,9 +166,7 @@ def quantisation_error(bits: int, group_size: int) -> float:
 Choice = TypeVar("Choice")
 
 
-def best_within(
-    choices: Iterable[tuple[Choice, int, float]], fraction: float, tokens: int, geometry: Geometry
-) -> Choice:
+def best_within(choices: Iterable[tuple[Choice, int, float]], fraction: float, tokens: int, geometry: Geometry) -> Choice:
     """Of (choice, bytes, error), the one of least error whose bytes fit; among equals the smaller.
 
     Raises `Unreachable` when none fits ``fraction`` of a 16-bit cache of ``tokens`` tokens.

@@ -40,6 +40,8 @@ class SlotLayer(CacheLayer):
         if self.bias is not None:
             self.bias = torch.cat([self.bias, self.bias.new_zeros(*keys.shape[:3])], -1)
         if stored:
+            assert self.stored_keys is not None
+            assert self.stored_values is not None
             keys = torch.cat([self.stored_keys, keys], 2)
             values = torch.cat([self.stored_values, values], 2)
         self.stored_keys, self.stored_values = keys.contiguous(), values.contiguous()
@@ -47,6 +49,8 @@ class SlotLayer(CacheLayer):
     def slots(self) -> Slots | None:
         if not self.stored:
             return None
+        assert self.stored_keys is not None
+        assert self.stored_values is not None
         return Slots(self.stored_keys, self.stored_values, self.valid, self.bias)
 
     @property
@@ -58,6 +62,8 @@ class SlotLayer(CacheLayer):
 
         ``valid`` [batch, kv_heads, kept] marks places that are padding because another row or head keeps more.
         """
+        assert self.stored_keys is not None
+        assert self.stored_values is not None
         if self.valid is not None:
             old = self.valid.expand(-1, indices.shape[1], -1).gather(-1, indices)
             valid = old if valid is None else old & valid

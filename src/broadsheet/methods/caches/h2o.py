@@ -22,6 +22,8 @@ class H2OLayer(EvictingLayer):
         super().append(prompt)
 
     def append(self, new: Tokens) -> None:
+        assert self.stored_keys is not None
+        assert self.mass is not None
         # What the new queries looked at, over the slots stored before them and each other.
         keys = torch.cat([self.stored_keys, new.keys], 2)
         valid = None
@@ -37,11 +39,13 @@ class H2OLayer(EvictingLayer):
         super().append(new)
 
     def score(self, counts: torch.Tensor) -> torch.Tensor:
+        assert self.mass is not None
         recent = (self.method.recent * counts).round().long()[:, None, None]
         scores = self.mass.masked_fill(self.age() < recent, float("inf"))
         return self.mask_padding(scores)
 
     def keep(self, indices: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        assert self.mass is not None
         super().keep(indices, valid)
         self.mass = self.mass.gather(-1, indices)
 

@@ -5,11 +5,12 @@ turns run on whatever survived, after the gold answer (or the model's own) of th
 alone is prefilled and compressed, then every question gets a fork of that cache.
 
 `SessionRunner` needs nothing of a method but its ``cache``. Context tokens are forwarded exactly once a session;
-``SessionRunner.forwarded`` counts them, so that a test can prove it. Follow-up questions attend densely to the surviving slots.
+``SessionRunner.forwarded`` counts them, so that a test can prove it. Follow-up questions attend densely to the surviving
+slots.
 
-Deviations: the official harness feeds follow-up questions token by token, because its masks are wrong for several tokens after
-an eviction; here they go in one pass, which gives the same result. RepoQA is scored by normalised equality, not by BLEU with
-tree-sitter. Sessions whose gold answer was cut away by the middle truncation are counted and left out.
+Deviations: the official harness feeds follow-up questions token by token, because its masks are wrong for several tokens
+after an eviction; here they go in one pass, which gives the same result. RepoQA is scored by normalised equality, not by
+BLEU with tree-sitter. Sessions whose gold answer was cut away by the middle truncation are counted and left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,8 +70,8 @@ def load_sessions(
 ) -> list[Session]:
     """Sessions of one task: generated ones, or the first ``sessions`` of the official data.
 
-    ``data``: a JSON-lines file, a folder with ``<task>.jsonl``, or the hub name ``microsoft/SCBench`` (needs the ``datasets``
-    package and a network). Raises ValueError for an unknown task, naming the nearest.
+    ``data``: a JSON-lines file, a folder with ``<task>.jsonl``, or the hub name ``microsoft/SCBench`` (needs the
+    ``datasets`` package and a network). Raises ValueError for an unknown task, naming the nearest.
     """
     if data is None:
         if task not in SCBENCH_MINI:
@@ -85,7 +86,7 @@ def load_sessions(
         rows: Iterator[Session] = read_sessions(path, task)
     else:
         rows = _from_hub(data, task)
-    found = []
+    found: list[Session] = []
     for row in rows:
         if len(found) == sessions:
             break
@@ -201,7 +202,7 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def _render(tokenizer: PreTrainedTokenizerBase, history: list[dict[str, str]]) -> str:
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+        return cast(str, tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True))
     parts = [tokenizer.bos_token or ""]
     for message in history:
         parts.append(message["content"] + ("\nAnswer:" if message["role"] == "user" else "\n"))
@@ -212,8 +213,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, history: list[dict[str, str]]) -
 class SessionRunner:
     """Runs batches of sessions with one method.
 
-    ``golden``: later turns see the gold answers of the earlier ones (SCBench's default), not the model's own. ``dtype``: what
-    exact parts of a cache are stored in. ``limit``: context tokens, by default what the model's positions allow.
+    ``golden``: later turns see the gold answers of the earlier ones (SCBench's default), not the model's own. ``dtype``:
+    what exact parts of a cache are stored in. ``limit``: context tokens, by default what the model's positions allow.
     ``reference``: a second method that reads along, and to whose predictions on the gold answers the KL is taken.
     """
 
@@ -275,10 +276,10 @@ class SessionRunner:
             own = stream.fork().decode(logits, caps)
             gold = [p.answers[turn] if a else () for p, a in zip(prompts, active, strict=True)]
             ours = stream.fork().predict(logits, gold)
-            theirs = shadow.fork().predict(expected, gold) if shadow else None
+            theirs = shadow.fork().predict(expected, gold) if shadow and expected is not None else None
             for row, prompt in enumerate(prompts):
                 if active[row]:
-                    losses = _losses(ours[row], theirs and theirs[row], gold[row])
+                    losses = _losses(ours[row], theirs[row] if theirs else None, gold[row])
                     results.append(self._result(prompt, turn, "multi-turn", own[row], losses, sizes[row]))
             if not self.golden:  # an answer that was cut gets its end token
                 end = _end(self.tokenizer)
@@ -310,7 +311,7 @@ class SessionRunner:
                 theirs = other.predict(other.feed(chunk), gold)
             for row, prompt in enumerate(prompts):
                 if active[row]:
-                    losses = _losses(ours[row], theirs and theirs[row], gold[row])
+                    losses = _losses(ours[row], theirs[row] if theirs else None, gold[row])
                     results.append(self._result(prompt, turn, "multi-request", own[row], losses, sizes[row]))
         return results
 
@@ -334,7 +335,7 @@ class SessionRunner:
         size: int,
     ) -> TurnResult:
         asked = prompt.session.turns[turn]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return TurnResult(
             session=prompt.session.id,
             task=prompt.session.task,
@@ -414,9 +415,7 @@ class _Stream:
         return [round(self.cache.nbytes * count / sum(real)) for count in real]
 
 
-def _losses(
-    ours: torch.Tensor, theirs: torch.Tensor | None, gold: tuple[int, ...]
-) -> tuple[float | None, float | None]:
+def _losses(ours: torch.Tensor, theirs: torch.Tensor | None, gold: tuple[int, ...]) -> tuple[float | None, float | None]:
     """Mean negative log-likelihood of the gold tokens, and mean KL(theirs || ours) where there is a reference."""
     if not gold:
         return None, None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import torch
 import torch.nn.functional as F
 
 from broadsheet.core.models.taps import Tokens

@@ -46,6 +46,7 @@ class EvictingLayer(SlotLayer):
         """For every slot its number among the real slots of its row and head, newest 0: [batch, 1 or kv_heads, slots]."""
         valid = self.valid
         if valid is None:
+            assert self.stored_keys is not None
             valid = torch.ones(*self.stored_keys.shape[:1], 1, self.stored, dtype=torch.bool, device=self.stored_keys.device)
         return valid.long().flip(-1).cumsum(-1).flip(-1) - 1
 
@@ -55,6 +56,7 @@ class EvictingLayer(SlotLayer):
 
 class StreamingLayer(EvictingLayer):
     def score(self, counts: torch.Tensor) -> torch.Tensor:
+        assert self.stored_keys is not None
         age = self.age()
         newest_first = -age.float()
         oldest = age.amax(-1, keepdim=True)
