@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from broadsheet.core.microworld.tasks import make_sessions
 from broadsheet.core.models import fingerprint, load
-from broadsheet.core.records import Record, now, provenance, write_json
+from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci, paired_difference
 from broadsheet.methods.caches.base import CacheMethod
 from broadsheet.methods.caches.bench import documents
@@ -171,7 +171,7 @@ class Study:
         print(f"{metric:<24} {label:<28} {where:<34} {value:.4g}{shown}", flush=True)
 
     def finish(self) -> None:
-        write_json(self.records, self.arguments.out)
+        write_results(self.records, self.arguments.out)
 
 
 def reference(study: Study, seed: int) -> list[Item]:

@@ -6,12 +6,14 @@ Writes `benchmarks/results/bfp_study.records.json`. Small models have tame keys,
 made larger by alpha and the queries smaller: the same function, larger outliers (alpha 1: the model as it is). By
 (alpha, block, order): relative error of the scores |QK' - QK^'| / |QK'|, loss and its paired difference to the unsorted
 order (acceptance check 8), KL to the full cache, exact answers, bits an element. Blocks as long as the head must show
-no difference. Also Spearman's correlation of weight norms with measured ones: whether data is needed to sort.
+no difference. Beside that: the sorted model's logits and time against the original's, and Spearman's correlation of
+weight norms with measured ones: whether data is needed to sort.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections import defaultdict
 
 import torch
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.outliers import inject_key_outliers
 from broadsheet.core.numerics.bfp import Format
 from broadsheet.methods.caches.base import Geometry
-from broadsheet.methods.caches.block_quant_outliers import KSortBFP, rank_agreement, score_error
+from broadsheet.methods.caches.block_quant_outliers import KSortBFP, ksort, rank_agreement, score_error
 from broadsheet.methods.caches.observe import observe
 
 ALPHAS = (1.0, 4.0, 8.0, 16.0)
@@ -83,9 +85,29 @@ def agreement_study(study: Study) -> None:
             study.add(None, rank, "spearman_with_measured", heads, "over heads", alpha=alpha)
 
 
+def exactness_study(study: Study) -> None:
+    """The sorted model against the original, nothing quantised: logits in double precision, and time, run alternately."""
+    plain = copy.deepcopy(study.model).double()
+    twin, _ = ksort(plain)
+    prompts = [item.prefix for item in study.items(0)]
+    differences = [float((plain(ids).logits - twin(ids).logits).abs().max()) for ids in prompts]
+    study.exact("ksort", "logit_difference", max(differences), "largest absolute, float64")
+    twin, _ = ksort(study.model)
+    pairs = []
+    for ids in prompts * 5:
+        times = []
+        for model in (study.model, twin):
+            start = time.perf_counter()
+            model(ids)
+            times.append(time.perf_counter() - start)
+        pairs.append(times[1] / times[0])
+    study.add(None, "ksort", "time_ratio", pairs, "of the original's time")
+
+
 def main() -> None:
     study = Study.start("bfp_study", "block-quant-outliers", __doc__ or "", tokens=256, items=3)
     with torch.inference_mode():
+        exactness_study(study)
         agreement_study(study)
         order_study(study)
     study.finish()

@@ -26,7 +26,7 @@ SEEDS = 3
 
 SESSIONS = Workload(
     model="pocket-2m",
-    tasks=("kv", "prefix_suffix", "vt", "needle", "repoqa", "many_shot", "copy", "kv_and_rules"),
+    tasks=("kv", "vt", "repoqa", "many_shot", "copy", "kv_and_rules"),
     sessions=4,
     context_tokens=512,
     timing=False,

@@ -137,7 +137,7 @@ def xquant_four_bits(records: Sequence[Record]) -> Verdict:
 
 
 def xquant_same_memory(records: Sequence[Record]) -> Verdict:
-    """4-bit XQuant against KIVI on the multi-head model: at the same bytes, or at the fewest that KIVI can do if it cannot."""
+    """4-bit XQuant against KIVI on the multi-head model: at the same bytes, or at the fewest that KIVI can do."""
     return _against_kivi(records, "pocket-2m-mha")
 
 
@@ -273,6 +273,105 @@ def elastic_importance(records: Sequence[Record]) -> Verdict:
     """The sum of attention against its moving average and its mean over queries."""
     against = ("importance moving average", "importance mean")
     return _saved(records, "elastic-cache", "Elastic", against, budget=0.5)
+
+
+# --- MPCache ------------------------------------------------------------------------------------------------------
+
+
+def _mpc(records: Sequence[Record], rung: str, metric: str, **setting: Any) -> float | None:
+    """A value of the cost ladder at the reference sizes, 1,024 tokens, three parties (ABY3)."""
+    where = {"sizes": "reference", "protocol": "aby3", "seq_len": 1024, **setting}
+    return _mean([r.value for r in _find(records, bench="mpcache_study", method=rung, metric=metric, **where)])
+
+
+def mpcache_decode(records: Sequence[Record]) -> Verdict:
+    """A decoding step at 5 % of 1,024 tokens: bytes measured with SPU, seconds modelled on a LAN."""
+    fewer = _mpc(records, "+ index sharing", "times_fewer_bytes")
+    full = _mpc(records, "full", "seconds_per_step", network="LAN")
+    ours = _mpc(records, "+ index sharing", "seconds_per_step", network="LAN")
+    if fewer is None or full is None or ours is None:
+        return None
+    text = f"{fewer:.1f}× fewer bytes, {full / ours:.2f}× lower modelled latency"
+    return _graded([fewer >= 3, full / ours >= 1.8], [fewer >= 3]), text
+
+
+def mpcache_gather(records: Sequence[Record]) -> Verdict:
+    """Choosing clusters instead of single tokens: bytes of the dynamic step."""
+    tokens, clusters = (_mpc(records, rung, "bytes_per_step") for rung in ("+ naive dynamic", "+ two levels"))
+    static = _mpc(records, "+ static", "bytes_per_step")
+    if tokens is None or clusters is None or static is None:
+        return None
+    text = f"{tokens / clusters:.1f}× fewer bytes a step than by token; {clusters / static:.2f}× of static eviction alone"
+    return _graded([clusters < static and tokens / clusters >= 10], [clusters < tokens]), text
+
+
+def mpcache_static(records: Sequence[Record]) -> Verdict:
+    """Static eviction alone saves bytes; selecting single tokens on top costs more than it."""
+    full, static, naive = (_mpc(records, rung, "bytes_per_step") for rung in ("full", "+ static", "+ naive dynamic"))
+    if full is None or static is None or naive is None:
+        return None
+    text = f"{full / static:.2f}× fewer bytes; choosing single tokens on top costs {naive / static:.1f}× of that"
+    return _graded([full / static >= 2, naive > static], [full > static]), text
+
+
+def mpcache_quality(records: Sequence[Record]) -> Verdict:
+    """Recall of the 16 largest q.k when a tenth of the tokens is read, over random and over mean-pooled clusters."""
+    random, pooled = (
+        [r for r in _find(records, bench="mpcache_study", metric=metric, clusters=[8, 4]) if r.model.startswith("pocket")]
+        for metric in ("recall_over_random", "recall_minus_mean")
+    )
+    if not random or not pooled or pooled[-1].ci is None:
+        return None
+    low, high = pooled[-1].ci
+    text = f"recall {random[-1].value:.1f}× random; {pooled[-1].value:+.3f} [{low:+.3f}, {high:+.3f}] over mean pooling"
+    return _graded([random[-1].value >= 3, low > 0], [random[-1].value >= 3]), text
+
+
+# --- K-sort block floating point ----------------------------------------------------------------------------------
+
+
+def _bfp(records: Sequence[Record], order: str, metric: str, **setting: Any) -> list[Record]:
+    return _find(records, bench="bfp_study", method=order, metric=metric, **setting)
+
+
+def bfp_memory(records: Sequence[Record]) -> Verdict:
+    """Bits an element of BFP12 keys, and what they cost the model as it is."""
+    bits = _find(records, bench="bfp_study", metric="bits_per_element", block=32)
+    losses = _bfp(records, "weight_gain", "kl", alpha=1.0, block=32)
+    if not bits or not losses:
+        return None
+    factor = (8 + 8 / 32) / bits[0].value
+    text = f"{factor:.2f}× smaller than BFP16, KL {losses[0].value:.4f} nats per token"
+    return _graded([factor > 1.9, losses[0].value <= 0.01], [losses[0].value <= 0.05]), text
+
+
+def bfp_block(records: Sequence[Record]) -> Verdict:
+    """Error of the scores with sorted against unsorted channels, outliers of strength 16, by block."""
+    gains = {
+        record.setting["block"]: record for record in _bfp(records, "weight_gain", "score_error_minus_unsorted", alpha=16.0)
+    }
+    if len(gains) < 2:
+        return None
+    head = max(gains)
+    text = ", ".join(f"{gains[block].value:+.4f} at {block}" for block in sorted(gains))
+    smaller = [record for block, record in gains.items() if block < head]
+    certain = [r.ci is not None and r.ci[1] < 0 for r in smaller]
+    return _graded([*certain, gains[head].value == 0], [r.value <= 0 for r in smaller]), f"score error {text}"
+
+
+def bfp_exactness(records: Sequence[Record]) -> Verdict:
+    """Largest difference of the logits after re-ordering, double precision."""
+    found = _bfp(records, "ksort", "logit_difference")
+    return (_graded([found[0].value <= 1e-9], [found[0].value <= 1e-4]), f"{found[0].value:.1e}") if found else None
+
+
+def bfp_overhead(records: Sequence[Record]) -> Verdict:
+    """Time of the sorted model over the original's, run alternately."""
+    found = _bfp(records, "ksort", "time_ratio")
+    if not found or found[0].ci is None:
+        return None
+    low, high = found[0].ci
+    return _graded([low <= 1], [found[0].value <= 1.05]), f"{found[0].value:.3f}× [{low:.3f}, {high:.3f}] of the time"
 
 
 # --- SCBench ------------------------------------------------------------------------------------------------------
