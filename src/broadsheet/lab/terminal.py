@@ -17,10 +17,12 @@ def terminal_table(records: Sequence[Record]) -> Table:
     heads = columns(records)
     table = Table(title=describe(records), title_justify="left", header_style="bold", box=None, padding=(0, 1))
     table.add_column("method")
-    for name in ("budget", "bytes", *(name for name, _, _ in heads), "by turn"):
+    ranked = rows(records)
+    turns = any(_by_turn(row) for row in ranked)
+    for name in ("budget", "bytes", *(name for name, _, _ in heads), *(["by turn"] if turns else [])):
         table.add_column(name, justify="right", no_wrap=True)
     last: float | None = None
-    for row in rows(records):
+    for row in ranked:
         if row.budget != last and table.row_count:
             table.add_section()
         last = row.budget
@@ -29,7 +31,8 @@ def terminal_table(records: Sequence[Record]) -> Table:
             table.add_row(row.method, budget, f"≥ {row.least:.3f}", style="dim")
             continue
         cells = [cell(row, metric, setting) for _, metric, setting in heads]
-        table.add_row(row.method, budget, f"{row.values.get('bytes_ratio', 0):.3f}", *cells, _by_turn(row))
+        cells += [_by_turn(row)] if turns else []
+        table.add_row(row.method, budget, f"{row.values.get('bytes_ratio', 0):.3f}", *cells)
     return table
 
 

@@ -107,13 +107,13 @@ def gear_two_bits(records: Sequence[Record]) -> Verdict:
     """GEAR below its low-rank-only form, that below the backbone, and somewhere below KIVI at equal bytes."""
     parts = _saved(records, "gear", "GEAR", ("+ low rank",), outliers=1)
     rest = _saved(records, "gear", "+ low rank", ("backbone",), outliers=1)
-    rival = [_ablated(records, "gear", "GEAR", "kl_saved", against="KIVI at GEAR's bytes", outliers=f) for f in (1, 10)]
+    rival = [_ablated(records, "gear", "GEAR", "kl_saved", against="KIVI for GEAR", outliers=f) for f in (1, 10)]
     known = [record for record in rival if record is not None]
     if parts is None or rest is None or not known:
         return None
     wins = any(record.value > 0 for record in known)
-    text = f"{parts[1]}; {rest[1].removeprefix('KL saved: ')}; at KIVI's bytes " + ", ".join(
-        f"{record.value:+.3f} (outliers ×{record.setting['outliers']})" for record in known
+    text = f"{parts[1]}; {rest[1].removeprefix('KL saved: ')}; over KIVI " + ", ".join(
+        f"{record.value:+.3f} {_bytes(record)} (outliers ×{record.setting['outliers']})" for record in known
     )
     return _graded([parts[0] == HOLDS, rest[0] == HOLDS, wins], [parts[0] != FAILS, rest[0] != FAILS]), text
 
@@ -147,12 +147,17 @@ def xquant_grouped_query(records: Sequence[Record]) -> Verdict:
 
 
 def _against_kivi(records: Sequence[Record], model: str) -> Verdict:
-    for rival in ("KIVI at XQuant 4's bytes", "KIVI at its least bytes"):
-        found = _ablated(records, "xquant", "XQuant 4", "kl_saved", model, against=rival, outliers="none")
-        if found is not None and found.ci is not None:
-            text = f"KL saved {found.value:+.4f} [{found.ci[0]:+.4f}, {found.ci[1]:+.4f}] over {rival}"
-            return _graded([found.ci[0] > 0], [found.value > 0]), text
-    return None
+    found = _ablated(records, "xquant", "XQuant 4", "kl_saved", model, against="KIVI for XQuant 4", outliers="none")
+    if found is None or found.ci is None:
+        return None
+    text = f"KL saved {found.value:+.4f} [{found.ci[0]:+.4f}, {found.ci[1]:+.4f}] over KIVI, {_bytes(found)}"
+    fair = found.setting["bytes_ratio_against"] >= 0.98 * found.setting["bytes_ratio"]
+    return _graded([found.ci[0] > 0, fair], [found.value > 0]), text
+
+
+def _bytes(record: Record) -> str:
+    ours, theirs = record.setting["bytes_ratio"], record.setting["bytes_ratio_against"]
+    return f"at {ours:.3f} against {theirs:.3f} of the full bytes"
 
 
 def xquant_cross_layer(records: Sequence[Record]) -> Verdict:

@@ -70,4 +70,5 @@ class H2O(CacheMethod):
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         # One float32 of score a slot and head beside 2 * head_dim elements of 16 bits.
         overhead = 4 / (4 * geometry.head_dim)
-        return replace(self, budget=fraction / (1 + overhead) if fraction < 1 else 1.0)
+        slots = max(1, int(fraction * tokens / (1 + overhead)))
+        return replace(self, budget=slots / tokens if fraction < 1 else 1.0)
