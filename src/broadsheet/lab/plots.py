@@ -13,8 +13,11 @@ _METRICS = {
     "kl": "KL to the full cache (nats per token)",
     "perplexity": "perplexity",
 }
-#: Okabe-Ito, told apart by most colour-blind readers; the full cache is black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B", "#6A3D9A", "#B2DF8A")
+#: Fourteen colours, Okabe-Ito first; markers help where colours do not. The full cache is black.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"),
+    *("#8C564B", "#6A3D9A", "#B2DF8A", "#E31A1C", "#17BECF", "#BCBD22", "#FB9A99"),
+)
 _MARKERS = "osD^vPX*<>hp"
 
 
@@ -55,21 +58,25 @@ def quality_against_bytes(rows: Sequence[Row], metric: str) -> Any:
         )
         if not points:
             continue
-        if name == "full":
+        if name == "full" and metric != "kl":
             axes.axhline(points[0][1], color="black", linewidth=1, linestyle="--")
             axes.annotate(
                 "full cache", (1, points[0][1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
             )
             continue
+        if name == "full":
+            continue  # its divergence from itself is zero, which a logarithmic axis has no place for
         x, y = [p[0] for p in points], [p[1] for p in points]
         error = [[v - (c[0] if c else v) for _, v, c in points], [(c[1] if c else v) - v for _, v, c in points]]
         axes.errorbar(x, y, yerr=error, label=name, linewidth=1.4, markersize=5, elinewidth=0.7, **styles[name])
     axes.set_xscale("log", base=2)
+    if metric == "kl":
+        axes.set_yscale("log")
     ticks = [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
     axes.set_xticks(ticks, ["1", "1/2", "1/4", "1/8", "1/16"])
     axes.set_xlabel("bytes really held / bytes of the full 16-bit cache")
     axes.set_ylabel(_METRICS.get(metric, metric))
-    axes.legend(fontsize=7, ncols=2, frameon=False, loc="best")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -97,7 +104,7 @@ def quality_by_turn(rows: Sequence[Row], mode: str) -> Any | None:
     axes.set_xlabel(f"turn ({mode}, budget {least:g})" if least else f"turn ({mode})")
     axes.set_ylabel("accuracy")
     axes.set_ylim(-0.02, 1.02)
-    axes.legend(fontsize=7, ncols=2, frameon=False, loc="best")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
