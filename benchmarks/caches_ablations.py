@@ -299,7 +299,7 @@ def _against_kivi(study: Study, variant: str) -> None:
     ratio, work = statistics.mean(study.scores[variant].ratios), study.work
     method: KIVI | None = None
     budget = ratio
-    while method is None or method.bits < 2:
+    while method is None or min(method.bits, method.value_bits or method.bits) < 2:
         try:
             method = KIVI().at_budget(budget, work.tokens, work.geometry)
         except Unreachable as error:

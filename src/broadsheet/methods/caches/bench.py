@@ -88,7 +88,7 @@ class Workload:
     seed: int = 0
     tasks: tuple[str, ...] = ("kv", "vt", "many_shot")
     modes: tuple[str, ...] = MODES
-    sessions: int = 8
+    sessions: int = 6
     context_tokens: int = 512
     turns: int = 5
     golden: bool = True
