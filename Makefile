@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# real models and texts for the benches that use them
+SHARED ?= ../shared
 
 .PHONY: install run test test-all check bench system-deps peers clean
 
@@ -32,10 +34,11 @@ peers: install              ## the libraries that the benches compare with, and 
 	$(BIN)/python -m pytest -m peers
 
 bench: install              ## rewrites every committed number under benchmarks/results, the claims page and the pictures
-	$(BIN)/python benchmarks/pocket_card.py
+	$(BIN)/python benchmarks/pocket_card.py --sessions 8
 	$(BIN)/python benchmarks/caches.py
-	$(BIN)/python benchmarks/caches_ablations.py
-	$(BIN)/python benchmarks/caches_ablations.py --model pocket-2m-mha --study xquant
+	$(BIN)/python benchmarks/caches_ablations.py --scale 0.6
+	$(BIN)/python benchmarks/caches_ablations.py --model pocket-2m-mha --study xquant --scale 0.7
+	$(BIN)/python benchmarks/caches_ablations.py --model $(SHARED)/models/stories260K --text $(SHARED)/data/tinystories_wikitext_1000/tinystories_1000.json
 	$(BIN)/python benchmarks/mpcache_study.py
 	$(BIN)/python benchmarks/bfp_study.py
 	$(BIN)/python benchmarks/decode_kernel.py
