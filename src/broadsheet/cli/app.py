@@ -286,7 +286,9 @@ def _with_progress(work: Any) -> list[Record]:
     """Runs ``work(progress)`` under a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights: one bar is enough
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -24,7 +24,8 @@ from transformers import (
 from broadsheet.core.models import load
 from broadsheet.core.models.taps import Tokens, attention_modules
 from broadsheet.methods.caches import mpcache
-from broadsheet.methods.caches.base import Geometry, Unreachable, attention_rows
+from broadsheet.methods.caches.attention import attention_rows
+from broadsheet.methods.caches.base import Geometry, Unreachable
 from broadsheet.methods.caches.full import Full
 from broadsheet.methods.caches.mpcache import (
     MPCache,

@@ -176,6 +176,19 @@ def test_acceptance_7_official_records_load_and_are_cut_in_the_middle(model, tok
     assert limit < 4096 - 300
 
 
+@pytest.mark.parametrize("mode", ["multi-turn", "multi-request"])
+def test_questions_whose_answer_was_cut_away_are_counted_and_not_scored(mode, model, tokenizer):
+    words = [f"w{number}" for number in range(200)]
+    turns = (Turn("first?", "w2", max_new_tokens=2), Turn("middle?", "w100", max_new_tokens=2), Turn("sum?", "7777"))
+    session = Session("x", "kv", " ".join(words), turns)
+    runner = SessionRunner(model, tokenizer, Full(), limit=80)
+    assert [result.turn for result in runner.run(session, mode)] == [1, 3]  # 7777 never stood there: nothing was lost
+    assert runner.unanswerable == 1
+    whole = SessionRunner(model, tokenizer, Full())
+    assert len(whole.run(session, mode)) == 3
+    assert whole.unanswerable == 0
+
+
 def test_unknown_tasks_and_modes_name_the_nearest(model, tokenizer):
     with pytest.raises(ValueError, match="did you mean"):
         load_sessions("prefix_sufix", 1)

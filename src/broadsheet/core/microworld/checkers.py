@@ -16,7 +16,8 @@ from .sessions import Turn
 Checker = Callable[[str, Turn], float]
 
 
-def _golds(turn: Turn) -> tuple[str, ...]:
+def gold_answers(turn: Turn) -> tuple[str, ...]:
+    """The gold strings of a turn."""
     return turn.answer if isinstance(turn.answer, tuple) else (turn.answer,)
 
 
@@ -26,19 +27,19 @@ def _squeeze(text: str) -> str:
 
 def strict(text: str, turn: Turn) -> float:
     """1 when the answer equals a gold answer (or the turn's full reference sentence) up to white space."""
-    golds = (*_golds(turn), turn.extra.get("reference", ""))
+    golds = (*gold_answers(turn), turn.extra.get("reference", ""))
     return float(bool(text.strip()) and any(_squeeze(text) == _squeeze(gold) for gold in golds))
 
 
 def contains(text: str, turn: Turn) -> float:
     """1 when any gold answer is contained in the text (SCBench kv, prefix_suffix, qa_eng, many_shot)."""
     text = _squeeze(text)
-    return float(bool(text) and any(_squeeze(gold) in text for gold in _golds(turn)))
+    return float(bool(text) and any(_squeeze(gold) in text for gold in gold_answers(turn)))
 
 
 def contains_all(text: str, turn: Turn) -> float:
     """Share of the gold strings contained in the text, rounded to two places (SCBench vt, ``string_match_all``)."""
-    golds = _golds(turn)
+    golds = gold_answers(turn)
     if not text.strip():
         return 0.0
     return round(sum(gold.lower() in text.lower() for gold in golds) / len(golds), 2)
@@ -50,7 +51,7 @@ def first_number(text: str, turn: Turn) -> float:
     The scorer vector of the benchmark, gold 12 for "around 12, or 13" -> 1, holds.
     """
     found = re.search(r"-?\d+(?:\.\d+)?", text)
-    return float(found is not None and float(found.group()) == float(_golds(turn)[0]))
+    return float(found is not None and float(found.group()) == float(gold_answers(turn)[0]))
 
 
 def option_letter(text: str, turn: Turn) -> float:
@@ -58,7 +59,7 @@ def option_letter(text: str, turn: Turn) -> float:
 
     Tried in order: "answer is: B" and the like, then a leading letter, then the text of the right option itself.
     """
-    gold = _golds(turn)[0].strip()
+    gold = gold_answers(turn)[0].strip()
     found = re.search(r"(?:answer|choice|option)\s*(?:is)?\s*[:\-]?\s*\(?([A-D])\b", text, re.IGNORECASE)
     if found is None:
         found = re.match(r"\s*\(?([A-D])(?:[\s).:,]|$)", text)
@@ -84,7 +85,7 @@ def f1_words(text: str, turn: Turn) -> float:
         value = "".join(" " if char in string.punctuation else char for char in value.lower())
         return [word for word in value.split() if word not in {"a", "an", "the"}]
 
-    return max(_f1(words(text), words(gold)) for gold in _golds(turn))
+    return max(_f1(words(text), words(gold)) for gold in gold_answers(turn))
 
 
 def f1_characters(text: str, turn: Turn) -> float:
@@ -94,7 +95,7 @@ def f1_characters(text: str, turn: Turn) -> float:
     def characters(value: str) -> list[str]:
         return [char for char in value.lower() if char not in skip]
 
-    return max(_f1(characters(text), characters(gold)) for gold in _golds(turn))
+    return max(_f1(characters(text), characters(gold)) for gold in gold_answers(turn))
 
 
 def rouge_lsum(text: str, turn: Turn) -> float:
@@ -119,7 +120,7 @@ def rouge_lsum(text: str, turn: Turn) -> float:
         precision, recall = hits / total_have, hits / total_want
         return 2 * precision * recall / (precision + recall) if hits else 0.0
 
-    return max(best(gold) for gold in _golds(turn))
+    return max(best(gold) for gold in gold_answers(turn))
 
 
 def _lcs_indices(a: list[str], b: list[str]) -> list[int]:
@@ -143,7 +144,7 @@ def _lcs_indices(a: list[str], b: list[str]) -> list[int]:
 def last_number(text: str, turn: Turn) -> float:
     """1 when the last integer of the text equals the last one of the gold answer (written-out arithmetic)."""
     found = re.findall(r"-?\d+", text)
-    gold = re.findall(r"-?\d+", _golds(turn)[0])
+    gold = re.findall(r"-?\d+", gold_answers(turn)[0])
     return float(bool(found) and int(found[-1]) == int(gold[-1]))
 
 

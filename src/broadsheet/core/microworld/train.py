@@ -8,6 +8,9 @@ expensive forward pass carries many lessons. The loss is taken on answers alone.
 Induction is a circuit of two heads, and the wait for the first of them (the one that looks at the previous token) is most
 of the wait. It needs no learning, only rotary geometry, so the model starts with one: see `_previous_token_head`.
 
+The vision-language pocket (a LLaVA: a small CLIP vision tower, a projector, a Llama) is trained by the same loop on
+mosaics of digits; it needs no curriculum.
+
 Positions: within a sequence the context is cut in places and the position ids jump there (PoSE, arXiv 2309.10400), so that
 distances up to `reach` are seen while only short sequences are paid for.
 
@@ -21,7 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,9 +32,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from .lexicon import WORDS
+from .mosaics import IMAGE_TOKEN, PATCH, PIXELS, mosaic_session, with_picture
 from .sessions import Session
 from .tasks import SCBENCH_MINI, SHORT, TASKS, arithmetic
 from .tokenizer import train_tokenizer
@@ -44,9 +56,8 @@ class Stage:
     Every batch draws its sequence length between ``first`` and ``last``. ``until``: the stage ends when the running
     accuracy reaches this. ``reach`` is the largest position id that jumps may lead to; 0 leaves positions alone.
     ``arithmetic``: how often it is drawn, against 1 for most tasks; its hundreds of facts take longest to learn.
-    ``focus``: take the loss on what is not known yet, see `answer_loss`. ``packed``: attention stops at the jumps (they are
-    the borders of packed documents); else it crosses them. ``rates``: the learning rate's factor at the first and after the
-    last step, linear between them and never below a twentieth.
+    ``focus``: take the loss on what is not known yet, see `answer_loss`. ``rates``: the learning rate's factor at the first
+    and after the last step, linear between them and never below a twentieth.
     """
 
     name: str
@@ -58,7 +69,6 @@ class Stage:
     until: float = 2.0
     arithmetic: float = 2.5
     focus: bool = False
-    packed: bool = False
     rates: tuple[float, float] = (1.0, 1.0)
 
 
@@ -68,20 +78,28 @@ class Recipe:
 
     name: str
     layers: int = 4
-    hidden: int = 192
+    hidden: int = 256
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    intermediate: int = 512
+    intermediate: int = 384
     rope_theta: float = 20_000.0
     learning_rate: float = 3e-3
     matrix_learning_rate: float = 0.02
     warmup: int = 50
+    vision: bool = False  #: with a vision tower: trained on mosaics
     seed: int = 0
     stages: tuple[Stage, ...] = ()
 
-    def config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-        return LlamaConfig(
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        tokenizer = train_tokenizer()
+        if self.vision:
+            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        return tokenizer
+
+    def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+        """The model at the start of training."""
+        text = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -89,7 +107,7 @@ class Recipe:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
-            max_position_embeddings=4096,
+            max_position_embeddings=4608,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
@@ -97,15 +115,36 @@ class Recipe:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+        if not self.vision:
+            model = LlamaForCausalLM(text)
+            _previous_token_head(model, self.rope_theta)
+            return model
+        tower = CLIPVisionConfig(
+            num_channels=1,
+            image_size=PIXELS,
+            patch_size=PATCH,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+        image_token = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        config = LlavaConfig(
+            vision_config=tower,
+            text_config=text,
+            image_token_id=image_token,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+        return LlavaForConditionalGeneration(config)
 
 
 _STAGES = (
     Stage("induction", 1_500, 1_200, 24, 64, until=0.95),
     Stage("short", 1_000, 2_400, 64, 256),
-    Stage("medium", 378, 3_600, 128, 640, reach=2048, arithmetic=8, packed=True),
-    Stage("focus", 500, 3_600, 96, 512, reach=2048, arithmetic=8, focus=True, packed=True),
-    Stage("long", 600, 4_800, 256, 1_152, reach=4096, arithmetic=8, focus=True, packed=True, rates=(1.0, 0.0)),
-    Stage("extend", 260, 8_192, 640, 4_096, arithmetic=3, focus=True, rates=(0.5, 0.0)),
+    Stage("medium", 700, 3_600, 128, 640, reach=4_608, arithmetic=8, focus=True),
+    Stage("long", 500, 4_800, 256, 1_536, arithmetic=6, focus=True, rates=(1.0, 0.5)),
+    Stage("extend", 400, 9_216, 512, 4_608, arithmetic=4, focus=True, rates=(0.5, 0.0)),
 )
 RECIPES = {
     recipe.name: recipe
@@ -118,8 +157,16 @@ RECIPES = {
             hidden=128,
             heads=2,
             kv_heads=2,
-            intermediate=384,
             stages=(*_STAGES[:2], Stage("medium", 400, 3_600, 128, 512, arithmetic=5, rates=(1.0, 0.0))),
+        ),
+        Recipe(
+            "pocket-digits",
+            hidden=128,
+            heads=2,
+            kv_heads=2,
+            intermediate=256,
+            vision=True,
+            stages=(Stage("mosaics", 600, 5_120, 320, 320, rates=(1.0, 0.0)),),
         ),
     )
 }
@@ -129,16 +176,20 @@ IGNORE = -100
 
 @dataclass
 class Batch:
-    """``ids``, ``labels``, ``positions``: [batch, tokens]; labels are IGNORE where no loss is taken; a task per row."""
+    """``ids``, ``labels``, ``positions``: [batch, tokens]; labels are IGNORE where no loss is taken; a task per row.
+
+    ``pixels``: [batch, 1, height, width], or None without pictures.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     tasks: list[str]
-    packed: bool = False  #: attention stops where the positions jump
+    pixels: torch.Tensor | None = None
 
     def to(self, device: str) -> Batch:
-        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), positions=self.positions.to(device))
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in moved.items()})
 
 
 def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -175,7 +226,7 @@ _WEIGHTS = {"kv": 1.5, "lists": 0.6, "formats": 0.3, "facts": 0.3, "functions": 
 
 
 def _draw(rng: random.Random, length: int, weights: dict[str, float]) -> Session:
-    """One session of at most about ``length`` tokens; half of it or less is questions."""
+    """One session of at most about ``length`` tokens; a good part of a short one is questions."""
     names = list(TASKS)
     name = rng.choices(names, [weights.get(n, 1.0) for n in names])[0]
     if name in SHORT:
@@ -184,7 +235,7 @@ def _draw(rng: random.Random, length: int, weights: dict[str, float]) -> Session
             return arithmetic(rng, 0, max(1, length // (13 * steps + 8)), steps)
         return TASKS[name](rng, 0, max(1, length // 28))
     # The share of the sequence that is context varies, so that every number of items is met.
-    context = rng.randrange(length // 4, (3 * length) // 4 + 1)
+    context = rng.randrange(length // 4, max((3 * length) // 4, length - 160) + 1)
     per_turn = {"mf": 11, "many_shot": 14, "needle": 15, "vt": 16, "kv": 15, "prefix_suffix": 16, "copy": 21, "repoqa": 27}
     turns = max(1, (length - context) // per_turn.get(name, 14))
     limit = {"kv": context // 5, "prefix_suffix": context // 5, "vt": 40, "needle": 24, "copy": context // 32}
@@ -197,11 +248,18 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
     rng = random.Random(f"{recipe.name}/{recipe.seed}/{stage.name}/{step}")
     length = rng.randrange(stage.first, stage.last + 1)
     words = cast(list[int], tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS]))
-    rows, tasks = [], []
+    rows, tasks, pictures = [], [], []
     for _ in range(max(1, stage.tokens // length)):
         if stage.name == "induction":
             tasks.append(stage.name)
             rows.append(_repeats(rng, length, words))
+        elif recipe.vision:
+            session, mosaic = mosaic_session(rng)
+            image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+            ids, labels = encode_session(session, tokenizer)
+            tasks.append(session.task)
+            pictures.append(mosaic.pixels)
+            rows.append((with_picture(ids, image), with_picture(labels, IGNORE)))
         else:
             session = _draw(rng, length, {**_WEIGHTS, "arithmetic": stage.arithmetic})
             tasks.append(session.task)
@@ -213,7 +271,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
         labels=torch.full((len(rows), width), IGNORE),
         positions=torch.zeros(len(rows), width, dtype=torch.long),
         tasks=tasks,
-        packed=stage.packed,
+        pixels=torch.stack(pictures) if pictures else None,
     )
     for row, (ids, labels) in enumerate(rows):
         batch.ids[row, : len(ids)] = torch.tensor(ids)
@@ -293,7 +351,7 @@ def _orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if tall else x
 
 
-def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and gains (the usual split)."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
@@ -304,7 +362,7 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
     ]
 
 
-def answer_loss(model: LlamaForCausalLM, batch: Batch, focus: bool = False) -> tuple[torch.Tensor, list[float]]:
+def answer_loss(model: PreTrainedModel, batch: Batch, focus: bool = False) -> tuple[torch.Tensor, list[float]]:
     """Cross-entropy on the labelled tokens, and the accuracy on them by row; the output head runs on them alone.
 
     Every sequence weighs the same, however long its answers are: or the written-out steps of arithmetic would drown the
@@ -312,9 +370,13 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch, focus: bool = False) -> t
     so that within a sequence the one result counts that six predictable words surround.
     """
     # Without a mask, transformers reads a jump in the positions as the border of a packed document.
-    mask = None if batch.packed else torch.ones_like(batch.ids)
+    pictures = {} if batch.pixels is None else {"pixel_values": batch.pixels}
     hidden = model.model(
-        input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
+        input_ids=batch.ids,
+        attention_mask=torch.ones_like(batch.ids),
+        position_ids=batch.positions,
+        use_cache=False,
+        **pictures,
     ).last_hidden_state
     labels = batch.labels[:, 1:]
     wanted = labels != IGNORE
@@ -346,7 +408,7 @@ class _Progress:
             self.stage, self.step, self.accuracy = self.stage + 1, 0, 0.0
 
 
-def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: _Progress) -> None:
+def _save(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], progress: _Progress) -> None:
     """Checkpoint without pickle: weights and moments as safetensors, written beside and then renamed."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     for index, optimizer in enumerate(optimizers):
@@ -359,7 +421,7 @@ def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Op
     temporary.replace(folder / "checkpoint.safetensors")
 
 
-def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> _Progress:
+def _restore(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> _Progress:
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return _Progress()
@@ -384,9 +446,8 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer()
-    model = LlamaForCausalLM(recipe.config(tokenizer))
-    _previous_token_head(model, recipe.rope_theta)
+    tokenizer = recipe.tokenizer()
+    model = recipe.model(tokenizer)
     model.to(device).train()  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
     optimizers = _optimizers(model, recipe)
     progress = _restore(folder, model, optimizers)

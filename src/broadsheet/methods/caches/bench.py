@@ -180,7 +180,7 @@ def _session_runs(
 ) -> Iterator[Record]:
     results: list[TurnResult] = []
     ratios: list[float] = []
-    seconds = 0.0
+    seconds, lost = 0.0, 0
     fitted = method
     for task in workload.tasks:
         sessions = load_sessions(
@@ -198,10 +198,15 @@ def _session_runs(
             for first in range(0, len(sessions), 8):
                 played += runner.run(sessions[first : first + 8], mode)
             seconds += time.perf_counter() - start
+            lost += runner.unanswerable
             results += played
             held = {result.session: result.cache_bytes for result in played}
             tokens = {result.session: result.prompt_tokens for result in played}
             ratios += [held[key] / geometry.full_bytes(tokens[key]) for key in held]
+    if not results:
+        raise ValueError(
+            f"{workload.model} has too few positions: the answers are cut out of every context; lower --context"
+        )
     make.method = fitted
     yield make("reachable", 1.0)
     yield make("bytes_ratio", statistics.mean(ratios), unit="of full 16-bit cache", n=len(ratios))
@@ -220,6 +225,8 @@ def _session_runs(
         interval = bootstrap_ci(divergences, groups)
         yield make("kl", statistics.mean(divergences), ci=interval, n=len(results), unit="nats per token")
     yield make("answer_tokens", statistics.mean(r.new_tokens for r in results), unit="tokens", n=len(results))
+    if lost:
+        yield make("unanswerable", lost, unit="questions whose answer was cut out of the context; not scored")
     yield make("wall", seconds, unit="s")
     if workload.timing:
         typical = int(statistics.median(r.prompt_tokens for r in results))

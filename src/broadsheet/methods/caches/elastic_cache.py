@@ -35,17 +35,8 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.rotary import rotate
 from broadsheet.core.models.taps import Tokens
 
-from .base import (
-    CacheLayer,
-    CacheMethod,
-    Geometry,
-    MethodCache,
-    Slots,
-    Unreachable,
-    attention_mass,
-    attention_rows,
-    check_fraction,
-)
+from .attention import attention_mass, attention_received, attention_rows
+from .base import CacheLayer, CacheMethod, Geometry, MethodCache, Unreachable, check_fraction
 from .full import SlotLayer
 
 
@@ -68,21 +59,6 @@ def importance(prompt: Tokens, scaling: float, statistic: str = "sum", decay: fl
     if statistic == "mean":
         mass = mass / torch.arange(total, 0, -1, device=mass.device)
     return mass
-
-
-def attention_received(stored: Slots, new: Tokens, scaling: float) -> torch.Tensor:
-    """What the new queries look at, summed over them: float32 [batch, kv_heads, group, slots + tokens]."""
-    queries, keys = new.queries.float(), torch.cat([stored.keys.float(), new.keys.float()], 2)
-    slots = stored.keys.shape[2]
-    if stored.bias is not None:  # rides along as one more channel: q.k * scaling + bias
-        bias = F.pad(stored.bias.float(), (0, new.count)) / scaling
-        queries, keys = F.pad(queries, (0, 1), value=1.0), torch.cat([keys, bias.unsqueeze(-1)], -1)
-    old, fresh = stored.valid, new.valid.unsqueeze(1)
-    if old is None:
-        old = fresh.new_ones(keys.shape[0], 1, slots)
-    valid = torch.cat([old, fresh.expand(-1, old.shape[1], -1)], -1)
-    rows = attention_rows(queries, keys, scaling, slots, valid)
-    return (rows * new.valid[:, None, None, :, None]).sum(3)
 
 
 def choose_anchors(
@@ -264,7 +240,7 @@ class ElasticLayer(SlotLayer):
             super().append(new)
             return
         if self.mass is not None:
-            received = self.by_group(attention_received(self.slots(), new, self.scaling))  # type: ignore[arg-type]
+            received = self.by_group(attention_received(self.slots(), new, self.scaling))
             self.mass = received + F.pad(self.mass, (0, new.count))
         super().append(new)
         self.lengths = self.lengths + new.valid.sum(-1)

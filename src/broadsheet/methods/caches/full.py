@@ -9,7 +9,8 @@ import torch
 
 from broadsheet.core.models.taps import Tokens
 
-from .base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable
+from .attention import Slots
+from .base import CacheLayer, CacheMethod, Geometry, Unreachable
 
 
 class SlotLayer(CacheLayer):

@@ -38,7 +38,8 @@ from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.ledger import nbytes, tensors, tree_map
 from broadsheet.core.numerics.packing import packed_size
 
-from .base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable
+from .attention import Slots
+from .base import CacheLayer, CacheMethod, Geometry, Unreachable
 from .blocks import (
     GROUP_SIZES,
     QuantisedLayer,

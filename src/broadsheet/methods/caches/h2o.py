@@ -9,7 +9,8 @@ import torch
 
 from broadsheet.core.models.taps import Tokens
 
-from .base import CacheLayer, CacheMethod, Geometry, attention_mass, attention_rows, check_fraction
+from .attention import attention_mass, attention_received
+from .base import CacheLayer, CacheMethod, Geometry, check_fraction
 from .streaming_llm import EvictingLayer
 
 
@@ -22,18 +23,8 @@ class H2OLayer(EvictingLayer):
         super().append(prompt)
 
     def append(self, new: Tokens) -> None:
-        assert self.stored_keys is not None
         assert self.mass is not None
-        # What the new queries looked at, over the slots stored before them and each other.
-        keys = torch.cat([self.stored_keys, new.keys], 2)
-        valid = None
-        if self.valid is not None or not bool(new.valid.all()):
-            before = self.valid
-            if before is None:
-                before = new.valid.new_ones(keys.shape[0], 1, self.stored)
-            valid = torch.cat([before, new.valid.unsqueeze(1).expand(-1, before.shape[1], -1)], -1)
-        rows = attention_rows(new.queries, keys, self.module.scaling, self.stored, valid)
-        received = (rows * new.valid[:, None, None, :, None]).sum((2, 3))
+        received = attention_received(self.slots(), new, self.module.scaling).sum(2)
         received[..., : self.stored] += self.mass
         self.mass = received
         super().append(new)

@@ -33,7 +33,8 @@ from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.packing import pack, packed_size, unpack
 
-from .base import CacheLayer, CacheMethod, Geometry, Slots
+from .attention import Slots
+from .base import CacheLayer, CacheMethod, Geometry
 from .blocks import (
     GROUP_SIZES,
     QuantisedLayer,

@@ -40,17 +40,8 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.rotary import find_rotary
 from broadsheet.core.models.taps import Tokens, attention_modules
 
-from .base import (
-    CacheLayer,
-    CacheMethod,
-    Geometry,
-    MethodCache,
-    Slots,
-    Unreachable,
-    attention_mass,
-    check_fraction,
-)
-from .elastic_cache import attention_received
+from .attention import Slots, attention_mass, attention_received
+from .base import CacheLayer, CacheMethod, Geometry, MethodCache, Unreachable, check_fraction
 from .full import SlotLayer
 
 # --- pure functions -------------------------------------------------------------------------------------
@@ -311,7 +302,7 @@ class KVMergerLayer(CacheLayer):
     def append(self, new: Tokens) -> None:
         every = self.method.every
         if every is not None:
-            received = attention_received(self.slots(), new, self.scaling).sum(2)  # type: ignore[arg-type]
+            received = attention_received(self.slots(), new, self.scaling).sum(2)
             before = 0 if self.heat is None else self.heat.shape[-1]
             received = received[..., received.shape[-1] - before - new.count :]
             self.heat = received if self.heat is None else received + F.pad(self.heat, (0, new.count))

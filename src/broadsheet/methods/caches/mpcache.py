@@ -44,16 +44,8 @@ import torch.nn.functional as F
 
 from broadsheet.core.models.taps import Tokens
 
-from .base import (
-    CacheLayer,
-    CacheMethod,
-    Geometry,
-    Slots,
-    Unreachable,
-    attend_slots,
-    attention_mass,
-    check_fraction,
-)
+from .attention import Slots, attend_slots, attention_mass
+from .base import CacheLayer, CacheMethod, Geometry, Unreachable, check_fraction
 
 #: beyond this prompt length half the window votes (released code: 20 % of the prompt, 10 % beyond)
 LONG_PROMPT = 24_000

@@ -10,7 +10,7 @@ slots.
 
 Deviations: the official harness feeds follow-up questions token by token, because its masks are wrong for several tokens
 after an eviction; here they go in one pass, which gives the same result. RepoQA is scored by normalised equality, not by
-BLEU with tree-sitter. Sessions whose gold answer was cut away by the middle truncation are counted and left out.
+BLEU with tree-sitter. Questions whose gold answer was cut away by the middle truncation are counted and not scored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from broadsheet.core.microworld.checkers import check, strict
+from broadsheet.core.microworld.checkers import check, gold_answers, strict
 from broadsheet.core.microworld.sessions import Session, Turn, read_sessions
 from broadsheet.core.microworld.tasks import SCBENCH_MINI, make_sessions
 
@@ -123,6 +123,7 @@ class Prompt:
     questions: tuple[tuple[int, ...], ...]
     answers: tuple[tuple[int, ...], ...]  #: gold, with the end token
     session: Session
+    lost: tuple[bool, ...]  #: turns whose gold answer stood in the context and was cut away
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,13 @@ def encode(session: Session, tokenizer: PreTrainedTokenizerBase, limit: int | No
 
     opening, first = pieces[0].split(mark)
     context = tokens(opening)
+    lost = [False] * len(session.turns)
     if limit is not None and len(context) > limit:
         head = limit // 2
-        context = context[:head] + context[len(context) - (limit - head) :]
+        parts = context[:head], context[len(context) - (limit - head) :]
+        context = parts[0] + parts[1]
+        left = " ".join(cast(str, tokenizer.decode(list(part))) for part in parts)
+        lost = [any(gold in session.context and gold not in left for gold in gold_answers(turn)) for turn in session.turns]
     # A later piece opens with the gold answer of the turn before: split it off, it is fed or replaced separately.
     questions, answers = [tokens(first)], []
     for number, piece in enumerate(pieces[1:], 1):
@@ -187,7 +192,7 @@ def encode(session: Session, tokenizer: PreTrainedTokenizerBase, limit: int | No
         questions.append(tokens(rest.removeprefix(end)))
     lead = " " if getattr(tokenizer, "chat_template", None) and "<|assistant|> " in tokenizer.chat_template else ""
     answers.append(tokens(lead + _gold(session.turns[-1])) + _end(tokenizer))
-    return Prompt(context, tuple(questions), tuple(answers), session)
+    return Prompt(context, tuple(questions), tuple(answers), session, tuple(lost))
 
 
 def _gold(turn: Turn) -> str:
@@ -226,7 +231,7 @@ class SessionRunner:
     limit: int | None = None
     reference: CacheMethod | None = None
     forwarded: int = field(default=0, init=False)  #: context tokens forwarded so far
-    unanswerable: int = field(default=0, init=False)  #: turns left out because truncation removed their answer
+    unanswerable: int = field(default=0, init=False)  #: questions not scored because truncation removed their answer
 
     def run(self, sessions: Session | Sequence[Session], mode: str = "multi-turn") -> list[TurnResult]:
         """Plays all turns of the sessions (as one left-padded batch) and scores every answer."""
@@ -236,6 +241,7 @@ class SessionRunner:
         if not batch:
             return []
         prompts = [encode(session, self.tokenizer, self._limit(session)) for session in batch]
+        self.unanswerable += sum(sum(prompt.lost) for prompt in prompts)
         play = self._multi_turn if mode == "multi-turn" else self._multi_request
         with torch.inference_mode():
             return play(prompts)
@@ -278,7 +284,7 @@ class SessionRunner:
             ours = stream.fork().predict(logits, gold)
             theirs = shadow.fork().predict(expected, gold) if shadow and expected is not None else None
             for row, prompt in enumerate(prompts):
-                if active[row]:
+                if active[row] and not prompt.lost[turn]:
                     losses = _losses(ours[row], theirs[row] if theirs else None, gold[row])
                     results.append(self._result(prompt, turn, "multi-turn", own[row], losses, sizes[row]))
             if not self.golden:  # an answer that was cut gets its end token
@@ -310,7 +316,7 @@ class SessionRunner:
                 other = shadow.fork()
                 theirs = other.predict(other.feed(chunk), gold)
             for row, prompt in enumerate(prompts):
-                if active[row]:
+                if active[row] and not prompt.lost[turn]:
                     losses = _losses(ours[row], theirs[row] if theirs else None, gold[row])
                     results.append(self._result(prompt, turn, "multi-request", own[row], losses, sizes[row]))
         return results

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from broadsheet.core.models.taps import Tokens
 
-from .base import CacheLayer, CacheMethod, Geometry, attention_mass, check_fraction
+from .attention import attention_mass
+from .base import CacheLayer, CacheMethod, Geometry, check_fraction
 from .full import SlotLayer, top_slots
 
 

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.bfp import BFPTensor, bfp_quantise
 
-from ..base import CacheLayer, CacheMethod, Geometry, Slots, Unreachable
+from ..attention import Slots
+from ..base import CacheLayer, CacheMethod, Geometry, Unreachable
 from .channels import (
     RANKS,
     calibrated_norms,

@@ -41,7 +41,8 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.rotary import find_rotary, rotate
 from broadsheet.core.models.taps import Tokens, attention_modules
 
-from ..base import CacheLayer, CacheMethod, Geometry, MethodCache, Slots, attend_slots
+from ..attention import Slots, attend_slots
+from ..base import CacheLayer, CacheMethod, Geometry, MethodCache
 from ..blocks import GROUP_SIZES, best_within, quantisation_error
 from . import cost
 from .factors import CROSS_FACTOR, PLAIN_FACTORS, Factors, loaded, prepared, projection_of
