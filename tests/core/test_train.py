@@ -81,16 +81,16 @@ def test_jumps_reach_far_and_never_go_back(tokenizer):
     assert bool((positions.diff(dim=1) > 0).all())
 
 
-def test_attention_crosses_the_jumps(tokenizer):
-    """Without a mask, transformers would take a jump for the border of two packed documents."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_crosses_the_jumps_unless_documents_are_packed(packed, tokenizer):
     torch.manual_seed(0)
     model = SMALL.model(tokenizer)
-    batch = make_batch(SMALL, Stage("far", 1, 128, 64, 64, reach=1_000), 1, tokenizer)
+    batch = make_batch(SMALL, Stage("far", 1, 128, 64, 64, packed=packed), 1, tokenizer)
     batch.positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids) + 100 * (torch.arange(batch.ids.shape[1]) >= 20)
     batch.labels[:, :40] = IGNORE
     before = answer_loss(model, batch)[0]
-    batch.ids[:, 5] = (batch.ids[:, 5] + 7) % 2048  # far before the jump
-    assert answer_loss(model, batch)[0] != before
+    batch.ids[:, 5] = (batch.ids[:, 5] + 7) % 2048  # before the jump
+    assert (answer_loss(model, batch)[0] == before) == packed
 
 
 def test_the_first_head_looks_at_the_previous_token(tokenizer):

@@ -56,8 +56,10 @@ class Stage:
     Every batch draws its sequence length between ``first`` and ``last``. ``until``: the stage ends when the running
     accuracy reaches this. ``reach`` is the largest position id that jumps may lead to; 0 leaves positions alone.
     ``arithmetic``: how often it is drawn, against 1 for most tasks; its hundreds of facts take longest to learn.
-    ``focus``: take the loss on what is not known yet, see `answer_loss`. ``rates``: the learning rate's factor at the first
-    and after the last step, linear between them and never below a twentieth.
+    ``focus``: take the loss on what is not known yet, see `answer_loss`. ``packed``: attention stops at the jumps (they are
+    the borders of packed documents); else it crosses them. ``tail``: the context is at most three quarters of a sequence, or
+    all but so many tokens. ``rates``: the learning rate's factor at the first and after the last step, linear between them
+    and never below a twentieth.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Stage:
     until: float = 2.0
     arithmetic: float = 2.5
     focus: bool = False
+    packed: bool = False
+    tail: int = 0
     rates: tuple[float, float] = (1.0, 1.0)
 
 
@@ -78,11 +82,12 @@ class Recipe:
 
     name: str
     layers: int = 4
-    hidden: int = 256
+    hidden: int = 192
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    intermediate: int = 384
+    intermediate: int = 512
+    positions: int = 4096
     rope_theta: float = 20_000.0
     learning_rate: float = 3e-3
     matrix_learning_rate: float = 0.02
@@ -107,7 +112,7 @@ class Recipe:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
-            max_position_embeddings=4608,
+            max_position_embeddings=self.positions,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
@@ -142,14 +147,20 @@ class Recipe:
 _STAGES = (
     Stage("induction", 1_500, 1_200, 24, 64, until=0.95),
     Stage("short", 1_000, 2_400, 64, 256),
-    Stage("medium", 700, 3_600, 128, 640, reach=4_608, arithmetic=8, focus=True),
-    Stage("long", 500, 4_800, 256, 1_536, arithmetic=6, focus=True, rates=(1.0, 0.5)),
-    Stage("extend", 400, 9_216, 512, 4_608, arithmetic=4, focus=True, rates=(0.5, 0.0)),
+)
+# Positions are made far first, where sequences are cheap; contiguous long sequences teach what jumps cannot.
+_LONG_STAGES = (
+    *_STAGES,
+    Stage("medium", 378, 3_600, 128, 640, reach=2048, arithmetic=8, packed=True),
+    Stage("focus", 500, 3_600, 96, 512, reach=2048, arithmetic=8, focus=True, packed=True),
+    Stage("long", 600, 4_800, 256, 1_152, reach=4096, arithmetic=8, focus=True, packed=True, rates=(1.0, 0.0)),
+    Stage("extend", 260, 8_192, 640, 4_096, arithmetic=3, focus=True, rates=(0.5, 0.0)),
+    Stage("far", 420, 9_216, 384, 4_608, arithmetic=8, focus=True, tail=160, rates=(0.4, 0.0)),
 )
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("pocket-2m", stages=_STAGES),
+        Recipe("pocket-2m", positions=4608, stages=_LONG_STAGES),
         # As many key/value heads as query heads, and deep: what XQuant's cross-layer form is made for. Short contexts only.
         Recipe(
             "pocket-2m-mha",
@@ -157,7 +168,8 @@ RECIPES = {
             hidden=128,
             heads=2,
             kv_heads=2,
-            stages=(*_STAGES[:2], Stage("medium", 400, 3_600, 128, 512, arithmetic=5, rates=(1.0, 0.0))),
+            intermediate=384,
+            stages=(*_STAGES, Stage("medium", 400, 3_600, 128, 512, arithmetic=5, rates=(1.0, 0.0))),
         ),
         Recipe(
             "pocket-digits",
@@ -186,6 +198,7 @@ class Batch:
     positions: torch.Tensor
     tasks: list[str]
     pixels: torch.Tensor | None = None
+    packed: bool = False  #: attention stops where the positions jump
 
     def to(self, device: str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -225,7 +238,7 @@ def _repeats(rng: random.Random, length: int, vocabulary: list[int]) -> tuple[li
 _WEIGHTS = {"kv": 1.5, "lists": 0.6, "formats": 0.3, "facts": 0.3, "functions": 0.5}
 
 
-def _draw(rng: random.Random, length: int, weights: dict[str, float]) -> Session:
+def _draw(rng: random.Random, length: int, weights: dict[str, float], tail: int) -> Session:
     """One session of at most about ``length`` tokens; a good part of a short one is questions."""
     names = list(TASKS)
     name = rng.choices(names, [weights.get(n, 1.0) for n in names])[0]
@@ -235,7 +248,7 @@ def _draw(rng: random.Random, length: int, weights: dict[str, float]) -> Session
             return arithmetic(rng, 0, max(1, length // (13 * steps + 8)), steps)
         return TASKS[name](rng, 0, max(1, length // 28))
     # The share of the sequence that is context varies, so that every number of items is met.
-    context = rng.randrange(length // 4, max((3 * length) // 4, length - 160) + 1)
+    context = rng.randrange(length // 4, max((3 * length) // 4, length - tail if tail else 0) + 1)
     per_turn = {"mf": 11, "many_shot": 14, "needle": 15, "vt": 16, "kv": 15, "prefix_suffix": 16, "copy": 21, "repoqa": 27}
     turns = max(1, (length - context) // per_turn.get(name, 14))
     limit = {"kv": context // 5, "prefix_suffix": context // 5, "vt": 40, "needle": 24, "copy": context // 32}
@@ -247,7 +260,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
     """The batch of one step of a stage; a function of (recipe.name, recipe.seed, stage.name, step) alone."""
     rng = random.Random(f"{recipe.name}/{recipe.seed}/{stage.name}/{step}")
     length = rng.randrange(stage.first, stage.last + 1)
-    words = cast(list[int], tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS]))
+    words = cast(list[int], tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in WORDS]))
     rows, tasks, pictures = [], [], []
     for _ in range(max(1, stage.tokens // length)):
         if stage.name == "induction":
@@ -261,7 +274,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
             pictures.append(mosaic.pixels)
             rows.append((with_picture(ids, image), with_picture(labels, IGNORE)))
         else:
-            session = _draw(rng, length, {**_WEIGHTS, "arithmetic": stage.arithmetic})
+            session = _draw(rng, length, {**_WEIGHTS, "arithmetic": stage.arithmetic}, stage.tail)
             tasks.append(session.task)
             ids, labels = encode_session(session, tokenizer)
             rows.append((ids[: length + 64], labels[: length + 64]))
@@ -272,6 +285,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
         positions=torch.zeros(len(rows), width, dtype=torch.long),
         tasks=tasks,
         pixels=torch.stack(pictures) if pictures else None,
+        packed=stage.packed,
     )
     for row, (ids, labels) in enumerate(rows):
         batch.ids[row, : len(ids)] = torch.tensor(ids)
@@ -373,7 +387,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch, focus: bool = False) -> tu
     pictures = {} if batch.pixels is None else {"pixel_values": batch.pixels}
     hidden = model.model(
         input_ids=batch.ids,
-        attention_mask=torch.ones_like(batch.ids),
+        attention_mask=None if batch.packed else torch.ones_like(batch.ids),
         position_ids=batch.positions,
         use_cache=False,
         **pictures,
