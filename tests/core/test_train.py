@@ -99,7 +99,7 @@ def test_the_first_head_looks_at_the_previous_token(tokenizer):
     model.set_attn_implementation("eager")
     ids = torch.tensor([[random.Random(0).randrange(5, 2048) for _ in range(64)]])
     weights = model(ids, output_attentions=True).attentions[0][0, 0]
-    assert float(weights.diagonal(-1).mean()) > 0.8
+    assert weights.diagonal(-1).mean().item() > 0.8
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path):

@@ -24,7 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,7 +137,7 @@ class Recipe:
         config = LlavaConfig(
             vision_config=tower,
             text_config=text,
-            image_token_id=image_token,
+            image_token_index=image_token,
             vision_feature_layer=-1,
             tie_word_embeddings=True,
         )
@@ -201,8 +201,10 @@ class Batch:
     packed: bool = False  #: attention stops where the positions jump
 
     def to(self, device: str) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in moved.items()})
+        moved: dict[str, Any] = {
+            f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
