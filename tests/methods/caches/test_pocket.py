@@ -15,6 +15,7 @@ from broadsheet.methods.caches.scbench import SessionRunner
 from broadsheet.methods.caches.snapkv import SnapKV
 
 CARD = Path(__file__).parents[3] / "benchmarks" / "results" / "pocket_card_pocket-2m.records.json"
+VISION = CARD.with_name("elastic_vision.records.json")
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,25 @@ def card():
     return {(r.setting["task"], r.setting.get("context_tokens", r.setting.get("steps"))): r.value for r in read_json(CARD)}
 
 
-@pytest.mark.xfail(reason="five tasks and one reach it: the last stage of the curriculum is too short", strict=True)
+@pytest.mark.xfail(
+    reason="five tasks and two reach it: the head that looks at the previous token blurs over long contexts", strict=True
+)
 def test_the_card_reaches_six_tasks_at_a_thousand_tokens_and_three_at_four_thousand(card):
     assert sum(card[task, 1024] >= 0.9 for task in SCBENCH_MINI) >= 6
     assert sum(card[task, 4096] >= 0.8 for task in SCBENCH_MINI) >= 3
 
 
-@pytest.mark.xfail(reason="lost in the last stage of the curriculum", strict=True)
 def test_the_card_has_twenty_steps_of_arithmetic(card):
     assert card["arithmetic", 20] >= 0.8
+
+
+def test_vision_pocket_reads_digits_it_never_saw():
+    pytest.importorskip("sklearn")
+    records = [r for r in read_json(VISION) if r.metric.startswith("card")] if VISION.is_file() else []
+    if not records:
+        pytest.skip("not a checkout")
+    right = {r.metric.removeprefix("card: "): r.value for r in records}
+    assert right["look a digit up"] >= 0.9
 
 
 @pytest.mark.parametrize("task", ["kv", "vt", "many_shot"])

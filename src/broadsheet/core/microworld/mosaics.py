@@ -50,11 +50,21 @@ def _digits() -> tuple[torch.Tensor, list[int]]:
     return torch.tensor(found.images, dtype=torch.float32) / 16, found.target.tolist()
 
 
-def draw_mosaic(rng: random.Random, held_out: bool = False) -> Mosaic:
-    """A mosaic of training digits, each a little changed; or of held-out ones, as they are."""
+@cache
+def _pools(held_out: bool) -> list[list[int]]:
+    """The images of each digit."""
+    _, labels = _digits()
+    return [[i for i, label in enumerate(labels) if label == digit and (i % 5 == 0) == held_out] for digit in range(10)]
+
+
+def draw_mosaic(rng: random.Random, held_out: bool = False, kinds: int = SIDE**2) -> Mosaic:
+    """A mosaic of training digits, each a little changed; or of held-out ones, as they are.
+
+    ``kinds``: 9 digits drawn freely; 3, one for each row; or 1 for all: what is easier to learn first.
+    """
     images, labels = _digits()
-    pool = [index for index in range(len(labels)) if (index % 5 == 0) == held_out]
-    chosen = rng.choices(pool, k=SIDE**2)
+    digits = [digit for digit in rng.choices(range(10), k=kinds) for _ in range(SIDE**2 // kinds)]
+    chosen = [rng.choice(_pools(held_out)[digit]) for digit in digits]
     tiles = images[chosen]
     if not held_out:
         padded = F.pad(tiles, (1, 1, 1, 1))
@@ -94,9 +104,9 @@ def add_row(mosaic: Mosaic, number: int) -> Turn:
     )
 
 
-def mosaic_session(rng: random.Random, held_out: bool = False) -> tuple[Session, Mosaic]:
+def mosaic_session(rng: random.Random, held_out: bool = False, kinds: int = SIDE**2) -> tuple[Session, Mosaic]:
     """A mosaic and, in any order, a caption, a row read, a row added up and three digits looked up."""
-    mosaic = draw_mosaic(rng, held_out)
+    mosaic = draw_mosaic(rng, held_out, kinds)
     places = rng.sample([(row, column) for row in range(1, SIDE + 1) for column in range(1, SIDE + 1)], 3)
     turns = [look_up(mosaic, *place) for place in places]
     turns += [describe(mosaic), read_row(mosaic, rng.randint(1, SIDE)), add_row(mosaic, rng.randint(1, SIDE))]

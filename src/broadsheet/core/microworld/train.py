@@ -9,7 +9,8 @@ Induction is a circuit of two heads, and the wait for the first of them (the one
 of the wait. It needs no learning, only rotary geometry, so the model starts with one: see `_previous_token_head`.
 
 The vision-language pocket (a LLaVA: a small CLIP vision tower, a projector, a Llama) is trained by the same loop on
-mosaics of digits; it needs no curriculum.
+mosaics of digits: first all digits of a mosaic are the same, so that no place matters, then those of a row, then none.
+On free mosaics alone it learns to copy what it has said before and never looks at the picture.
 
 Positions: within a sequence the context is cut in places and the position ids jump there (PoSE, arXiv 2309.10400), so that
 distances up to `reach` are seen while only short sequences are paid for.
@@ -178,7 +179,11 @@ RECIPES = {
             kv_heads=2,
             intermediate=256,
             vision=True,
-            stages=(Stage("mosaics", 600, 5_120, 320, 320, rates=(1.0, 0.0)),),
+            stages=(
+                Stage("one", 300, 5_120, 320, 320, focus=True),
+                Stage("rows", 300, 5_120, 320, 320, focus=True),
+                Stage("mosaics", 600, 5_120, 320, 320, focus=True, rates=(1.0, 0.0)),
+            ),
         ),
     )
 }
@@ -269,7 +274,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
             tasks.append(stage.name)
             rows.append(_repeats(rng, length, words))
         elif recipe.vision:
-            session, mosaic = mosaic_session(rng)
+            session, mosaic = mosaic_session(rng, kinds={"one": 1, "rows": 3}.get(stage.name, 9))
             image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
             ids, labels = encode_session(session, tokenizer)
             tasks.append(session.task)
