@@ -41,7 +41,6 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/caches_ablations.py --model $(SHARED)/models/stories260K --text $(SHARED)/data/tinystories_wikitext_1000/tinystories_1000.json
 	$(BIN)/python benchmarks/mpcache_study.py
 	$(BIN)/python benchmarks/bfp_study.py
-	$(BIN)/python benchmarks/elastic_vision.py
 	$(BIN)/python benchmarks/decode_kernel.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/broadsheet claims --write

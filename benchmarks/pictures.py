@@ -6,12 +6,11 @@ python benchmarks/pictures.py
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from broadsheet.core.records import Record, read_json
+from broadsheet.core.records import read_json
 from broadsheet.lab import plots
 from broadsheet.lab.table import quality_metric, rows
 from broadsheet.lab.terminal import terminal_table
@@ -38,21 +37,7 @@ def main() -> None:
             turns = plots.quality_by_turn(table, mode)
             if turns is not None:
                 (IMAGES / f"{name}_{mode}.svg").write_text(plots.svg(turns), encoding="utf-8")
-    path = HERE / "results" / "elastic_vision.records.json"
-    if path.is_file():
-        table = rows(_at_budgets(list(read_json(path))))
-        for metric in ("perplexity", "lookup"):
-            drawing = plots.quality_against_bytes(table, metric)
-            (IMAGES / f"elastic_vision_{metric}.svg").write_text(plots.svg(drawing), encoding="utf-8")
     print(f"drawn into {IMAGES}")
-
-
-def _at_budgets(records: list[Record]) -> list[Record]:
-    """Of the vision study, the methods that ran at several budgets, and the full cache."""
-    plain = [r for r in records if not {"against", "exit"} & r.setting.keys() and not r.metric.startswith("card")]
-    budgets = {name: {r.setting.get("budget") for r in plain if r.method == name} for name in {r.method for r in plain}}
-    kept = [r for r in plain if r.method == "full" or len(budgets[r.method]) > 1]
-    return [replace(r, setting={name: v for name, v in r.setting.items() if name == "budget"}) for r in kept]
 
 
 if __name__ == "__main__":

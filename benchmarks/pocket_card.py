@@ -1,4 +1,4 @@
-"""Measures the built-in text models (dense cache) by task and length, and writes each one's model card.
+"""Measures the built-in models (dense cache) by task and length, and writes each one's model card.
 
 python benchmarks/pocket_card.py [--model NAME_OR_FOLDER] [--sessions 40]
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from broadsheet.core.microworld.tasks import SCBENCH_MINI, SHORT, TASKS, arithmetic
-from broadsheet.core.microworld.train import RECIPES
 from broadsheet.core.models import POCKET_FOLDER, load, pockets
 from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
@@ -117,7 +116,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     lengths = tuple(map(int, arguments.lengths.split(",")))
-    for name in [arguments.model] if arguments.model else (n for n in pockets() if not RECIPES[n].vision):
+    for name in [arguments.model] if arguments.model else pockets():
         records = measure(name, arguments.sessions, lengths)
         if arguments.dry:
             continue

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from broadsheet.core.microworld.mosaics import PATCHES
 from broadsheet.core.microworld.tasks import make_sessions
 from broadsheet.core.microworld.tokenizer import train_tokenizer
 from broadsheet.core.microworld.train import (
@@ -20,7 +19,6 @@ from broadsheet.core.microworld.train import (
     make_batch,
     train,
 )
-from broadsheet.core.models import load
 
 SMALL = Recipe(
     "small",
@@ -35,7 +33,6 @@ SMALL = Recipe(
         Stage("short", 6, 512, 64, 96, reach=512, focus=True, rates=(1.0, 0.0)),
     ),
 )
-SEEING = replace(SMALL, name="seeing", vision=True, stages=(Stage("mosaics", 4, 640, 320, 320),))
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +115,3 @@ def test_training_teaches(tmp_path):
     recipe = replace(SMALL, stages=(Stage("short", 30, 512, 64, 96),))
     losses = [row["loss"] for row in train(recipe, tmp_path, every=5)]
     assert losses[-1] < losses[0] - 1
-
-
-def test_a_vision_pocket_is_a_llava_that_load_takes(tmp_path):
-    pytest.importorskip("sklearn")
-    losses = [row["loss"] for row in train(SEEING, tmp_path, every=2)]
-    assert losses[-1] < losses[0]
-    model, tokenizer = load(str(tmp_path))
-    assert type(model).__name__ == "LlavaForConditionalGeneration"
-    batch = make_batch(SEEING, SEEING.stages[0], 0, tokenizer)
-    assert batch.pixels is not None
-    assert int((batch.ids[0] == model.config.image_token_id).sum()) == PATCHES
-    other = replace(batch, pixels=1 - batch.pixels)
-    assert answer_loss(model, batch)[0] != answer_loss(model, other)[0]  # the picture matters

@@ -12,7 +12,6 @@ _METRICS = {
     "accuracy": "accuracy",
     "kl": "KL to the full cache (nats per token)",
     "perplexity": "perplexity",
-    "lookup": "digits looked up right",
 }
 #: Fourteen colours, Okabe-Ito first; markers help where colours do not. The full cache is black.
 _COLOURS = (

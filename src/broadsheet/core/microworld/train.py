@@ -8,10 +8,6 @@ expensive forward pass carries many lessons. The loss is taken on answers alone.
 Induction is a circuit of two heads, and the wait for the first of them (the one that looks at the previous token) is most
 of the wait. It needs no learning, only rotary geometry, so the model starts with one: see `_previous_token_head`.
 
-The vision-language pocket (a LLaVA: a small CLIP vision tower, a projector, a Llama) is trained by the same loop on
-mosaics of digits: first all digits of a mosaic are the same, so that no place matters, then those of a row, then none.
-On free mosaics alone it learns to copy what it has said before and never looks at the picture.
-
 Positions: within a sequence the context is cut in places and the position ids jump there (PoSE, arXiv 2309.10400), so that
 distances up to `reach` are seen while only short sequences are paid for.
 
@@ -25,7 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,18 +29,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .lexicon import WORDS
-from .mosaics import IMAGE_TOKEN, PATCH, PIXELS, mosaic_session, with_picture
 from .sessions import Session
 from .tasks import SCBENCH_MINI, SHORT, TASKS, arithmetic
 from .tokenizer import train_tokenizer
@@ -93,19 +80,12 @@ class Recipe:
     learning_rate: float = 3e-3
     matrix_learning_rate: float = 0.02
     warmup: int = 50
-    vision: bool = False  #: with a vision tower: trained on mosaics
     seed: int = 0
     stages: tuple[Stage, ...] = ()
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        tokenizer = train_tokenizer()
-        if self.vision:
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-        return tokenizer
-
-    def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    def model(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         """The model at the start of training."""
-        text = LlamaConfig(
+        config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -121,28 +101,9 @@ class Recipe:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        if not self.vision:
-            model = LlamaForCausalLM(text)
-            _previous_token_head(model, self.rope_theta)
-            return model
-        tower = CLIPVisionConfig(
-            num_channels=1,
-            image_size=PIXELS,
-            patch_size=PATCH,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-        )
-        image_token = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-        config = LlavaConfig(
-            vision_config=tower,
-            text_config=text,
-            image_token_index=image_token,
-            vision_feature_layer=-1,
-            tie_word_embeddings=True,
-        )
-        return LlavaForConditionalGeneration(config)
+        model = LlamaForCausalLM(config)
+        _previous_token_head(model, self.rope_theta)
+        return model
 
 
 _STAGES = (
@@ -172,19 +133,6 @@ RECIPES = {
             intermediate=384,
             stages=(*_STAGES, Stage("medium", 400, 3_600, 128, 512, arithmetic=5, rates=(1.0, 0.0))),
         ),
-        Recipe(
-            "pocket-digits",
-            hidden=128,
-            heads=2,
-            kv_heads=2,
-            intermediate=256,
-            vision=True,
-            stages=(
-                Stage("one", 300, 5_120, 320, 320, focus=True),
-                Stage("rows", 300, 5_120, 320, 320, focus=True),
-                Stage("mosaics", 600, 5_120, 320, 320, focus=True, rates=(1.0, 0.0)),
-            ),
-        ),
     )
 }
 
@@ -193,23 +141,16 @@ IGNORE = -100
 
 @dataclass
 class Batch:
-    """``ids``, ``labels``, ``positions``: [batch, tokens]; labels are IGNORE where no loss is taken; a task per row.
-
-    ``pixels``: [batch, 1, height, width], or None without pictures.
-    """
+    """``ids``, ``labels``, ``positions``: [batch, tokens]; labels are IGNORE where no loss is taken; a task per row."""
 
     ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     tasks: list[str]
-    pixels: torch.Tensor | None = None
     packed: bool = False  #: attention stops where the positions jump
 
     def to(self, device: str) -> Batch:
-        moved: dict[str, Any] = {
-            f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), positions=self.positions.to(device))
 
 
 def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -246,7 +187,7 @@ _WEIGHTS = {"kv": 1.5, "lists": 0.6, "formats": 0.3, "facts": 0.3, "functions": 
 
 
 def _draw(rng: random.Random, length: int, weights: dict[str, float], tail: int) -> Session:
-    """One session of at most about ``length`` tokens; a good part of a short one is questions."""
+    """One session of at most about ``length`` tokens; see `Stage` for the share of its context."""
     names = list(TASKS)
     name = rng.choices(names, [weights.get(n, 1.0) for n in names])[0]
     if name in SHORT:
@@ -267,19 +208,12 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
     """The batch of one step of a stage; a function of (recipe.name, recipe.seed, stage.name, step) alone."""
     rng = random.Random(f"{recipe.name}/{recipe.seed}/{stage.name}/{step}")
     length = rng.randrange(stage.first, stage.last + 1)
-    words = cast(list[int], tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in WORDS]))
-    rows, tasks, pictures = [], [], []
+    words = cast(list[int], tokenizer.convert_tokens_to_ids(["Ġ" + word for word in WORDS]))
+    rows, tasks = [], []
     for _ in range(max(1, stage.tokens // length)):
         if stage.name == "induction":
             tasks.append(stage.name)
             rows.append(_repeats(rng, length, words))
-        elif recipe.vision:
-            session, mosaic = mosaic_session(rng, kinds={"one": 1, "rows": 3}.get(stage.name, 9))
-            image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-            ids, labels = encode_session(session, tokenizer)
-            tasks.append(session.task)
-            pictures.append(mosaic.pixels)
-            rows.append((with_picture(ids, image), with_picture(labels, IGNORE)))
         else:
             session = _draw(rng, length, {**_WEIGHTS, "arithmetic": stage.arithmetic}, stage.tail)
             tasks.append(session.task)
@@ -291,7 +225,6 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
         labels=torch.full((len(rows), width), IGNORE),
         positions=torch.zeros(len(rows), width, dtype=torch.long),
         tasks=tasks,
-        pixels=torch.stack(pictures) if pictures else None,
         packed=stage.packed,
     )
     for row, (ids, labels) in enumerate(rows):
@@ -313,7 +246,8 @@ def _previous_token_head(model: LlamaForCausalLM, theta: float, sharpness: float
 
     All embeddings get a common component c, which makes up half of their energy. The head's query is a fixed vector u along
     c, spread over the ``pairs`` fastest rotary frequencies, its key is u rotated by one position: the logit at distance d is
-    then ``sharpness * mean_i cos(theta_i (d - 1))``, largest at d = 1. Training is free to undo any of it.
+    then ``sharpness * mean_i cos(theta_i (d - 1))``, largest at d = 1. Few pairs nearly meet again far away, so that over
+    thousands of tokens the head blurs; training is free to undo any of it.
     """
     config: Any = model.config  # its fields are declared optional
     dim, hidden = config.head_dim, config.hidden_size
@@ -372,7 +306,7 @@ def _orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if tall else x
 
 
-def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and gains (the usual split)."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
@@ -383,7 +317,7 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
-def answer_loss(model: PreTrainedModel, batch: Batch, focus: bool = False) -> tuple[torch.Tensor, list[float]]:
+def answer_loss(model: LlamaForCausalLM, batch: Batch, focus: bool = False) -> tuple[torch.Tensor, list[float]]:
     """Cross-entropy on the labelled tokens, and the accuracy on them by row; the output head runs on them alone.
 
     Every sequence weighs the same, however long its answers are: or the written-out steps of arithmetic would drown the
@@ -391,13 +325,9 @@ def answer_loss(model: PreTrainedModel, batch: Batch, focus: bool = False) -> tu
     so that within a sequence the one result counts that six predictable words surround.
     """
     # Without a mask, transformers reads a jump in the positions as the border of a packed document.
-    pictures = {} if batch.pixels is None else {"pixel_values": batch.pixels}
+    mask = None if batch.packed else torch.ones_like(batch.ids)
     hidden = model.model(
-        input_ids=batch.ids,
-        attention_mask=None if batch.packed else torch.ones_like(batch.ids),
-        position_ids=batch.positions,
-        use_cache=False,
-        **pictures,
+        input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state
     labels = batch.labels[:, 1:]
     wanted = labels != IGNORE
@@ -429,7 +359,7 @@ class _Progress:
             self.stage, self.step, self.accuracy = self.stage + 1, 0, 0.0
 
 
-def _save(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], progress: _Progress) -> None:
+def _save(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: _Progress) -> None:
     """Checkpoint without pickle: weights and moments as safetensors, written beside and then renamed."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     for index, optimizer in enumerate(optimizers):
@@ -442,7 +372,7 @@ def _save(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Opt
     temporary.replace(folder / "checkpoint.safetensors")
 
 
-def _restore(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> _Progress:
+def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> _Progress:
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return _Progress()
@@ -467,7 +397,7 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    tokenizer = recipe.tokenizer()
+    tokenizer = train_tokenizer()
     model = recipe.model(tokenizer)
     model.to(device).train()  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
     optimizers = _optimizers(model, recipe)
