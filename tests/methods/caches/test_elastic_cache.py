@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from broadsheet.core.models.rotary import rotate
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.ledger import nbytes
-from broadsheet.methods.caches import base
+from broadsheet.methods.caches import attention as shared
 from broadsheet.methods.caches.base import Geometry, Unreachable
 from broadsheet.methods.caches.elastic_cache import (
     ElasticCache,
@@ -302,7 +302,7 @@ def test_golden_official_quirks(model, case, monkeypatch):
     for index in range(layers):
         # The map itself stands in for the softmax: rounded to float16 its rows miss 1, so no queries give it.
         given = attention[index].view(1, keys.shape[1], -1, total, total)
-        monkeypatch.setattr(base, "attention_rows", lambda queries, *rest, given=given: given)
+        monkeypatch.setattr(shared, "attention_rows", lambda queries, *rest, given=given: given)
         k, v = keys[index][None], values[index][None]
         prompt = tokens(k[:, :, :total], v[:, :, :total], queries=torch.zeros(1, heads, total, 2))
         layer = lone_layer(model, method)
