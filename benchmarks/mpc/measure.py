@@ -5,7 +5,7 @@
 
 Writes `benchmarks/results/mpc_costs.json`, after every operator, so that a killed run keeps what it has;
 records of the operators measured again are replaced. Sizes marked "held_out" are never used to fit the cost
-model (`python -m broadsheet.methods.caches.mpc_prices calibrate`).
+model (`broadsheet mpc calibrate`).
 
 A record: op, protocol, parties, T, k, H, d, split, repeats, bytes and actions (per party: total over the
 ranks divided by their number), cpu_s (CPU seconds per party), bytes_by_rank and actions_by_rank (of the first

@@ -17,6 +17,10 @@ from tiny import tiny
 
 from broadsheet.cli import main
 from broadsheet.core.microworld.tokenizer import train_tokenizer
+from broadsheet.core.models import load_config
+from broadsheet.methods.caches import mpc_prices
+from broadsheet.methods.caches.mpc_cost import Network, mpc_cost
+from broadsheet.methods.caches.mpcache import MPCache
 
 COMMAND = [sys.executable, "-c", "from broadsheet.cli import main; main()"]
 RECORD_FIELDS = {
@@ -201,3 +205,42 @@ def test_bad_model_files_are_one_line(folder, tmp_path):
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
         assert message in done.stderr
         assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
+
+
+def test_mpc_cost_prints_what_the_function_returns():
+    wanted = mpc_cost(MPCache(clusters=(16, 8)), load_config("pocket-2m"), 700, "semi2k", Network(1.0, 10.0))
+    printed = broadsheet(
+        "mpc", "cost", "--tokens", "700", "--protocol", "semi2k", "--bandwidth", "1", "--rtt", "10", "-o", "clusters=[16,8]"
+    ).stdout  # fmt: skip
+    assert str(wanted) in printed
+    assert "Semi-honest" in printed  # what the numbers assume
+    ladder = broadsheet("mpc", "cost", "--ladder").stdout.splitlines()
+    assert ladder[0].startswith("full")
+    assert len(ladder) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-o", "cluster=[16,8]"), "mpcache has no parameter 'cluster'"),
+        (("-o", "clusters=[30,16]"), "must nest"),
+        (("--protocol", "delphi"), "unknown protocol"),
+        (("--tokens", "20", "--ladder"), "there is no ladder"),
+        (("--model", "/nowhere"), "no model '/nowhere'"),
+        (("--source", "spu"), "BROADSHEET_SPU_PYTHON"),
+    ],
+)
+def test_mpc_cost_explains_bad_input_in_one_line(arguments, said, monkeypatch):
+    monkeypatch.delenv("BROADSHEET_SPU_PYTHON", raising=False)
+    done = broadsheet("mpc", "cost", *arguments, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_mpc_calibrate_refits_the_shipped_prices(tmp_path):
+    out = tmp_path / "fit.json"
+    assert "largest relative error" in broadsheet("mpc", "calibrate", "--out", str(out)).stdout
+    assert json.loads(out.read_text()) == json.loads(mpc_prices.FITTED.read_text())
+    done = broadsheet("mpc", "calibrate", str(tmp_path / "none.json"), check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -178,13 +178,7 @@ def run(
     from broadsheet.core.records import write_json
     from broadsheet.lab.run import family_of, run_method
 
-    options = {}
-    for pair in option or []:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise ValueError(f"-o takes NAME=VALUE, got '{pair}'")
-        options[name] = _value(value)
-    family = family_of(slug)
+    options, family = _options(option), family_of(slug)
     records = _with_progress(lambda progress: run_method(family, slug, options, model, device, progress))
     if as_json:
         write_json(records, as_json)
@@ -216,6 +210,66 @@ def claims(
             typer.echo(f"  {status.status:<24} {claim.metric}: paper {claim.paper}; here {status.ours or '–'}")
     if write:
         typer.echo(f"wrote {lab.write_page()}")
+
+
+# --- what a step costs under secret sharing -----------------------------------------------------------------------
+
+mpc = typer.Typer(help="What a decode step costs when the cache is secret-shared (MPCache).", no_args_is_help=True)
+app.add_typer(mpc, name="mpc")
+
+
+@mpc.command()
+def cost(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens seen so far.")] = 1024,
+    protocol: Annotated[str, typer.Option(help="aby3, semi2k, cheetah.")] = "aby3",
+    bandwidth: Annotated[float, typer.Option(help="Gbit/s of each party, each way.")] = 3.0,
+    rtt: Annotated[float, typer.Option(help="Round-trip time in milliseconds.")] = 0.8,
+    option: Annotated[list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="A parameter of MPCache.")] = None,
+    model: MODEL = "pocket-2m",
+    source: Annotated[str, typer.Option(help="model: fitted prices; spu: measure now.")] = "model",
+    ladder: Annotated[bool, typer.Option("--ladder", help="Switch MPCache's parts on one after the other.")] = False,
+) -> None:
+    """Bytes, rounds and seconds of one decode step: the attention of all layers, per party.
+
+    Example: broadsheet mpc cost --tokens 2048 --ladder -o clusters=[32,16] -o ratios=[0.5,0.2]
+    """
+    from broadsheet.core.models import load_config
+    from broadsheet.lab.run import configured
+    from broadsheet.methods.caches.mpc_cost import Network, cost_ladder, mpc_cost
+    from broadsheet.methods.caches.mpcache import MPCache
+
+    policy, config = configured("mpcache", MPCache(), _options(option)), load_config(model).get_text_config()
+    arguments: Any = (policy, config, tokens, protocol, Network(bandwidth, rtt), source)
+    try:
+        tables = cost_ladder(*arguments) if ladder else {"": mpc_cost(*arguments)}
+    except RuntimeError as error:  # no SPU environment, or it failed
+        raise ValueError(str(error)) from None
+    for name, table in tables.items():
+        if ladder:
+            megabytes = f"{table.bytes / 1e6:>10.3f} MB {table.rounds:>8.0f} rounds {table.seconds:>9.3f} s"
+            typer.echo(f"{name:<22} {table.attended:>6} tokens attended {megabytes}")
+        else:
+            typer.echo(str(table))
+    typer.echo("Semi-honest parties; rounds as if the heads shared one call; linear layers are not counted.")
+
+
+@mpc.command()
+def calibrate(
+    results: Annotated[str, typer.Argument(help="What benchmarks/mpc/measure.py wrote; default: the checkout's.")] = "",
+    out: Annotated[str, typer.Option(help="Where the fit goes; default: the one that ships.")] = "",
+) -> None:
+    """Refit the price list from measured operators and print its errors on held-out sizes."""
+    from broadsheet.methods.caches import mpc_prices
+
+    try:
+        fitted = mpc_prices.calibrate(results or mpc_prices.RESULTS, out or mpc_prices.FITTED)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot refit: {error}") from None
+    typer.echo("largest relative error on sizes that were not fitted")
+    for protocol, fits in fitted["protocols"].items():
+        for op, fit in fits["ops"].items():
+            errors = "  ".join(f"{name} {e['held_out']:6.1%}" for name, e in fit["max_relative_error"].items())
+            typer.echo(f"{protocol:<8} {op:<20} {errors}")
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------
@@ -275,11 +329,22 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise ValueError(f"-o takes NAME=VALUE, got '{pair}'")
+        options[name] = _value(value)
+    return options
+
+
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         return text
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _with_progress(work: Any) -> list[Record]:

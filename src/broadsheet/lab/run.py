@@ -35,12 +35,12 @@ def run_method(
 ) -> list[Record]:
     """Measures ``slug`` as ``options`` configure it, and the full reference, on one workload.
 
-    Options that name a field of the workload go there, the others to the method; lists become tuples. ``method=NAME`` runs
-    another method of the family on a benchmark paper (``run scbench -o method=snapkv``).
+    Options that name a field of the workload go there, the others to the method. ``method=NAME`` runs another method
+    of the family on a benchmark paper (``run scbench -o method=snapkv``).
     """
     module = bench(family)
     known = module.methods()
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    options = dict(options)
     name = str(options.pop("method", slug))
     budget = options.pop("budget", None) if name != slug else None
     of_workload = {field.name for field in fields(module.Workload)}
@@ -56,9 +56,14 @@ def run_method(
             progress(cell, number, len(cells), False)
         method = known[cell.method]
         if cell.method == name and parameters:
-            allowed = {field.name for field in fields(method)}
-            for unknown in sorted(set(parameters) - allowed):
-                raise ValueError(f"{slug} has no parameter '{unknown}'; it has {', '.join(sorted(allowed))}")
-            method = replace(method, **parameters)
+            method = configured(slug, method, parameters)
         records += module.measure(cell.method, method, workload, cell.budget)
     return records
+
+
+def configured(slug: str, method: Any, parameters: dict[str, Any]) -> Any:
+    """``method`` with these parameters. Raises ValueError for a name it does not have or a value it refuses."""
+    allowed = {field.name for field in fields(method)}
+    for unknown in sorted(set(parameters) - allowed):
+        raise ValueError(f"{slug} has no parameter '{unknown}'; it has {', '.join(sorted(allowed))}")
+    return replace(method, **parameters)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 POCKET_FOLDER = Path(__file__).parent.parent / "microworld" / "pocket"
 
@@ -32,36 +34,58 @@ def load(
     checkpoint's own elsewhere when None. Remote code is never run and pickled weights are never read. Raises `ModelError`.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-    source: str | Path = name
+    wanted = dtype or (torch.float32 if device == "cpu" else "auto")
+    sees = getattr(load_config(name), "vision_config", None) is not None
+    with _explained(name):
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(_source(name), dtype=wanted, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(_source(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    tokenizer.padding_side = "left"
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
+    return model.eval(), tokenizer
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model that `load` would take, without its weights. Raises `ModelError`."""
+    from transformers import AutoConfig
+
+    with _explained(name):
+        return AutoConfig.from_pretrained(_source(name))
+
+
+def _source(name: str) -> str | Path:
+    """What transformers is asked for."""
     if name in pockets():
-        source = POCKET_FOLDER / name
-    elif not Path(name).is_dir():
+        return POCKET_FOLDER / name
+    if not Path(name).is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise ModelError(
                 f"no model '{name}': give a built-in one ({', '.join(pockets()) or 'none yet'}), a folder, or a hub name"
             )
     elif not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} has no config.json; give the folder that save_pretrained wrote")
-    wanted = dtype or (torch.float32 if device == "cpu" else "auto")
+    return name
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what transformers raises into a `ModelError`."""
+    from safetensors import SafetensorError
+
     try:
-        sees = getattr(AutoConfig.from_pretrained(source), "vision_config", None) is not None
-        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(source, dtype=wanted, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        yield
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged ({error}); download or save them again") from None
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         raise ModelError(f"cannot load '{name}': {reason}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    tokenizer.padding_side = "left"
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
-    return model.eval(), tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:

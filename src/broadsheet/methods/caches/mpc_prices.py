@@ -3,7 +3,7 @@
 Two sources of prices:
 
 - `operator_price`: linear functions of the sizes, fitted to measurements and shipped as `mpc_costs.json`.
-  Refit with ``python -m broadsheet.methods.caches.mpc_prices calibrate [results.json]``. The measured sizes and
+  Refit with ``broadsheet mpc calibrate [results.json]``. The measured sizes and
   the largest errors, operator by operator, stand in that file; sizes beyond them are extrapolations.
 - `spu_prices`: runs the operators under SecretFlow SPU now. SPU 0.9.5 needs jax 0.4.34 and numpy < 2, so it
   lives in an environment of its own, named by an environment variable::
@@ -31,7 +31,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -385,21 +384,3 @@ def spu_prices(operators: Sequence[Operator], protocol: str, parallel_heads: boo
             per_party(together, "cpu_s")[0],
         )
     return prices
-
-
-def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] != "calibrate" or len(arguments) > 2:
-        raise SystemExit("usage: python -m broadsheet.methods.caches.mpc_prices calibrate [results.json]")
-    try:
-        model = calibrate(*arguments[1:])
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from None
-    print(f"{'protocol':<8} {'operator':<20} {'max relative error on held-out sizes':>40}")
-    for protocol, fits in model["protocols"].items():
-        for op, fit in fits["ops"].items():
-            errors = "  ".join(f"{name} {e['held_out']:6.1%}" for name, e in fit["max_relative_error"].items())
-            print(f"{protocol:<8} {op:<20} {errors:>40}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
