@@ -86,7 +86,8 @@ def card(name: str, records: list[Record], lengths: tuple[int, ...]) -> str:
         "",
         f"A Llama of {parameters:,} parameters ({config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of "
-        f"{config.head_dim} channels, {config.vocab_size} tokens), trained from scratch on the microworld by "
+        f"{config.head_dim} channels, a vocabulary of {config.vocab_size:,}, {config.max_position_embeddings:,} positions), "
+        f"trained from scratch on the microworld by "
         f"`broadsheet train-pocket FOLDER --recipe {Path(name).name}`. "
         "It follows the microworld's instructions and knows nothing else.",
         "",
