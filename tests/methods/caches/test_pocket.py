@@ -39,9 +39,6 @@ def card():
     return {(r.setting["task"], r.setting.get("context_tokens", r.setting.get("steps"))): r.value for r in read_json(CARD)}
 
 
-@pytest.mark.xfail(
-    reason="five tasks and two reach it: the head that looks at the previous token blurs over long contexts", strict=True
-)
 def test_the_card_reaches_six_tasks_at_a_thousand_tokens_and_three_at_four_thousand(card):
     assert sum(card[task, 1024] >= 0.9 for task in SCBENCH_MINI) >= 6
     assert sum(card[task, 4096] >= 0.8 for task in SCBENCH_MINI) >= 3
