@@ -1,0 +1,356 @@
+"""The decoder for CPUs, and the encoder's loop. Compiled by numba at the first use and cached on disk.
+
+What makes it fast:
+
+- `WINDOW` bits of the stream are looked up at a time and give up to `MOST` exponents at once: 3.8 on average at 2.6 bits a
+  weight. The table (16 KiB, beside 4 KiB of counts and lengths) is derived from the unit's own byte-wise tables; codes that
+  are longer than the window, one in 2,000, are decoded with those.
+- A lookup waits for the one before it. Four blocks, whose beginnings are known, are decoded alternately, so that a processor
+  always has something to do.
+- Exponents go to a small buffer that is merged with signs and mantissas in vector registers. The memory that the merge
+  will touch is asked for while the exponents are decoded.
+
+Nothing is read or written out of bounds, whatever the unit holds: iterations without checks are counted beforehand from
+the weights and bits that are left, and the rest of a block is decoded with checks. A block must end where the next one
+starts, and the last one with the stream; that notices nearly all damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from broadsheet.core.numerics.threads import split
+
+from .codec import BLOCK_BYTES, BLOCK_THREADS, GAP_BYTES, Damaged, Unit
+from .huffman import EXPONENTS, LONGEST
+
+#: bits of the stream looked up at a time, and exponents that come out of it at most
+WINDOW, MOST = 11, 8
+#: lookups between two refills of the 57 bits or more that a register holds
+LOOKUPS = 57 // WINDOW
+#: a round is these lookups and one long code where they meet one: weights and bits that it takes at most
+ROUND_WEIGHTS, ROUND_BITS = LOOKUPS * MOST + 1, LOOKUPS * WINDOW + LONGEST
+#: thread blocks decoded alternately
+LANES = 4
+#: weights that a lane decodes between two merges, and the bytes of its buffer: the last lookup writes more than it keeps
+CHUNK = 8192
+LANE = CHUNK + 64
+
+
+def decode(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights of ``unit``, flat bfloat16, decoded by as many threads as torch has.
+
+    ``out``: where to write, contiguous bfloat16 [weights]. Raises `Damaged`; ``out`` then holds anything.
+    """
+    unit.check()
+    positions = unit.positions()
+    out = torch.empty(unit.weights, dtype=torch.bfloat16) if out is None else out
+    if out.dtype != torch.bfloat16 or out.numel() != unit.weights or not out.is_contiguous():
+        raise ValueError(f"decode into a contiguous bfloat16 tensor of {unit.weights} weights")
+    luts, stream, rest = (part.numpy() for part in (unit.luts, unit.encoded_exponent, unit.sign_mantissa))
+    starts = np.arange(unit.blocks, dtype=np.int64) * (8 * BLOCK_BYTES) + (unit.gaps.numpy()[::GAP_BYTES] >> 3)
+    symbols, steps = _lookup(luts)
+    bits = out.view(torch.int16).view(-1).numpy().view(np.uint16)
+
+    def work(first: int, last: int) -> None:
+        wrong = _decode(luts, symbols, steps, stream, rest, starts, positions, bits, first, last)
+        if wrong >= 0:
+            raise Damaged(f"block {wrong} of the stream is damaged; copy or compress the model again")
+
+    split(work, unit.blocks, LANES)
+    return out
+
+
+# --- machine instructions that numba does not have ------------------------------------------------------
+
+_intrinsic: Any = intrinsic  # untyped: its first parameter is not the caller's
+_BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def _address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """Of the byte that the first two arguments name, an array and a number of bytes."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.gep(builder.bitcast(array.data, _BYTE.as_pointer()), [arguments[1]])
+
+
+@_intrinsic
+def _load(context: Any, array: Any, offset: Any) -> Any:
+    """The 64 bits from byte ``offset`` on, the first byte on top."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.bitcast(_address(context, builder, signature, arguments), _LONG.as_pointer())
+        return builder.bswap(builder.load(address, align=1))
+
+    return types.uint64(array, types.int64), build
+
+
+@_intrinsic
+def _store(context: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Writes 64 bits from byte ``offset`` on, the lowest first."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.bitcast(_address(context, builder, signature, arguments), _LONG.as_pointer())
+        builder.store(arguments[2], address, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.uint64), build
+
+
+def _prefetch(for_writing: int) -> Any:
+    @_intrinsic
+    def prefetch(context: Any, array: Any, offset: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address = _address(context, builder, signature, arguments)
+            kind = ir.FunctionType(ir.VoidType(), [address.type, _INT, _INT, _INT])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            near, data = _INT(3), _INT(1)
+            builder.call(function, [address, _INT(for_writing), near, data])
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64), build
+
+    return prefetch
+
+
+#: asks for the cache line of byte ``offset`` of an array; never faults
+_will_read, _will_write = _prefetch(0), _prefetch(1)
+
+
+@_intrinsic
+def _trailing_zeros(context: Any, value: Any) -> Any:
+    """Of a number that is not 0."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.uint64), build
+
+
+# --- the kernels ----------------------------------------------------------------------------------------
+
+
+def _compiled(**options: Any) -> Callable[..., Any]:
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # nowhere to write the cache
+            return njit(nogil=True, **options)(function)
+
+    return compiled
+
+
+_inlined = _compiled(inline="always")
+
+
+@_compiled()
+def write(exponents, lengths, values, bit, written, words, gaps, before):
+    """Writes the codes of ``exponents`` from ``bit`` on, and returns where they end; see `codec.Stream`."""
+    for index in range(exponents.size):
+        length, value = np.int64(lengths[exponents[index]]), np.uint64(values[exponents[index]])
+        word, offset = bit >> 6, bit & 63
+        if before[word] < 0:
+            before[word], gaps[word] = written + index, offset
+        room = 64 - offset - length
+        if room >= 0:
+            words[word] |= value << np.uint64(room)
+        else:
+            words[word] |= value >> np.uint64(-room)
+            words[word + 1] |= value << np.uint64(64 + room)
+        bit += length
+    return bit
+
+
+@_compiled()
+def _code(luts, window):
+    """Exponent and length of the code at the top of a 32-bit ``window``; length 0 when there is none."""
+    last = luts.shape[0] - 1
+    table, shift = 0, 24
+    while shift >= 0 and table < last:
+        exponent = np.int64(luts[table, (window >> shift) & 255])
+        if exponent < EXPONENTS:
+            length = np.int64(luts[last, exponent])
+            return exponent, length if length <= LONGEST else 0
+        table, shift = 256 - exponent, shift - 8
+    return 0, 0
+
+
+@_compiled()
+def _lookup(luts):
+    """What every window of bits holds: exponents (uint64, the first in the lowest byte) and count * 256 + bits (uint16).
+
+    Only codes that end within the window. A code of n bits is known from these n, so it is looked up with zeros behind it.
+    """
+    windows = 1 << WINDOW
+    first = np.empty((windows, 2), np.int64)
+    for window in range(windows):
+        exponent, length = _code(luts, window << (LONGEST - WINDOW))
+        first[window] = exponent, length
+    symbols, steps = np.empty(windows, np.uint64), np.empty(windows, np.uint16)
+    for window in range(windows):
+        count, bits, packed = 0, 0, 0
+        while count < MOST:
+            exponent, length = first[(window << bits) & (windows - 1)]
+            if length == 0 or bits + length > WINDOW:
+                break
+            packed |= exponent << (8 * count)
+            count, bits = count + 1, bits + length
+        symbols[window], steps[window] = np.uint64(packed), count << 8 | bits
+    return symbols, steps
+
+
+@_inlined
+def _refill(stream, bit):
+    """57 bits or more from ``bit`` on, and a 1 at the very end, whose place tells later how many were used."""
+    return (_load(stream, bit >> 3) << np.uint64(bit & 7)) | np.uint64(1)
+
+
+@_inlined
+def _step(bits, at, symbols, steps, buffer):
+    """One lookup: writes its exponents to ``buffer`` from ``at`` on; a step of 0 says that a long code is next."""
+    window = bits >> np.uint64(64 - WINDOW)
+    step = np.uint64(steps[window])
+    _store(buffer, at, symbols[window])
+    return bits << (step & np.uint64(63)), at + np.int64(step >> np.uint64(8)), step
+
+
+@_compiled()
+def _long(luts, stream, bit, at, buffer):
+    """The same for one code of any length; the third number is 1 when there is none."""
+    exponent, length = _code(luts, np.int64(_load(stream, bit >> 3) << np.uint64(bit & 7) >> np.uint64(32)))
+    buffer[at] = exponent
+    return bit + length, at + 1, np.int64(length == 0)
+
+
+@_inlined
+def _soon(rest, out, index):
+    """Weight number ``index`` will be merged."""
+    _will_read(rest, index)
+    _will_write(out, 2 * index)
+
+
+@_compiled()
+def _merge(buffer, first, last, rest, out, done):
+    """Writes the weights from number ``done`` on, of the exponents ``first`` to ``last`` of ``buffer``; returns the next."""
+    count = last - first
+    exponents, source, target = buffer[first:last], rest[done : done + count], out[done : done + count]
+    for index in range(count):
+        sign_mantissa = np.uint16(source[index])
+        sign, mantissa = sign_mantissa & np.uint16(0x80), sign_mantissa & np.uint16(0x7F)
+        target[index] = sign << np.uint16(8) | np.uint16(exponents[index]) << np.uint16(7) | mantissa
+    return done + count
+
+
+@_inlined
+def _rounds(bit, done, limit, size):
+    """Rounds that surely neither decode more weights than are left nor read beyond the stream."""
+    return min(min(limit - done, CHUNK) // ROUND_WEIGHTS, (8 * size - 72 - bit) // ROUND_BITS)
+
+
+@_compiled()
+def _alone(luts, symbols, steps, stream, rest, bit, done, limit, out, buffer):
+    """Decodes one lane to its ``limit``; returns the bit after its last code, -1 when it met something that is no code."""
+    wrong = 0
+    while True:
+        rounds = _rounds(bit, done, limit, stream.size)
+        if rounds <= 0:
+            break
+        at = 0
+        for _ in range(rounds):
+            bits, step = _refill(stream, bit), np.uint64(0)
+            for _ in range(LOOKUPS):
+                bits, at, step = _step(bits, at, symbols, steps, buffer)
+            bit += _trailing_zeros(bits)
+            if step == 0:
+                bit, at, bad = _long(luts, stream, bit, at, buffer)
+                wrong |= bad
+        done = _merge(buffer, 0, at, rest, out, done)
+    while done < limit:
+        window = 0
+        for byte in range(bit >> 3, (bit >> 3) + 5):
+            window = window << 8 | (np.int64(stream[byte]) if byte < stream.size else 0)
+        exponent, length = _code(luts, window >> (8 - (bit & 7)) & 0xFFFFFFFF)
+        if length == 0:
+            return -1
+        buffer[0] = exponent
+        bit, done = bit + length, _merge(buffer, 0, 1, rest, out, done)
+    return -1 if wrong else bit
+
+
+@_compiled()
+def _decode(luts, symbols, steps, stream, rest, starts, positions, out, first, last):
+    """Decodes the blocks ``first`` to ``last``; returns the first one that is damaged, or -1."""
+    buffer, size = np.empty(LANES * LANE, np.uint8), stream.size
+    base0, base1, base2, base3 = 0, LANE, 2 * LANE, 3 * LANE
+    bits, done = np.zeros(LANES, np.int64), np.zeros(LANES, np.int64)
+    for block in range(first, last, LANES):
+        lanes = min(LANES, last - block)
+        bits[:lanes], done[:lanes] = starts[block : block + lanes], positions[block : block + lanes]
+        if lanes == LANES:
+            bit0, bit1, bit2, bit3 = bits[0], bits[1], bits[2], bits[3]
+            done0, done1, done2, done3 = done[0], done[1], done[2], done[3]
+            limit0, limit1, limit2, limit3 = done1, done2, done3, positions[block + LANES]
+            wrong = 0
+            while True:
+                rounds = min(
+                    min(_rounds(bit0, done0, limit0, size), _rounds(bit1, done1, limit1, size)),
+                    min(_rounds(bit2, done2, limit2, size), _rounds(bit3, done3, limit3, size)),
+                )
+                if rounds <= 0:
+                    break
+                at0, at1, at2, at3 = base0, base1, base2, base3
+                to0, to1, to2, to3 = done0 - base0, done1 - base1, done2 - base2, done3 - base3
+                for _ in range(rounds):
+                    _soon(rest, out, to0 + at0)
+                    _soon(rest, out, to1 + at1)
+                    _soon(rest, out, to2 + at2)
+                    _soon(rest, out, to3 + at3)
+                    bits0, bits1, bits2, bits3 = (
+                        _refill(stream, bit0), _refill(stream, bit1), _refill(stream, bit2), _refill(stream, bit3),
+                    )  # fmt: skip
+                    step0 = step1 = step2 = step3 = np.uint64(0)
+                    for _ in range(LOOKUPS):
+                        bits0, at0, step0 = _step(bits0, at0, symbols, steps, buffer)
+                        bits1, at1, step1 = _step(bits1, at1, symbols, steps, buffer)
+                        bits2, at2, step2 = _step(bits2, at2, symbols, steps, buffer)
+                        bits3, at3, step3 = _step(bits3, at3, symbols, steps, buffer)
+                    bit0 += _trailing_zeros(bits0)
+                    bit1 += _trailing_zeros(bits1)
+                    bit2 += _trailing_zeros(bits2)
+                    bit3 += _trailing_zeros(bits3)
+                    if step0 == 0:
+                        bit0, at0, bad = _long(luts, stream, bit0, at0, buffer)
+                        wrong |= bad
+                    if step1 == 0:
+                        bit1, at1, bad = _long(luts, stream, bit1, at1, buffer)
+                        wrong |= bad
+                    if step2 == 0:
+                        bit2, at2, bad = _long(luts, stream, bit2, at2, buffer)
+                        wrong |= bad
+                    if step3 == 0:
+                        bit3, at3, bad = _long(luts, stream, bit3, at3, buffer)
+                        wrong |= bad
+                done0 = _merge(buffer, base0, at0, rest, out, done0)
+                done1 = _merge(buffer, base1, at1, rest, out, done1)
+                done2 = _merge(buffer, base2, at2, rest, out, done2)
+                done3 = _merge(buffer, base3, at3, rest, out, done3)
+            if wrong:
+                return block
+            bits[0], bits[1], bits[2], bits[3] = bit0, bit1, bit2, bit3
+            done[0], done[1], done[2], done[3] = done0, done1, done2, done3
+        for lane in range(lanes):
+            limit = positions[block + lane + 1]
+            bit = _alone(luts, symbols, steps, stream, rest, bits[lane], done[lane], limit, out, buffer)
+            if limit == positions[block + lane]:  # no code starts here
+                continue
+            ends_well = (bit + 7) >> 3 == size if limit == rest.size else bit == starts[block + lane + 1]
+            if not ends_well:
+                return block + lane
+    return -1
