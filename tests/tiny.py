@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SHARED = Path(os.environ.get("BROADSHEET_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -30,11 +38,13 @@ _SIZES = {
 
 
 def tiny(kind: str = "gqa", seed: int = 0, **sizes: object) -> PreTrainedModel:
-    """A random model, weights large enough to matter: ``gqa``, ``mha``, ``mqa`` (Llama), ``qwen2``, ``qwen3``, ``neox``."""
+    """A random model, with large weights: Llama's ``gqa``, ``mha``, ``mqa``; ``qwen2``, ``qwen3``; ``neox``; ``opt``."""
     wanted = {**_SIZES, **sizes}
     kv_heads = {"gqa": 2, "mha": 4, "mqa": 1}.get(kind, 2)
     if kind == "neox":
         config = GPTNeoXConfig(**wanted)
+    elif kind == "opt":
+        config = OPTConfig(**{"ffn_dim": 96, "word_embed_proj_dim": wanted["hidden_size"], **wanted})
     elif kind == "qwen2":
         config = Qwen2Config(**{"num_key_value_heads": kv_heads, **wanted})
     elif kind == "qwen3":

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
@@ -25,3 +28,41 @@ def resolve(name: str) -> Any:
     """The object that ``module:attribute`` names."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
+
+
+class _Registration(MetaPathFinder):
+    """Teaches transformers to load what Broadsheet compressed, once and if transformers is imported at all.
+
+    transformers has no entry points for quantisers: they must be registered after its registry is there. Importing it for
+    that would make every command line wait, so this waits for its import instead.
+    """
+
+    registry = "transformers.modeling_utils"  # the first module that is complete when its registry is
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.registry:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    from broadsheet.methods.weights.quantiser import register
+
+    register()
+
+
+if _Registration.registry in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Registration())

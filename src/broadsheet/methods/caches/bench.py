@@ -27,6 +27,7 @@ from broadsheet.catalogue import papers
 from broadsheet.core.models import fingerprint, load
 from broadsheet.core.records import Record, now, provenance
 from broadsheet.core.stats import bootstrap_ci
+from broadsheet.core.view import Quality, View
 
 from .base import CacheMethod, Geometry, Unreachable
 from .full import Full
@@ -34,6 +35,31 @@ from .peers import BITS, Backend, TransformersQuantized
 from .scbench import GROUPS, MODES, SessionRunner, TurnResult, load_sessions
 
 BENCH = "caches"
+
+VIEW = View(
+    reference="full",
+    reference_name="full cache",
+    qualities=(Quality("accuracy", "accuracy"), Quality("kl", "KL to the full cache (nats per token)", False)),
+    columns=(
+        ("gold NLL", "gold_nll"),
+        ("KL", "kl"),
+        ("perplexity", "perplexity"),
+        ("prefill ×", "prefill_time_ratio"),
+        ("decode ×", "decode_time_ratio"),
+    ),
+    price="bytes_ratio",
+    price_head="bytes",
+    price_label="bytes really held / bytes of the full 16-bit cache",
+    price_digits=3,
+    ticks=((1, "1"), (1 / 2, "1/2"), (1 / 4, "1/4"), (1 / 8, "1/8"), (1 / 16, "1/16")),
+    least="cannot go below {} of the full cache here",
+    budgets=(0.5, 0.25, 0.125),
+    top=1.0,
+    budget_name="a fraction of the full cache's bytes",
+    unbudgeted="full",
+    note="Ranked by quality within a budget. Bytes are those really held after the prompt, over those of an uncompressed "
+    "16-bit cache; intervals are 95 % bootstrap intervals over sessions; times are medians of alternated runs.",
+)
 
 #: What every paper is compared with: name -> (class, its parameters, the reference).
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,0 +1,135 @@
+"""The block walker: a model's decoder blocks one after the other, each with the inputs that it really gets.
+
+`walk(model, ids)` yields `Block`s in order. While the caller holds a block it may look at what its linear layers are fed
+(`Block.observe`) and change it; the next block's inputs then come from the changed one. One block's activations are held
+at a time. It works on every transformers causal model whose decoder blocks stand in one ModuleList and take the hidden
+states first: Llama, Qwen, Mistral, Gemma, OPT, GPT-NeoX and their kin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+Observer = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One batch on its way: ``hidden`` [batch, tokens, hidden_size] and the block's other arguments."""
+
+    hidden: torch.Tensor
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """One decoder block: its full name, its module, and (when walked) the batches that reach it."""
+
+    index: int
+    name: str
+    module: nn.Module
+    passes: list[Pass]
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """Its linear layers by full name, those replaced by `replace` no longer among them."""
+        return {
+            f"{self.name}.{name}": module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)
+        }
+
+    @torch.no_grad()
+    def run(self) -> list[torch.Tensor]:
+        """The block's outputs, a tensor [batch, tokens, hidden_size] a batch."""
+        outputs = [self.module(step.hidden, **step.arguments) for step in self.passes]
+        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+    def observe(self, observers: Mapping[str, Observer]) -> list[torch.Tensor]:
+        """Runs the block and shows every named module's input [batch, tokens, in_features] to its observer.
+
+        Names are full ones, as in `linears`. Returns the outputs, as `run` does.
+        """
+        handles = [
+            self.get(name).register_forward_pre_hook(lambda module, args, see=observer: see(args[0].detach()))
+            for name, observer in observers.items()
+        ]
+        try:
+            return self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def get(self, name: str) -> nn.Module:
+        """A module of the block by its full name."""
+        return self.module.get_submodule(name.removeprefix(self.name + "."))
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Puts ``module`` in the place of the one of this full name."""
+        path, _, leaf = name.removeprefix(self.name + ".").rpartition(".")
+        setattr(self.module.get_submodule(path), leaf, module)
+
+
+def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder blocks by full name, in order. Raises ValueError when the model has no list of them."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and name.rsplit(".", 1)[-1] in {"layers", "h"}:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks; this family of models is not covered")
+
+
+def blocks(model: PreTrainedModel) -> Iterator[Block]:
+    """The decoder blocks, for methods that need no data."""
+    for index, (name, module) in enumerate(decoder_blocks(model).items()):
+        yield Block(index, name, module, [])
+
+
+def walk(model: PreTrainedModel, ids: torch.Tensor, batch: int = 8) -> Iterator[Block]:
+    """The decoder blocks with their inputs on ``ids`` [samples, tokens], ``batch`` samples at a time.
+
+    Raises ValueError when there is nothing to walk on.
+    """
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError("calibration must be token ids of shape [samples, tokens], at least one of each")
+    passes = _entries(model, ids, batch)
+    for index, (name, module) in enumerate(decoder_blocks(model).items()):
+        block = Block(index, name, module, passes[index])
+        yield block
+        if index + 1 < len(passes):
+            passes[index + 1] = [
+                replace(step, hidden=hidden) for step, hidden in zip(passes[index + 1], block.run(), strict=True)
+            ]
+        passes[index] = block.passes = []
+
+
+@torch.no_grad()
+def _entries(model: PreTrainedModel, ids: torch.Tensor, batch: int) -> list[list[Pass]]:
+    """For every block and batch what it is called with. Only the first block's hidden states are kept.
+
+    Masks, positions and rotations do not depend on the weights, so one pass of the model as it is serves all blocks.
+    """
+    modules = list(decoder_blocks(model).values())
+    passes: list[list[Pass]] = [[] for _ in modules]
+
+    def catch(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            nothing = hidden.new_empty(0)
+            passes[index].append(Pass(hidden if index == 0 else nothing, kwargs))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(catch(i), with_kwargs=True) for i, module in enumerate(modules)]
+    try:
+        for first in range(0, len(ids), batch):
+            model(ids[first : first + batch].to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passes

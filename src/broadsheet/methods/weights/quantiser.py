@@ -1,0 +1,196 @@
+"""Saving and loading compressed models through transformers.
+
+`seal` gives a compressed model a ``quantization_config`` that says, for every `Packed` module, its class and plain fields.
+When ``from_pretrained`` meets such a config, `PackedQuantizer` reads the shapes of the packed tensors from the headers of
+the safetensors files, builds the same modules, and transformers fills them in. ``import broadsheet`` registers it.
+
+The config names classes of this package only; anything else is refused, so a hostile config.json can run nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from broadsheet import resolve
+from broadsheet.core.numerics.packed import Packed
+
+from .base import WeightMethod
+
+METHOD = "broadsheet"
+VERSION = 1
+#: longest header of a safetensors file that is believed, as in the format's own reader
+HEADER_LIMIT = 100_000_000
+PACKAGE = "broadsheet.methods.weights."
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """What config.json says of a compressed model.
+
+    ``method`` and ``parameters``: how it was made. ``modules``: a list of {"kind": "module:Class", "plain": fields, "names":
+    full names of the modules that are so}.
+    """
+
+    def __init__(
+        self,
+        method: str = "",
+        parameters: dict[str, Any] | None = None,
+        modules: list[dict[str, Any]] | None = None,
+        version: int = VERSION,
+        **kwargs: Any,
+    ):
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
+        self.method = method
+        self.parameters = parameters or {}
+        self.modules = modules or []
+        self.version = version
+        if version > VERSION:
+            raise ValueError(f"this folder was written by a newer broadsheet (format {version}); update to read it")
+
+
+class PackedQuantizer(HfQuantizer):
+    """Builds the packed modules before transformers loads their tensors."""
+
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        stored = headers(checkpoint_files or [])
+        for entry in self.quantization_config.modules:
+            kind = packed_class(entry["kind"])
+            for name in entry["names"]:
+                tensors = {
+                    key.removeprefix(name + "."): torch.empty(shape, dtype=dtype, device="meta")
+                    for key, (dtype, shape) in stored.get(name, {}).items()
+                }
+                if not tensors:
+                    raise ValueError(f"the weights hold nothing for {name}; the folder is incomplete, save it again")
+                try:
+                    model.get_submodule(name)
+                    model.set_submodule(name, kind(tensors, **entry["plain"]))
+                except (AttributeError, TypeError) as error:
+                    raise ValueError(f"config.json does not fit this model at {name}: {error}") from None
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Makes transformers know compressed folders. Idempotent."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
+
+
+def packed_class(kind: str) -> type[Packed]:
+    """The class that a config names; raises ValueError unless it is a packed module of this package."""
+    found = None
+    if kind.startswith(PACKAGE):
+        with contextlib.suppress(ImportError, AttributeError):
+            found = resolve(kind)
+    if not (isinstance(found, type) and issubclass(found, Packed)):
+        raise ValueError(f"config.json names '{kind}', which is no packed module of this broadsheet; is it newer?")
+    return found
+
+
+def headers(files: list[str]) -> dict[str, dict[str, tuple[torch.dtype, list[int]]]]:
+    """Dtype and shape of every tensor in safetensors files: module name -> full tensor name -> (dtype, shape)."""
+    found: dict[str, dict[str, tuple[torch.dtype, list[int]]]] = {}
+    for file in files:
+        for name, (dtype, shape) in _header(file).items():
+            found.setdefault(name.rpartition(".")[0], {})[name] = (dtype, shape)
+    return found
+
+
+def _header(file: str) -> dict[str, tuple[torch.dtype, list[int]]]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118  # it is no dict
+        return {name: (_DTYPES[part.get_dtype()], part.get_shape()) for name, part in parts.items()}
+
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def seal(model: PreTrainedModel, method: WeightMethod) -> PreTrainedModel:
+    """Gives the model the config with which it can be saved and loaded."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            kind = f"{type(module).__module__}:{type(module).__qualname__}"
+            key = json.dumps([kind, module.plain], sort_keys=True)
+            entries.setdefault(key, {"kind": kind, "plain": module.plain, "names": []})["names"].append(name)
+    config = PackedConfig(type(method).slug(), method.parameters, list(entries.values()))
+    model.config.quantization_config = config
+    quantizer = PackedQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]  # transformers sets it so itself
+    model.is_quantized = True  # type: ignore[assignment]
+    return model
+
+
+def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    """Writes a compressed model so that the folder is whole at every moment: the old one, or the new one.
+
+    Everything goes into a folder beside it first, which takes its place when all is on disk. Raises ValueError when the disk
+    refuses.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; name a folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write beside {target}: {error.strerror}") from None
+    old = fresh.with_name(fresh.name + ".old")
+    try:
+        model.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        for file in fresh.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        fresh.chmod(0o755)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except Exception as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ValueError(f"cannot save to {target}: {reason}; free space and save again") from None
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return target
