@@ -72,18 +72,17 @@ class Unit:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def positions(self) -> np.ndarray:
-        """``output_positions`` as int64 [blocks + 1], checked. Raises `Damaged`.
+        """``output_positions`` as uint32 [blocks + 1], checked. Raises `Damaged`.
 
         The official encoder writes no position for a last block in which no code starts (the last code reaches into it and
         ends on a byte); it is added here.
         """
-        positions = self.output_positions.cpu().numpy().view("<u4").astype(np.int64)
-        if positions.size == self.blocks and positions.size:
-            positions = np.append(positions, positions[-1])
-        steps = np.diff(positions)
+        positions = self.output_positions.cpu().numpy().view("<u4")
+        if positions.size == self.blocks:
+            positions = np.append(positions, positions[-1:])
         if positions.size != self.blocks + 1 or positions[0] or positions[-1] != self.weights:
             raise Damaged("output_positions do not fit the stream; copy or compress the model again")
-        if (steps < 0).any() or (steps > 8 * BLOCK_BYTES).any():
+        if (positions[1:] - positions[:-1] > 8 * BLOCK_BYTES).any():  # a step back is a long one in uint32
             raise Damaged("output_positions do not grow as a stream's do; copy or compress the model again")
         return positions
 

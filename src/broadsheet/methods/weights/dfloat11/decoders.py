@@ -17,7 +17,7 @@ from .codec import BLOCK_BYTES, BLOCK_THREADS, THREAD_BITS, THREAD_BYTES, Damage
 from .huffman import EXPONENTS, LONGEST, TABLES
 
 #: thread blocks that `decode_lanes` keeps in step
-TOGETHER = 256
+TOGETHER = 128
 #: bytes that a thread reads: its own and what a code may reach into
 READ_BYTES = THREAD_BYTES + LONGEST // 8
 
@@ -68,79 +68,100 @@ def _codes(luts: list[list[int]], own: bytes, gap: int, most: int) -> Iterator[i
 def decode_lanes(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weights of ``unit``, flat bfloat16: every thread a lane of tensors, all of one block range in step.
 
-    Runs on the device of the unit's tensors. ``out``: where to write, bfloat16 [weights] on that device.
+    Runs on the device of the unit's tensors. ``out``: where to write, contiguous bfloat16 [weights] on that device.
     """
     unit.check()
     device = unit.luts.device
-    positions = torch.from_numpy(unit.positions()).to(device)
+    positions = torch.from_numpy(unit.positions().astype(np.int64)).to(device)
     gaps = torch.from_numpy(unpack_gaps(unit.gaps.cpu().numpy())).to(device, torch.int64)
+    tables = _Tables(unit.luts)
     out = torch.empty(unit.weights, dtype=torch.bfloat16, device=device) if out is None else out
-    bits = out.view(torch.int16)
     for first in range(0, unit.blocks, TOGETHER):
         last = min(first + TOGETHER, unit.blocks)
-        lanes = _Lanes(unit, first, last, gaps[first * BLOCK_THREADS : last * BLOCK_THREADS])
+        begin, limits = positions[first], positions[first + 1 : last + 1]
+        lanes = _Lanes(unit, tables, first, last, gaps[first * BLOCK_THREADS : last * BLOCK_THREADS])
         counts = lanes.count()
         starts = positions[first:last, None] + counts.cumsum(1) - counts
-        limits = positions[first + 1 : last + 1]
         surplus = starts[:, -1] + counts[:, -1] - limits
         if (surplus < 0).any() or surplus[: unit.blocks - 1 - first].any():  # what follows the last code counts as codes
             raise Damaged("a block does not hold the weights that its positions say; copy or compress the model again")
-        lanes.write(starts.flatten(), torch.minimum(starts + counts, limits[:, None]).flatten(), bits)
+        counts = torch.minimum(counts, limits[:, None] - starts).clamp(min=0)
+        own = slice(int(begin), int(limits[-1]))
+        lanes.write((starts - begin).flatten(), counts.flatten(), unit.sign_mantissa[own], out.view(torch.int16)[own])
     return out
+
+
+class _Tables:
+    """The tables of a unit as ``length * 256 + exponent``, or 0 for bits that are no code."""
+
+    def __init__(self, luts: torch.Tensor):
+        lengths = torch.where(luts[-1] > LONGEST, 0, luts[-1]).to(torch.int64)
+        lengths[EXPONENTS:] = 0
+        # Links to tables that are not there lead to zeros.
+        entries = torch.nn.functional.pad(luts[:-1].flatten().to(torch.int64), (0, TABLES * 256), value=-1)
+        self.links = torch.where(entries >= EXPONENTS, (256 - entries) * 256, 0)
+        self.codes = torch.where((entries < 0) | (lengths[entries] == 0), 0, lengths[entries] << 8 | entries)
+        two_bytes = torch.arange(1 << 16, device=luts.device)
+        self.short = self._next(self.links[two_bytes >> 8], self.codes[two_bytes >> 8], two_bytes & 255)[1]
+
+    def _next(self, links: torch.Tensor, codes: torch.Tensor, byte: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the ``byte`` that follows tells."""
+        deeper = links + byte
+        return torch.where(links > 0, self.links[deeper], 0), torch.where(links > 0, self.codes[deeper], codes)
+
+    def long(self, window: torch.Tensor) -> torch.Tensor:
+        """The code at the top of each 32-bit ``window``, byte by byte."""
+        links, codes = self.links[window >> 24 & 255], self.codes[window >> 24 & 255]
+        for shift in (16, 8, 0):
+            links, codes = self._next(links, codes, window >> shift & 255)
+        return codes
 
 
 class _Lanes:
     """The threads of the blocks ``first`` to ``last``, each at its own bit of the stream."""
 
-    def __init__(self, unit: Unit, first: int, last: int, gaps: torch.Tensor):
-        self.unit = unit
+    def __init__(self, unit: Unit, tables: _Tables, first: int, last: int, gaps: torch.Tensor):
         stream = unit.encoded_exponent[first * BLOCK_BYTES : last * BLOCK_BYTES + LONGEST // 8]
         missing = (last - first) * BLOCK_BYTES + LONGEST // 8 - stream.numel()
         words = torch.nn.functional.pad(stream, (0, missing)).view(-1, 4).to(torch.int64)
         words = words[:, 0] << 24 | words[:, 1] << 16 | words[:, 2] << 8 | words[:, 3]
         self.pairs = words[:-1] << 32 | words[1:]  # 64 bits from every fourth byte on
-        # Links to tables that are not there end in -1, which as an index means 255: it and all from 240 on have no code.
-        self.tables = torch.nn.functional.pad(unit.luts[:-1].flatten().to(torch.int64), (0, TABLES * 256), value=-1)
-        self.lengths = torch.where(unit.luts[-1] > LONGEST, 0, unit.luts[-1]).to(torch.int64)
-        self.lengths[EXPONENTS:] = 0
-        self.blocks = last - first
+        self.tables, self.blocks = tables, last - first
         self.begin = torch.arange(gaps.numel(), device=gaps.device) * THREAD_BITS
         self.start = self.begin + gaps
 
     def count(self) -> torch.Tensor:
         """Codes that start in each thread's bytes, int64 [blocks, threads]."""
-        counts = torch.zeros_like(self.start)
-        lanes, at = torch.arange(len(counts), device=counts.device), self.start
-        while lanes.numel():
-            _, lengths = self._next(at)
-            counts[lanes] += lengths > 0
-            at = at + lengths
-            inside = (lengths > 0) & (at < self.begin[lanes] + THREAD_BITS)
-            lanes, at = lanes[inside], at[inside]
+        at, last = self.start.clone(), self.begin + (THREAD_BITS - 1)
+        counts = torch.zeros_like(at)
+        for _ in range(THREAD_BITS):
+            lengths = (self._next(torch.minimum(at, last)) >> 8) * (at <= last)
+            if not lengths.max():
+                break
+            counts += lengths > 0
+            at += lengths
         return counts.view(self.blocks, -1)
 
-    def write(self, positions: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
-        """Decodes the weights from ``positions`` to ``ends`` (a number for every thread) into ``out``, as their bits."""
-        some = positions < ends
-        at, positions, ends = self.start[some], positions[some], ends[some]
-        while at.numel():
-            exponents, lengths = self._next(at)
-            if not lengths.all():
+    def write(self, positions: torch.Tensor, counts: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> None:
+        """Decodes every thread's weights, ``counts`` from ``positions`` on, into ``out``, as their bits."""
+        counts, order = counts.sort(descending=True)  # threads that go on are always the first ones
+        at, positions = self.start[order], positions[order]
+        busy = len(counts) - torch.bincount(counts).cumsum(0)
+        for threads in busy[:-1].tolist():
+            codes = self._next(at[:threads])
+            if not codes.min():
                 raise Damaged("the stream holds a code that the tables do not know; copy or compress the model again")
-            rest = self.unit.sign_mantissa[positions].to(torch.int64)
-            out[positions] = ((rest & 0x80) << 8 | exponents << 7 | rest & 0x7F).to(torch.int16)
-            at, positions = at + lengths, positions + 1
-            more = positions < ends
-            at, positions, ends = at[more], positions[more], ends[more]
+            out.scatter_(0, positions[:threads], (codes & 255).to(torch.int16))
+            at[:threads] += codes >> 8
+            positions[:threads] += 1
+        sign_mantissa = rest.to(torch.int16)
+        torch.bitwise_or(out << 7, (sign_mantissa & 0x80) << 8 | sign_mantissa & 0x7F, out=out)
 
-    def _next(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exponents and lengths of the codes at the bits ``at``; length 0 for bits that are no code."""
-        window = self.pairs[at >> 5] >> (32 - (at & 31))
-        exponents = self.tables[window >> 24 & 255]
-        for shift in (16, 8, 0):
-            deeper = (exponents >= EXPONENTS).nonzero().flatten()
-            if not deeper.numel():
-                break
-            entries = (256 - exponents[deeper]) * 256 + (window[deeper] >> shift & 255)
-            exponents[deeper] = self.tables[entries]
-        return exponents, self.lengths[exponents]
+    def _next(self, at: torch.Tensor) -> torch.Tensor:
+        """Lengths * 256 + exponents of the codes at the bits ``at``."""
+        pair, offset = self.pairs.index_select(0, at >> 5), at & 31
+        codes = self.tables.short.index_select(0, pair >> (48 - offset) & 0xFFFF)
+        if not codes.min():
+            long = (codes == 0).nonzero().flatten()
+            codes[long] = self.tables.long(pair[long] >> (32 - offset[long]))
+        return codes

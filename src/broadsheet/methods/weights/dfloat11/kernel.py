@@ -33,11 +33,9 @@ from .codec import BLOCK_BYTES, BLOCK_THREADS, GAP_BYTES, Damaged, Unit
 from .huffman import EXPONENTS, LONGEST
 
 #: bits of the stream looked up at a time, and exponents that come out of it at most
-WINDOW, MOST = 11, 8
+WINDOW, MOST = 11, 6
 #: lookups between two refills of the 57 bits or more that a register holds
 LOOKUPS = 57 // WINDOW
-#: a round is these lookups and one long code where they meet one: weights and bits that it takes at most
-ROUND_WEIGHTS, ROUND_BITS = LOOKUPS * MOST + 1, LOOKUPS * WINDOW + LONGEST
 #: thread blocks decoded alternately
 LANES = 4
 #: weights that a lane decodes between two merges, and the bytes of its buffer: the last lookup writes more than it keeps
@@ -55,13 +53,13 @@ def decode(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.empty(unit.weights, dtype=torch.bfloat16) if out is None else out
     if out.dtype != torch.bfloat16 or out.numel() != unit.weights or not out.is_contiguous():
         raise ValueError(f"decode into a contiguous bfloat16 tensor of {unit.weights} weights")
-    luts, stream, rest = (part.numpy() for part in (unit.luts, unit.encoded_exponent, unit.sign_mantissa))
-    starts = np.arange(unit.blocks, dtype=np.int64) * (8 * BLOCK_BYTES) + (unit.gaps.numpy()[::GAP_BYTES] >> 3)
+    parts = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.gaps)
+    luts, stream, rest, gaps = (part.numpy() for part in parts)
     symbols, steps = _lookup(luts)
     bits = out.view(torch.int16).view(-1).numpy().view(np.uint16)
 
     def work(first: int, last: int) -> None:
-        wrong = _decode(luts, symbols, steps, stream, rest, starts, positions, bits, first, last)
+        wrong = _decode(luts, symbols, steps, stream, rest, gaps, positions, bits, first, last)
         if wrong >= 0:
             raise Damaged(f"block {wrong} of the stream is damaged; copy or compress the model again")
 
@@ -186,23 +184,28 @@ def _code(luts, window):
 def _lookup(luts):
     """What every window of bits holds: exponents (uint64, the first in the lowest byte) and count * 256 + bits (uint16).
 
-    Only codes that end within the window. A code of n bits is known from these n, so it is looked up with zeros behind it.
+    Only codes that end within the window: what its bits decode to must not depend on those behind them. It is looked up
+    with zeros and with ones there, because the end symbol's code, which is in no table, looks like the code before it.
     """
     windows = 1 << WINDOW
-    first = np.empty((windows, 2), np.int64)
+    first = np.zeros((windows, 2), np.int64)
     for window in range(windows):
-        exponent, length = _code(luts, window << (LONGEST - WINDOW))
-        first[window] = exponent, length
-    symbols, steps = np.empty(windows, np.uint64), np.empty(windows, np.uint16)
+        behind = (1 << (LONGEST - WINDOW)) - 1
+        low, high = window << (LONGEST - WINDOW), window << (LONGEST - WINDOW) | behind
+        exponent, length = _code(luts, low)
+        if _code(luts, high)[0] == exponent:
+            first[window] = exponent, length
+    symbols, steps = np.zeros(windows, np.uint64), np.zeros(windows, np.uint16)
     for window in range(windows):
-        count, bits, packed = 0, 0, 0
-        while count < MOST:
-            exponent, length = first[(window << bits) & (windows - 1)]
-            if length == 0 or bits + length > WINDOW:
+        bits = 0
+        for count in range(MOST):
+            low = (window << bits) & (windows - 1)
+            exponent, length = first[low]
+            if length == 0 or bits + length > WINDOW or first[low | ((1 << bits) - 1), 0] != exponent:
                 break
-            packed |= exponent << (8 * count)
-            count, bits = count + 1, bits + length
-        symbols[window], steps[window] = np.uint64(packed), count << 8 | bits
+            bits += length
+            symbols[window] |= np.uint64(exponent) << np.uint64(8 * count)
+            steps[window] = (count + 1) << 8 | bits
     return symbols, steps
 
 
@@ -249,54 +252,63 @@ def _merge(buffer, first, last, rest, out, done):
 
 
 @_inlined
+def _start(gaps, block):
+    """The bit where the first code starts that starts in a block; the gap is the first 5 bits of the block's."""
+    return block * 8 * BLOCK_BYTES + np.int64(gaps[block * GAP_BYTES] >> 3)
+
+
+@_inlined
 def _rounds(bit, done, limit, size):
-    """Rounds that surely neither decode more weights than are left nor read beyond the stream."""
-    return min(min(limit - done, CHUNK) // ROUND_WEIGHTS, (8 * size - 72 - bit) // ROUND_BITS)
+    """Rounds that surely neither decode more weights than are left nor read beyond the stream.
+
+    A round is `LOOKUPS` and one long code where they meet one.
+    """
+    weights, bits = LOOKUPS * MOST + 1, LOOKUPS * WINDOW + LONGEST
+    return min(min(limit - done, CHUNK) // weights, (8 * size - 72 - bit) // bits)
 
 
 @_compiled()
 def _alone(luts, symbols, steps, stream, rest, bit, done, limit, out, buffer):
     """Decodes one lane to its ``limit``; returns the bit after its last code, -1 when it met something that is no code."""
-    wrong = 0
-    while True:
-        rounds = _rounds(bit, done, limit, stream.size)
-        if rounds <= 0:
-            break
-        at = 0
-        for _ in range(rounds):
-            bits, step = _refill(stream, bit), np.uint64(0)
-            for _ in range(LOOKUPS):
-                bits, at, step = _step(bits, at, symbols, steps, buffer)
-            bit += _trailing_zeros(bits)
-            if step == 0:
-                bit, at, bad = _long(luts, stream, bit, at, buffer)
-                wrong |= bad
-        done = _merge(buffer, 0, at, rest, out, done)
+    readable = 8 * stream.size - 64  # from the bits up to here, 64 bits can be loaded
     while done < limit:
-        window = 0
-        for byte in range(bit >> 3, (bit >> 3) + 5):
-            window = window << 8 | (np.int64(stream[byte]) if byte < stream.size else 0)
-        exponent, length = _code(luts, window >> (8 - (bit & 7)) & 0xFFFFFFFF)
-        if length == 0:
-            return -1
-        buffer[0] = exponent
-        bit, done = bit + length, _merge(buffer, 0, 1, rest, out, done)
-    return -1 if wrong else bit
+        at, most = 0, min(limit - done, CHUNK)
+        while at < most:
+            if bit <= readable and at + MOST <= most:
+                bits, at, step = _step(_refill(stream, bit), at, symbols, steps, buffer)
+                bit += np.int64(step & np.uint64(63))
+                if step != 0:
+                    continue
+            if bit <= readable:
+                window = np.int64(_load(stream, bit >> 3) << np.uint64(bit & 7) >> np.uint64(32))
+            else:
+                window = 0
+                for byte in range(bit >> 3, (bit >> 3) + 5):
+                    window = window << 8 | (np.int64(stream[byte]) if byte < stream.size else 0)
+                window = window >> (8 - (bit & 7)) & 0xFFFFFFFF
+            exponent, length = _code(luts, window)
+            if length == 0:
+                return -1
+            buffer[at] = exponent
+            bit, at = bit + length, at + 1
+        done = _merge(buffer, 0, at, rest, out, done)
+    return bit
 
 
 @_compiled()
-def _decode(luts, symbols, steps, stream, rest, starts, positions, out, first, last):
+def _decode(luts, symbols, steps, stream, rest, gaps, positions, out, first, last):
     """Decodes the blocks ``first`` to ``last``; returns the first one that is damaged, or -1."""
     buffer, size = np.empty(LANES * LANE, np.uint8), stream.size
     base0, base1, base2, base3 = 0, LANE, 2 * LANE, 3 * LANE
     bits, done = np.zeros(LANES, np.int64), np.zeros(LANES, np.int64)
     for block in range(first, last, LANES):
         lanes = min(LANES, last - block)
-        bits[:lanes], done[:lanes] = starts[block : block + lanes], positions[block : block + lanes]
+        for lane in range(lanes):
+            bits[lane], done[lane] = _start(gaps, block + lane), positions[block + lane]
         if lanes == LANES:
             bit0, bit1, bit2, bit3 = bits[0], bits[1], bits[2], bits[3]
             done0, done1, done2, done3 = done[0], done[1], done[2], done[3]
-            limit0, limit1, limit2, limit3 = done1, done2, done3, positions[block + LANES]
+            limit0, limit1, limit2, limit3 = done1, done2, done3, np.int64(positions[block + LANES])
             wrong = 0
             while True:
                 rounds = min(
@@ -346,11 +358,11 @@ def _decode(luts, symbols, steps, stream, rest, starts, positions, out, first, l
             bits[0], bits[1], bits[2], bits[3] = bit0, bit1, bit2, bit3
             done[0], done[1], done[2], done[3] = done0, done1, done2, done3
         for lane in range(lanes):
-            limit = positions[block + lane + 1]
+            limit = np.int64(positions[block + lane + 1])
             bit = _alone(luts, symbols, steps, stream, rest, bits[lane], done[lane], limit, out, buffer)
             if limit == positions[block + lane]:  # no code starts here
                 continue
-            ends_well = (bit + 7) >> 3 == size if limit == rest.size else bit == starts[block + lane + 1]
+            ends_well = (bit + 7) >> 3 == size if limit == rest.size else bit == _start(gaps, block + lane + 1)
             if not ends_well:
                 return block + lane
     return -1
