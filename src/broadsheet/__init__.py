@@ -57,9 +57,8 @@ class _Registration(MetaPathFinder):
 
 
 def _register() -> None:
-    from broadsheet.methods.weights.quantiser import register
-
-    register()
+    for package in ("quantiser", "dfloat11.loading"):
+        import_module(f"broadsheet.methods.weights.{package}").register()
 
 
 if _Registration.registry in sys.modules:

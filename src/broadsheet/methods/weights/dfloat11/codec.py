@@ -132,7 +132,10 @@ def encode(tensors: Sequence[torch.Tensor], code: Code | None = None) -> Unit:
     ``code``: the prefix code; the best one for these weights when None. Raises ValueError for another dtype and for weights
     that cannot be stored.
     """
-    _check_storable(tensors)
+    if reason := not_storable(tensors):
+        raise ValueError(reason)
+    if not 0 < sum(tensor.numel() for tensor in tensors) <= MOST_WEIGHTS:
+        raise ValueError("a unit must have 1 to 2^31 - 1 weights; name its linear layers as units of their own")
     parts = [tensor.detach().cpu().reshape(-1) for tensor in tensors]
     counts = exponent_counts(parts)
     code = code or code_of(counts)
@@ -157,15 +160,15 @@ def encode(tensors: Sequence[torch.Tensor], code: Code | None = None) -> Unit:
     )
 
 
-def _check_storable(tensors: Sequence[torch.Tensor]) -> None:
+def not_storable(tensors: Sequence[torch.Tensor]) -> str:
+    """Why tensors of this dtype cannot be compressed, or ''."""
     for tensor in tensors:
         if tensor.dtype == torch.float16:
-            raise ValueError("float16 has 5 exponent bits, which hardly compress: there is no gain; give a bfloat16 model")
+            return "float16 has 5 exponent bits, which hardly compress, and is not covered; give a bfloat16 model"
         if tensor.dtype != torch.bfloat16:
             name = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"only bfloat16 is stored without loss, not {name}; convert the model yourself if that is meant")
-    if not 0 < sum(tensor.numel() for tensor in tensors) <= MOST_WEIGHTS:
-        raise ValueError("a unit must have 1 to 2^31 - 1 weights; name its linear layers as units of their own")
+            return f"only bfloat16 is stored without loss, not {name}; convert the model yourself if that is meant"
+    return ""
 
 
 class Stream:

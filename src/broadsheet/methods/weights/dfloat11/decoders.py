@@ -1,6 +1,6 @@
-"""Two decoders to read: one weight after the other, and all threads in step (section 2.3.3, algorithm 1).
+"""Decoding a unit; and two decoders to read: one weight after the other, and all threads in step (section 2.3.3, algorithm 1).
 
-Both follow the official CUDA kernel: every thread decodes its 8 bytes twice. First it counts the codes that start in them;
+The two follow the official CUDA kernel: every thread decodes its 8 bytes twice. First it counts the codes that start in them;
 the exclusive sum of the counts over the block, added to the block's position, tells it where its weights go; then it decodes
 again and writes. Both take the tables and gaps as they stand in the unit, and raise `Damaged` where these lead nowhere,
 which the official kernel does not notice.
@@ -20,6 +20,18 @@ from .huffman import EXPONENTS, LONGEST, TABLES
 TOGETHER = 128
 #: bytes that a thread reads: its own and what a code may reach into
 READ_BYTES = THREAD_BYTES + LONGEST // 8
+
+
+def decode(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights of ``unit``, flat bfloat16, by the fastest decoder there is for the device that its tensors are on.
+
+    ``out``: where to write, contiguous bfloat16 [weights] on that device. Raises `Damaged`; ``out`` then holds anything.
+    """
+    if unit.luts.device.type != "cpu":
+        return decode_lanes(unit, out)
+    from .kernel import decode  # numba takes its time to import
+
+    return decode(unit, out)
 
 
 def decode_scalar(unit: Unit) -> torch.Tensor:

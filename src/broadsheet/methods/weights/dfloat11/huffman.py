@@ -21,6 +21,7 @@ import numpy as np
 
 #: exponents below this can be stored; larger table entries are links to further tables
 EXPONENTS = 240
+UNREPRESENTABLE = "has an infinity, NaN or magnitude of 2^113 or more, which DFloat11 cannot store"
 #: bits of the longest code, and tables that links can reach
 LONGEST, TABLES = 32, 16
 #: the end symbol among the 257 symbols of a code
@@ -88,7 +89,7 @@ def code_of(counts: np.ndarray) -> Code:
     if not counts.any():
         raise ValueError("there is nothing to encode")
     if counts[EXPONENTS:].any():
-        raise ValueError("holds an infinity, NaN or magnitude of 2^113 or more, which DFloat11 cannot store")
+        raise ValueError(f"a tensor {UNREPRESENTABLE}")
     code = huffman(counts)
     rarest = np.argsort(np.where(counts > 0, counts, np.iinfo(np.int64).max), kind="stable")
     flattened = 2

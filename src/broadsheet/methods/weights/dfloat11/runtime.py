@@ -1,0 +1,130 @@
+"""Running a compressed model: a unit is decoded just before it is used, and dropped after (section 2.3.4).
+
+All units of a model share one bfloat16 buffer a device, as large as the largest of them. Before a unit's forward pass its
+weights are decoded into the buffer and its layers get views of it; after the pass the views are taken away, so that a layer
+that is called by itself fails instead of computing with another unit's weights. Hence the weights of two units cannot be
+used at once: no training, no gradient checkpointing, no two threads in one model; `unit_of` and `decode` serve those who
+want to read weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from .codec import Unit
+from .decoders import decode
+
+UNIT_TENSORS = tuple(field.name for field in fields(Unit))
+#: what stays in host memory when a model is offloaded: nearly all of its bytes
+OFFLOADED = ("encoded_exponent", "sign_mantissa")
+
+
+@dataclass(eq=False)
+class Workspace:
+    """The buffers, one a device, of ``most`` weights each."""
+
+    most: int = 0
+    buffers: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, weights: int, device: torch.device) -> torch.Tensor:
+        if device not in self.buffers:
+            with torch.inference_mode(False):  # so that it serves both inside and outside of inference mode
+                self.buffers[device] = torch.empty(self.most, dtype=torch.bfloat16, device=device)
+        torch.autograd.graph.increment_version(self.buffers[device])  # a backward pass through older weights fails
+        return self.buffers[device][:weights]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that were needed so far."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+@dataclass(eq=False)
+class Decompressor:
+    """What stands at a unit's module as ``module.dfloat11``: gives its layers, at ``paths``, their weights and takes them."""
+
+    paths: list[str]
+    workspace: Workspace
+    host: dict[str, torch.Tensor] = field(default_factory=dict)  # the tensors of `OFFLOADED`, if it is
+
+    def unit(self, module: nn.Module) -> Unit:
+        """The unit on the module's device; what is offloaded is copied there."""
+        device = module.luts.device
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.host.items()}
+        return Unit(**{name: moved[name] if name in moved else getattr(module, name) for name in UNIT_TENSORS})
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        unit = self.unit(module)
+        weights = decode(unit, self.workspace.take(unit.weights, unit.luts.device))
+        for layer, part in zip(self.layers(module), weights.tensor_split(unit.split_positions.tolist())):
+            layer.weight = part.view(layer_shape(layer))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for layer in self.layers(module):
+            if "weight" in layer.__dict__:
+                del layer.weight
+
+    def layers(self, module: nn.Module) -> list[nn.Module]:
+        return [module.get_submodule(path) for path in self.paths]
+
+
+def attach(module: nn.Module, tensors: dict[str, torch.Tensor], paths: Sequence[str], workspace: Workspace) -> None:
+    """Makes ``module`` a unit: it gets the six ``tensors`` as buffers, and the layers at ``paths`` lose their weights.
+
+    Tensors may be on the meta device. Raises ValueError when their shapes do not fit the layers.
+    """
+    layers = [module.get_submodule(path) for path in paths]
+    sizes = [rows * columns for rows, columns in map(layer_shape, layers)]
+    if missing := [name for name in UNIT_TENSORS if name not in tensors]:
+        raise ValueError(f"{', '.join(missing)} of it missing in the file; copy or compress the model again")
+    if tensors["sign_mantissa"].numel() != sum(sizes) or tensors["split_positions"].numel() != len(sizes) - 1:
+        stored = tensors["sign_mantissa"].numel()
+        raise ValueError(f"the file holds {stored} weights for layers of {sum(sizes)}; it belongs to another model")
+    for layer in layers:
+        del layer.weight
+    for name in UNIT_TENSORS:
+        module.register_buffer(name, tensors[name])
+    decompressor = Decompressor(list(paths), workspace)
+    workspace.most = max(workspace.most, sum(sizes))
+    module.dfloat11 = decompressor  # type: ignore[assignment]  # no module or tensor
+    module.register_forward_pre_hook(decompressor.before)
+    module.register_forward_hook(decompressor.after, always_call=True)  # type: ignore[arg-type]
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """The shape of a layer's weight. Raises ValueError for layers that are neither linear nor an embedding."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    raise ValueError(f"a {type(layer).__name__} is neither nn.Linear nor nn.Embedding; leave it out of pattern_dict")
+
+
+def compressed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Decompressor]]:
+    """The units of a model: full name, module, decompressor."""
+    for name, module in model.named_modules():
+        if "dfloat11" in module.__dict__:
+            yield name, module, module.__dict__["dfloat11"]
+
+
+def unit_of(model: nn.Module, name: str) -> Unit:
+    """A unit of a compressed model by the full name of its module."""
+    return model.get_submodule(name).__dict__["dfloat11"].unit(model.get_submodule(name))
+
+
+def offload(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Moves ``model`` to ``device`` except what takes most of a unit, which stays in host memory and is copied for each use.
+
+    Host memory is pinned for a GPU. Returns the model.
+    """
+    device = torch.device(device)
+    for _, module, decompressor in compressed(model):
+        for name in OFFLOADED:
+            tensor = module._buffers.pop(name).cpu()
+            decompressor.host[name] = tensor.pin_memory() if device.type == "cuda" else tensor
+    return model.to(device)
