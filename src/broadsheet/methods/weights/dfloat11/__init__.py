@@ -1,5 +1,4 @@
-"""DFloat11: 70 % Size, 100 % Accuracy: Lossless LLM Compression ... via Dynamic-Length Float (Zhang et al., NeurIPS 2025, arXiv
-2504.11651).
+"""DFloat11: 70% Size, 100% Accuracy, lossless compression by dynamic-length floats (Zhang et al. 2025, arXiv 2504.11651).
 
 The weights of a bfloat16 model use few of the 256 exponents. Exponents are Huffman-coded, sign and mantissa stay as they
 are, and every transformer block is decoded just before it is used: about 11 bits a weight, and bit by bit the same model.
@@ -19,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -157,7 +156,9 @@ def _weights(model: nn.Module, units: Mapping[str, Sequence[str]]) -> Iterator[t
     """The weights of units by the full names of their layers."""
     for name, paths in units.items():
         for path in paths:
-            yield f"{name}.{path}".rstrip("."), model.get_submodule(name).get_submodule(path).weight.detach()
+            weight = model.get_submodule(name).get_submodule(path).weight
+            assert isinstance(weight, torch.Tensor)
+            yield f"{name}.{path}".rstrip("."), weight.detach()
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ class Unit:
         The official encoder writes no position for a last block in which no code starts (the last code reaches into it and
         ends on a byte); it is added here.
         """
-        positions = self.output_positions.cpu().numpy().view("<u4")
+        positions = np.frombuffer(self.output_positions.cpu().numpy().tobytes(), "<u4")
         if positions.size == self.blocks:
             positions = np.append(positions, positions[-1:])
         if positions.size != self.blocks + 1 or positions[0] or positions[-1] != self.weights:
@@ -93,7 +93,9 @@ class Unit:
             if tensor.dtype != wanted or tensor.ndim != (2 if name == "luts" else 1):
                 raise Damaged(f"{name} is not a {wanted} tensor of the right shape; copy or compress the model again")
         if self.luts.shape[1] != 256 or not 2 <= self.luts.shape[0] <= TABLES + 2:
-            raise Damaged("luts must be 1 to 17 tables of 256 entries and the row of lengths; copy or compress the model again")
+            raise Damaged(
+                "luts must be 1 to 17 tables of 256 entries and the row of lengths; copy or compress the model again"
+            )
         if not 0 < self.weights <= MOST_WEIGHTS or not self.encoded_exponent.numel():
             raise Damaged("the unit is empty or too large; copy or compress the model again")
         if self.output_positions.numel() not in (4 * self.blocks, 4 * self.blocks + 4):
@@ -156,7 +158,7 @@ def encode(tensors: Sequence[torch.Tensor], code: Code | None = None) -> Unit:
         torch.from_numpy(sign_mantissa),
         torch.from_numpy(positions.astype("<u4").view(np.uint8)),
         torch.from_numpy(gaps),
-        sizes.cumsum(0)[:-1],
+        sizes.cumsum(0)[:-1].clone(),
     )
 
 

@@ -1,9 +1,10 @@
-"""Decoding a unit; and two decoders to read: one weight after the other, and all threads in step (section 2.3.3, algorithm 1).
+"""Decoding a unit; and two decoders to read (section 2.3.3, algorithm 1).
 
-The two follow the official CUDA kernel: every thread decodes its 8 bytes twice. First it counts the codes that start in them;
-the exclusive sum of the counts over the block, added to the block's position, tells it where its weights go; then it decodes
-again and writes. Both take the tables and gaps as they stand in the unit, and raise `Damaged` where these lead nowhere,
-which the official kernel does not notice.
+`decode_scalar` takes one weight after the other, `decode_lanes` all threads in step, on any device. They follow the official
+CUDA kernel: every thread decodes its 8 bytes twice. First it counts the codes that start in them; the exclusive sum of the
+counts over the block, added to the block's position, tells it where its weights go; then it decodes again and writes. Both
+take the tables and gaps as they stand in the unit, and raise `Damaged` where these lead nowhere, which the official kernel
+does not notice.
 """
 
 from __future__ import annotations
@@ -40,25 +41,25 @@ def decode_scalar(unit: Unit) -> torch.Tensor:
     positions, gaps = unit.positions().tolist(), unpack_gaps(unit.gaps.numpy()).tolist()
     luts, sign_mantissa = unit.luts.tolist(), unit.sign_mantissa.tolist()
     stream = bytes(unit.encoded_exponent.numpy()) + bytes(READ_BYTES)
-    weights = [0] * unit.weights
+    weights, used = [0] * unit.weights, 0
     for block in range(unit.blocks):
-        threads = range(block * BLOCK_THREADS, (block + 1) * BLOCK_THREADS)
-        own = [stream[thread * THREAD_BYTES :][:READ_BYTES] for thread in threads]
         position, last = positions[block], positions[block + 1]
-        for thread, bytes_ in zip(threads, own):
-            count = sum(1 for _ in _codes(luts, bytes_, gaps[thread], last - position))
-            end = min(position + count, last)
-            for index, exponent in zip(range(position, end), _codes(luts, bytes_, gaps[thread], end - position)):
+        for thread in range(block * BLOCK_THREADS, (block + 1) * BLOCK_THREADS):
+            own = stream[thread * THREAD_BYTES :][:READ_BYTES]
+            count = sum(1 for _ in _codes(luts, own, gaps[thread], last - position))
+            for index, (exponent, end) in enumerate(_codes(luts, own, gaps[thread], count), position):
                 rest = sign_mantissa[index]
                 weights[index] = (rest & 0x80) << 8 | exponent << 7 | rest & 0x7F
-            position = end
+                used = thread * THREAD_BITS + end
+            position += count
         if position != last:
             raise Damaged(f"block {block} holds fewer weights than its positions say; copy or compress the model again")
+    _check_end(unit, used)
     return torch.from_numpy(np.array(weights, np.uint16).view(np.int16)).view(torch.bfloat16)
 
 
-def _codes(luts: list[list[int]], own: bytes, gap: int, most: int) -> Iterator[int]:
-    """At most ``most`` exponents of the codes that start in the first 8 of the bytes ``own``, from bit ``gap`` on."""
+def _codes(luts: list[list[int]], own: bytes, gap: int, most: int) -> Iterator[tuple[int, int]]:
+    """At most ``most`` codes that start in the first 8 of the bytes ``own``, from bit ``gap`` on: exponent and next bit."""
     bits, start = int.from_bytes(own.ljust(READ_BYTES, b"\0"), "big"), gap
     while start < THREAD_BITS and most:
         window = bits >> (8 * READ_BYTES - start - LONGEST)
@@ -73,8 +74,14 @@ def _codes(luts: list[list[int]], own: bytes, gap: int, most: int) -> Iterator[i
         length = luts[-1][exponent]
         if exponent >= EXPONENTS or not 1 <= length <= LONGEST:
             raise Damaged("the stream holds a code that the tables do not know; copy or compress the model again")
-        yield exponent
         start, most = start + length, most - 1
+        yield exponent, start
+
+
+def _check_end(unit: Unit, used: int) -> None:
+    """Raises `Damaged` unless the stream has just the bytes that its codes used, given as bits."""
+    if -(-used // 8) != unit.encoded_exponent.numel():
+        raise Damaged("the stream does not end where its last code does; copy or compress the model again")
 
 
 def decode_lanes(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,7 +106,9 @@ def decode_lanes(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
             raise Damaged("a block does not hold the weights that its positions say; copy or compress the model again")
         counts = torch.minimum(counts, limits[:, None] - starts).clamp(min=0)
         own = slice(int(begin), int(limits[-1]))
-        lanes.write((starts - begin).flatten(), counts.flatten(), unit.sign_mantissa[own], out.view(torch.int16)[own])
+        used = lanes.write((starts - begin).flatten(), counts.flatten(), unit.sign_mantissa[own], out.view(torch.int16)[own])
+        if limits[-1] == unit.weights and used:
+            _check_end(unit, first * BLOCK_BYTES * 8 + used)
     return out
 
 
@@ -154,8 +163,11 @@ class _Lanes:
             at += lengths
         return counts.view(self.blocks, -1)
 
-    def write(self, positions: torch.Tensor, counts: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> None:
-        """Decodes every thread's weights, ``counts`` from ``positions`` on, into ``out``, as their bits."""
+    def write(self, positions: torch.Tensor, counts: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> int:
+        """Decodes every thread's weights, ``counts`` from ``positions`` on, into ``out``, as their bits.
+
+        Returns the bit after the last code, 0 when there was none.
+        """
         counts, order = counts.sort(descending=True)  # threads that go on are always the first ones
         at, positions = self.start[order], positions[order]
         busy = len(counts) - torch.bincount(counts).cumsum(0)
@@ -168,6 +180,7 @@ class _Lanes:
             positions[:threads] += 1
         sign_mantissa = rest.to(torch.int16)
         torch.bitwise_or(out << 7, (sign_mantissa & 0x80) << 8 | sign_mantissa & 0x7F, out=out)
+        return int(at[counts > 0].max()) if counts[0] else 0
 
     def _next(self, at: torch.Tensor) -> torch.Tensor:
         """Lengths * 256 + exponents of the codes at the bits ``at``."""

@@ -107,10 +107,10 @@ def _explained(file: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """``entropy``: of the exponents, bits; ``mean_length``, ``longest``: of their codes, bits; ``exponents``: how many differ.
+    """What is known of one unit.
 
-    ``tables``: lookup tables; ``bits``: stored for a weight, everything included; ``ratio``: of the bytes to those of
-    bfloat16.
+    ``entropy`` of its exponents and ``mean_length``, ``longest`` of their codes, in bits; ``exponents``: how many occur;
+    ``tables``: lookup tables; ``bits``: stored for a weight, everything included; ``ratio``: of bytes to those of bfloat16.
     """
 
     name: str
@@ -320,11 +320,11 @@ def write_rest(model: nn.Module, config: dict[str, Any], folder: str | Path, uni
             seen.add(tensor.data_ptr())
             tensors[name] = tensor
     _write(tensors, Path(folder), "model.safetensors")
-    if hasattr(model, "config"):
-        model.config.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
-    else:
+    configs: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+    for saved in configs:
+        if hasattr(saved, "save_pretrained"):
+            saved.save_pretrained(folder)
+    if not hasattr(configs[0], "save_pretrained"):
         (Path(folder) / "config.json").write_text(json.dumps({"dfloat11_config": config}, indent=2), encoding="utf-8")
 
 

@@ -85,7 +85,7 @@ class Code:
 
 
 def code_of(counts: np.ndarray) -> Code:
-    """The code for exponent ``counts`` (int64 [256]) that the tables can hold. Raises ValueError for what cannot be stored."""
+    """The code for ``counts`` of exponents (int64 [256]). Raises ValueError for what cannot be stored."""
     if not counts.any():
         raise ValueError("there is nothing to encode")
     if counts[EXPONENTS:].any():

@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 
 from broadsheet.core.numerics.threads import split
 
-from .codec import BLOCK_BYTES, BLOCK_THREADS, GAP_BYTES, Damaged, Unit
+from .codec import BLOCK_BYTES, GAP_BYTES, Damaged, Unit
 from .huffman import EXPONENTS, LONGEST
 
 #: bits of the stream looked up at a time, and exponents that come out of it at most
@@ -54,7 +54,7 @@ def decode(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
     if out.dtype != torch.bfloat16 or out.numel() != unit.weights or not out.is_contiguous():
         raise ValueError(f"decode into a contiguous bfloat16 tensor of {unit.weights} weights")
     parts = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.gaps)
-    luts, stream, rest, gaps = (part.numpy() for part in parts)
+    luts, stream, rest, gaps = (part.contiguous().numpy() for part in parts)
     symbols, steps = _lookup(luts)
     bits = out.view(torch.int16).view(-1).numpy().view(np.uint16)
 
@@ -170,7 +170,7 @@ def write(exponents, lengths, values, bit, written, words, gaps, before):
 def _code(luts, window):
     """Exponent and length of the code at the top of a 32-bit ``window``; length 0 when there is none."""
     last = luts.shape[0] - 1
-    table, shift = 0, 24
+    table, shift = np.int64(0), 24
     while shift >= 0 and table < last:
         exponent = np.int64(luts[table, (window >> shift) & 255])
         if exponent < EXPONENTS:
@@ -181,6 +181,17 @@ def _code(luts, window):
 
 
 @_compiled()
+def _window(stream, bit):
+    """The 32 bits from ``bit`` on, zeros behind the end."""
+    if bit <= 8 * stream.size - 64:
+        return np.int64(_load(stream, bit >> 3) << np.uint64(bit & 7) >> np.uint64(32))
+    window = np.int64(0)
+    for byte in range(bit >> 3, (bit >> 3) + 5):
+        window = window << 8 | (np.int64(stream[byte]) if byte < stream.size else 0)
+    return window >> (8 - (bit & 7)) & 0xFFFFFFFF
+
+
+@_compiled()
 def _lookup(luts):
     """What every window of bits holds: exponents (uint64, the first in the lowest byte) and count * 256 + bits (uint16).
 
@@ -188,20 +199,20 @@ def _lookup(luts):
     with zeros and with ones there, because the end symbol's code, which is in no table, looks like the code before it.
     """
     windows = 1 << WINDOW
-    first = np.zeros((windows, 2), np.int64)
+    exponents, lengths = np.zeros(windows, np.int64), np.zeros(windows, np.int64)
     for window in range(windows):
-        behind = (1 << (LONGEST - WINDOW)) - 1
-        low, high = window << (LONGEST - WINDOW), window << (LONGEST - WINDOW) | behind
+        low = window << (LONGEST - WINDOW)
         exponent, length = _code(luts, low)
-        if _code(luts, high)[0] == exponent:
-            first[window] = exponent, length
+        other, _ = _code(luts, low | ((1 << (LONGEST - WINDOW)) - 1))
+        if exponent == other:
+            exponents[window], lengths[window] = exponent, length
     symbols, steps = np.zeros(windows, np.uint64), np.zeros(windows, np.uint16)
     for window in range(windows):
         bits = 0
         for count in range(MOST):
             low = (window << bits) & (windows - 1)
-            exponent, length = first[low]
-            if length == 0 or bits + length > WINDOW or first[low | ((1 << bits) - 1), 0] != exponent:
+            exponent, length = exponents[low], lengths[low]
+            if length == 0 or bits + length > WINDOW or exponents[low | ((1 << bits) - 1)] != exponent:
                 break
             bits += length
             symbols[window] |= np.uint64(exponent) << np.uint64(8 * count)
@@ -227,7 +238,7 @@ def _step(bits, at, symbols, steps, buffer):
 @_compiled()
 def _long(luts, stream, bit, at, buffer):
     """The same for one code of any length; the third number is 1 when there is none."""
-    exponent, length = _code(luts, np.int64(_load(stream, bit >> 3) << np.uint64(bit & 7) >> np.uint64(32)))
+    exponent, length = _code(luts, _window(stream, bit))
     buffer[at] = exponent
     return bit + length, at + 1, np.int64(length == 0)
 
@@ -270,23 +281,15 @@ def _rounds(bit, done, limit, size):
 @_compiled()
 def _alone(luts, symbols, steps, stream, rest, bit, done, limit, out, buffer):
     """Decodes one lane to its ``limit``; returns the bit after its last code, -1 when it met something that is no code."""
-    readable = 8 * stream.size - 64  # from the bits up to here, 64 bits can be loaded
     while done < limit:
         at, most = 0, min(limit - done, CHUNK)
         while at < most:
-            if bit <= readable and at + MOST <= most:
-                bits, at, step = _step(_refill(stream, bit), at, symbols, steps, buffer)
+            if at + MOST <= most and bit <= 8 * stream.size - 64:
+                _, at, step = _step(_refill(stream, bit), at, symbols, steps, buffer)
                 bit += np.int64(step & np.uint64(63))
                 if step != 0:
                     continue
-            if bit <= readable:
-                window = np.int64(_load(stream, bit >> 3) << np.uint64(bit & 7) >> np.uint64(32))
-            else:
-                window = 0
-                for byte in range(bit >> 3, (bit >> 3) + 5):
-                    window = window << 8 | (np.int64(stream[byte]) if byte < stream.size else 0)
-                window = window >> (8 - (bit & 7)) & 0xFFFFFFFF
-            exponent, length = _code(luts, window)
+            exponent, length = _code(luts, _window(stream, bit))
             if length == 0:
                 return -1
             buffer[at] = exponent

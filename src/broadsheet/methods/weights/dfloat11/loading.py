@@ -62,7 +62,9 @@ class DFloat11Quantizer(HfQuantizer):
         }
         # Some models are built with other names than they are stored with.
         renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-        _attach(model, getattr(model.config, "dfloat11_config", None), stored, {n: apply_renamings(n, renamings) for n in stored})
+        _attach(
+            model, getattr(model.config, "dfloat11_config", None), stored, {n: apply_renamings(n, renamings) for n in stored}
+        )
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -79,9 +81,10 @@ class DFloat11Quantizer(HfQuantizer):
 
 
 def _attach(model: nn.Module, config: Any, stored: dict[str, torch.Tensor], names: dict[str, str]) -> None:
-    """Makes units of the modules that are units in the files. ``names``: what the ``stored`` tensors are called in the model.
+    """Makes units of the modules that are units in the files.
 
-    Raises ValueError when the files do not fit the model or hold only a part of what the config says.
+    ``names``: what the ``stored`` tensors are called in the model. Raises ValueError when the files do not
+    fit the model or hold only a part of what the config says.
     """
     patterns = check_config(config)["pattern_dict"]
     units = {name.removesuffix(".luts") for name in stored if name.endswith(".luts")}
@@ -93,7 +96,10 @@ def _attach(model: nn.Module, config: Any, stored: dict[str, torch.Tensor], name
         tensors = {part: stored[f"{unit}.{part}"] for part in UNIT_TENSORS if f"{unit}.{part}" in stored}
         try:
             module = model.get_submodule(name)
-            paths = next((list(paths) for key in (unit, name) for pattern, paths in patterns.items() if re.fullmatch(pattern, key)), [])
+            paths = next(
+                (list(paths) for key in (unit, name) for pattern, paths in patterns.items() if re.fullmatch(pattern, key)),
+                [],
+            )
             attach(module, tensors, [""] if isinstance(module, nn.Linear | nn.Embedding) else paths, workspace)
         except AttributeError as error:
             raise ValueError(f"{name}: {error}; the files belong to another model") from None
@@ -110,7 +116,9 @@ def _check_complete(model: nn.Module, patterns: dict[str, list[str]], present: s
     """
     for name, module in model.named_modules():
         if any(re.fullmatch(pattern, name) for pattern in patterns) and f"{name}.luts" not in present:
-            wanted = {f"{name}.{key}" for key, _ in module.named_parameters()} - set(getattr(model, "all_tied_weights_keys", {}))
+            wanted = {f"{name}.{key}" for key, _ in module.named_parameters()} - set(
+                getattr(model, "all_tied_weights_keys", {})
+            )
             if missing := sorted(wanted - present):
                 raise ValueError(f"the files hold nothing for {missing[0]}; copy all files of the folder")
 
@@ -118,7 +126,11 @@ def _check_complete(model: nn.Module, patterns: dict[str, list[str]], present: s
 def _untie(model: nn.Module) -> None:
     """Forgets ties of weights that are compressed, each by itself; transformers would fill or tie them again."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    layers = {f"{name}.{path}".rstrip("."): layer for name, module, unit in compressed(model) for path, layer in zip(unit.paths, unit.layers(module))}
+    layers = {
+        f"{name}.{path}".rstrip("."): layer
+        for name, module, unit in compressed(model)
+        for path, layer in zip(unit.paths, unit.layers(module))
+    }
     for layer in layers.values():
         if not any(True for _ in layer.parameters()):
             layer._is_hf_initialized = True  # type: ignore[assignment]  # transformers would fill its weight with noise
@@ -127,7 +139,9 @@ def _untie(model: nn.Module) -> None:
         if all(both):
             del ties[pair[0]]
         elif any(both):
-            raise ValueError(f"{pair[0]} is tied to {pair[1]}, and one of them is compressed alone; compress the model again")
+            raise ValueError(
+                f"{pair[0]} is tied to {pair[1]}, and one of them is compressed alone; compress the model again"
+            )
 
 
 def _check(name: str, unit: Unit) -> None:

@@ -46,7 +46,7 @@ class Workspace:
 
 @dataclass(eq=False)
 class Decompressor:
-    """What stands at a unit's module as ``module.dfloat11``: gives its layers, at ``paths``, their weights and takes them."""
+    """What stands at a unit's module as ``module.dfloat11``: gives the layers at ``paths`` weights and takes them away."""
 
     paths: list[str]
     workspace: Workspace
@@ -54,7 +54,7 @@ class Decompressor:
 
     def unit(self, module: nn.Module) -> Unit:
         """The unit on the module's device; what is offloaded is copied there."""
-        device = module.luts.device
+        device = module.get_buffer("luts").device
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.host.items()}
         return Unit(**{name: moved[name] if name in moved else getattr(module, name) for name in UNIT_TENSORS})
 
@@ -91,9 +91,9 @@ def attach(module: nn.Module, tensors: dict[str, torch.Tensor], paths: Sequence[
         module.register_buffer(name, tensors[name])
     decompressor = Decompressor(list(paths), workspace)
     workspace.most = max(workspace.most, sum(sizes))
-    module.dfloat11 = decompressor  # type: ignore[assignment]  # no module or tensor
+    module.dfloat11 = decompressor  # type: ignore[assignment]  # neither module nor tensor
     module.register_forward_pre_hook(decompressor.before)
-    module.register_forward_hook(decompressor.after, always_call=True)  # type: ignore[arg-type]
+    module.register_forward_hook(decompressor.after, always_call=True)
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
@@ -125,6 +125,7 @@ def offload(model: nn.Module, device: torch.device | str) -> nn.Module:
     device = torch.device(device)
     for _, module, decompressor in compressed(model):
         for name in OFFLOADED:
-            tensor = module._buffers.pop(name).cpu()
+            tensor = module.get_buffer(name).cpu()
+            del module._buffers[name]
             decompressor.host[name] = tensor.pin_memory() if device.type == "cuda" else tensor
     return model.to(device)

@@ -1,8 +1,8 @@
 """Which layers of a model form units: the official ``pattern_dict``.
 
-``{pattern: paths}``: every module whose full name the regular expression ``pattern`` matches as a whole is a unit. Of a linear
-layer or an embedding it is the module's own weight, and ``paths`` is empty; of any other module the weights of the layers
-at these paths, in this order, form one stream.
+``{pattern: paths}``: every module whose full name the regular expression ``pattern`` matches as a whole is a unit. Of a
+linear layer or an embedding it is the module's own weight, and ``paths`` is empty; of any other module the weights of the
+layers at these paths, in this order, form one stream.
 """
 
 from __future__ import annotations
@@ -79,10 +79,14 @@ def find_units(model: nn.Module, patterns: Patterns) -> dict[str, list[str]]:
                 if not isinstance(getattr(layer, "weight", None), torch.Tensor):
                     raise ValueError(f"{full} has no weight; is this model compressed already?")
                 if id(layer) in owner:
-                    raise ValueError(f"pattern_dict: {full} is in the units {owner[id(layer)]} and {name}; leave it out of one")
+                    raise ValueError(
+                        f"pattern_dict: {full} is in the units {owner[id(layer)]} and {name}; leave it out of one"
+                    )
                 owner[id(layer)] = name
                 if others := holders[id(layer.weight)] - {full}:
-                    raise ValueError(f"{full} shares its weight with {', '.join(sorted(others))}; leave it out of pattern_dict")
+                    raise ValueError(
+                        f"{full} shares its weight with {', '.join(sorted(others))}; leave it out of pattern_dict"
+                    )
     return units
 
 
