@@ -98,7 +98,7 @@ def scale(block: Block, fold: Fold, factor: torch.Tensor) -> None:
     if not bool(torch.isfinite(factor).all()) or bool((factor <= 0).any()):
         raise ValueError(f"{fold.producer}: scales must be positive and finite")
     producer = block.get(fold.producer)
-    weight: torch.Tensor = producer.weight  # type: ignore[assignment]
+    weight: torch.Tensor = producer.weight
     bias: torch.Tensor | None = getattr(producer, "bias", None)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     factor = factor.to(weight.device, wide)
@@ -111,7 +111,7 @@ def scale(block: Block, fold: Fold, factor: torch.Tensor) -> None:
     if bias is not None:
         bias.copy_(bias.to(wide) / factor)
     for name in fold.readers:
-        reader: torch.Tensor = block.get(name).weight  # type: ignore[assignment]
+        reader: torch.Tensor = block.get(name).weight
         reader.copy_(reader.to(wide) * factor)
 
 
@@ -130,9 +130,9 @@ def shift(block: Block, fold: Fold, offset: torch.Tensor) -> None:
     bias.copy_(bias.to(wide) - offset)
     for name in fold.readers:
         reader = block.get(name)
-        weight: torch.Tensor = reader.weight  # type: ignore[assignment]
+        weight: torch.Tensor = reader.weight
         correction = weight.to(wide) @ offset
         if reader.bias is None:
             reader.bias = nn.Parameter(correction.to(weight.dtype), requires_grad=False)
         else:
-            reader.bias.copy_(reader.bias.to(wide) + correction)  # type: ignore[operator]
+            reader.bias.copy_(reader.bias.to(wide) + correction)

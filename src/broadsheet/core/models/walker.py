@@ -64,7 +64,7 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def get(self, name: str) -> nn.Module:
+    def get(self, name: str) -> Any:  # nn.Module does not declare what layers and norms have
         """A module of the block by its full name."""
         return self.module.get_submodule(name.removeprefix(self.name + "."))
 

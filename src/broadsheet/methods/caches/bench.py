@@ -7,7 +7,6 @@ listed as such and not compared there.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -27,6 +26,7 @@ from broadsheet.catalogue import papers
 from broadsheet.core.models import fingerprint, load
 from broadsheet.core.records import Record, now, provenance
 from broadsheet.core.stats import bootstrap_ci
+from broadsheet.core.texts import documents
 from broadsheet.core.view import Quality, View
 
 from .base import CacheMethod, Geometry, Unreachable
@@ -277,31 +277,6 @@ def _slices(results: list[TurnResult], workload: Workload) -> Iterator[tuple[dic
 
 
 # --- text: perplexity and KL to the full cache --------------------------------------------------------------------
-
-
-def documents(path: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> torch.Tensor:
-    """``count`` seeded pieces of ``length`` tokens: [count, length].
-
-    Of a text file, windows that do not overlap; of a JSON list of texts, the beginnings of those that are long enough.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(20_000_000)
-        texts = json.loads(text) if path.endswith(".json") else [text]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the text {path}: {error}") from None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{path} is not a JSON list of texts")
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = length - len(opening)
-    pieces = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        windows = len(ids) // body
-        pieces += [ids[index * body : (index + 1) * body] for index in range(min(windows, 1) if len(texts) > 1 else windows)]
-    if len(pieces) < count:
-        raise ValueError(f"{path} holds {len(pieces)} pieces of {length} tokens, {count} are needed; lower --sessions")
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return torch.tensor([opening + pieces[index] for index in order])
 
 
 @torch.inference_mode()

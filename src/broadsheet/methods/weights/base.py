@@ -41,6 +41,8 @@ class WeightMethod:
 
     #: whether `compress` needs calibration tokens
     calibrated: ClassVar[bool] = True
+    #: a method without budgets stands in a comparison once, as it is
+    budgeted: ClassVar[bool] = True
 
     def compress(
         self, model: PreTrainedModel, calibration: torch.Tensor | None = None, progress: Progress | None = None

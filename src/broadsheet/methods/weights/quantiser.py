@@ -30,8 +30,6 @@ from .base import WeightMethod
 
 METHOD = "broadsheet"
 VERSION = 1
-#: longest header of a safetensors file that is believed, as in the format's own reader
-HEADER_LIMIT = 100_000_000
 PACKAGE = "broadsheet.methods.weights."
 
 
