@@ -56,9 +56,42 @@ class _Registration(MetaPathFinder):
         return spec
 
 
+#: what a config.json may name as ``quant_method`` -> its configuration and its quantiser
+_QUANTISERS = {
+    "broadsheet": ("methods.weights.quantiser:PackedConfig", "methods.weights.quantiser:PackedQuantizer"),
+    "dfloat11": ("methods.weights.dfloat11.loading:DFloat11Config", "methods.weights.dfloat11.loading:DFloat11Quantizer"),
+}
+
+
+class _Named:
+    """A class that is imported when it is used: what imports transformers may be a module that the class needs."""
+
+    def __init__(self, name: str):
+        self._name = f"{__name__}.{name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return resolve(self._name)(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(resolve(self._name), attribute)
+
+
 def _register() -> None:
-    for package in ("quantiser", "dfloat11.loading"):
-        import_module(f"broadsheet.methods.weights.{package}").register()
+    from transformers import modeling_utils
+    from transformers.quantizers import auto
+
+    for method, (configuration, quantiser) in _QUANTISERS.items():
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
+        auto.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
+    original = modeling_utils.get_hf_quantizer
+
+    def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        # Folders of the official DFloat11 package name no method. transformers would fill their model with noise.
+        if getattr(config, "dfloat11_config", None) and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = {"quant_method": "dfloat11"}
+        return original(config, *args, **kwargs)
+
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
 
 
 if _Registration.registry in sys.modules:

@@ -1,24 +1,21 @@
 """Loading folders in the official format: through transformers' from_pretrained, or into a model that exists.
 
 ``import broadsheet`` registers the quantiser "dfloat11". Folders that Broadsheet writes name it in their config.json beside
-``dfloat11_config``; those of the official package have ``dfloat11_config`` alone, in which transformers sees nothing to do
-and would start with random weights. `register` makes it see.
+``dfloat11_config``; those of the official package have ``dfloat11_config`` alone, which is taken for the same.
 """
 
 from __future__ import annotations
 
 import re
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quantiser import headers
@@ -150,22 +147,6 @@ def _check(name: str, unit: Unit) -> None:
         unit.positions()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def register() -> None:
-    """Makes transformers know folders in this format. Idempotent."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DFloat11Config
-    AUTO_QUANTIZER_MAPPING[METHOD] = DFloat11Quantizer
-    original = modeling_utils.get_hf_quantizer
-    if not hasattr(original, "__wrapped__"):
-
-        @wraps(original)
-        def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-            if getattr(config, "dfloat11_config", None) and getattr(config, "quantization_config", None) is None:
-                config.quantization_config = DFloat11Config().to_dict()
-            return original(config, *args, **kwargs)
-
-        modeling_utils.get_hf_quantizer = get_hf_quantizer
 
 
 class DFloat11Model:
