@@ -197,7 +197,9 @@ def show(records: list[Record]) -> None:
         best, against = setting.pop("best"), setting.pop("against", "")
         interval = "" if one.ci is None else f"{one.ci[0]:.3f} to {one.ci[1]:.3f}"
         where = " ".join(f"{key}={value}" for key, value in setting.items())
-        table.add_row(one.model, one.metric, one.method, against, where, f"{one.value:.3f}", interval, f"{best:.3f}", one.unit)
+        table.add_row(
+            one.model, one.metric, one.method, against, where, f"{one.value:.3f}", interval, f"{best:.3f}", one.unit
+        )
     Console(width=200).print(table)
 
 

@@ -140,7 +140,7 @@ def _compress(model: nn.Module, units: Mapping[str, Sequence[str]], check: bool)
         weights = [weight for _, weight in _weights(model, {name: paths})]
         unit = encode(weights)
         if check:
-            parts = decode(unit).tensor_split(unit.split_positions.tolist())
+            parts = decode(unit).split(unit.sizes())
             if not all(torch.equal(_bits(part), _bits(weight.cpu())) for part, weight in zip(parts, weights)):
                 raise RuntimeError(f"{name} is not what it was after decoding; please report this")
         attach(

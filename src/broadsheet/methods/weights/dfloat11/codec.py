@@ -32,6 +32,9 @@ MOST_WEIGHTS = 2**31 - 1
 CHUNK = 1 << 16
 
 
+MISPLACED = "output_positions do not lead through the unit; copy or compress the model again"
+
+
 class Damaged(ValueError):
     """The tensors of a unit contradict each other; they were changed after they were written."""
 
@@ -68,8 +71,31 @@ class Unit:
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.weights
 
+    def sizes(self) -> list[int]:
+        """How many weights each tensor of the unit has. Raises `Damaged`."""
+        ends = [*self.split_positions.tolist(), self.weights]
+        sizes = [end - start for start, end in zip([0, *ends], ends)]
+        if self.split_positions.dtype != torch.int64 or self.split_positions.ndim != 1 or min(sizes) < 0:
+            raise Damaged("split_positions do not divide the unit; copy or compress the model again")
+        return sizes
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def check(self) -> None:
+        """Raises `Damaged` unless shapes and dtypes fit each other; does not look at what the tensors hold."""
+        rows = (self.encoded_exponent, self.sign_mantissa, self.output_positions, self.gaps)
+        if any(tensor.dtype != torch.uint8 or tensor.ndim != 1 for tensor in rows):
+            raise Damaged("the tensors of a unit are rows of uint8; copy or compress the model again")
+        if self.luts.dtype != torch.uint8 or self.luts.ndim != 2 or self.luts.shape[1] != 256:
+            raise Damaged("luts are no tables of 256 bytes; copy or compress the model again")
+        if not 2 <= self.luts.shape[0] <= TABLES + 2:
+            raise Damaged("luts must be 1 to 17 tables and the row of lengths; copy or compress the model again")
+        blocks = self.blocks
+        if not 0 < self.weights <= MOST_WEIGHTS or not blocks:
+            raise Damaged("the unit is empty or too large; copy or compress the model again")
+        if self.output_positions.numel() not in (4 * blocks, 4 * blocks + 4) or self.gaps.numel() != GAP_BYTES * blocks:
+            raise Damaged("the stream is truncated, or gaps or output_positions are; copy or compress the model again")
 
     def positions(self) -> np.ndarray:
         """``output_positions`` as uint32 [blocks + 1], checked. Raises `Damaged`.
@@ -80,31 +106,10 @@ class Unit:
         positions = np.frombuffer(self.output_positions.cpu().numpy().tobytes(), "<u4")
         if positions.size == self.blocks:
             positions = np.append(positions, positions[-1:])
-        if positions.size != self.blocks + 1 or positions[0] or positions[-1] != self.weights:
-            raise Damaged("output_positions do not fit the stream; copy or compress the model again")
-        if (positions[1:] - positions[:-1] > 8 * BLOCK_BYTES).any():  # a step back is a long one in uint32
-            raise Damaged("output_positions do not grow as a stream's do; copy or compress the model again")
+        # In uint32 a step back is a long one.
+        if positions[0] or positions[-1] != self.weights or (positions[1:] - positions[:-1] > 8 * BLOCK_BYTES).any():
+            raise Damaged(MISPLACED)
         return positions
-
-    def check(self) -> None:
-        """Raises `Damaged` unless shapes and dtypes fit each other; does not read the stream."""
-        for name, tensor in self.tensors().items():
-            wanted = torch.int64 if name == "split_positions" else torch.uint8
-            if tensor.dtype != wanted or tensor.ndim != (2 if name == "luts" else 1):
-                raise Damaged(f"{name} is not a {wanted} tensor of the right shape; copy or compress the model again")
-        if self.luts.shape[1] != 256 or not 2 <= self.luts.shape[0] <= TABLES + 2:
-            raise Damaged(
-                "luts must be 1 to 17 tables of 256 entries and the row of lengths; copy or compress the model again"
-            )
-        if not 0 < self.weights <= MOST_WEIGHTS or not self.encoded_exponent.numel():
-            raise Damaged("the unit is empty or too large; copy or compress the model again")
-        if self.output_positions.numel() not in (4 * self.blocks, 4 * self.blocks + 4):
-            raise Damaged("the stream is truncated, or output_positions are; copy or compress the model again")
-        if self.gaps.numel() != GAP_BYTES * self.blocks:
-            raise Damaged("the stream is truncated, or the gaps are; copy or compress the model again")
-        splits = self.split_positions.tolist()
-        if any(low > high for low, high in zip([0, *splits], [*splits, self.weights])):
-            raise Damaged("split_positions do not divide the unit; copy or compress the model again")
 
 
 def split(weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -261,7 +261,7 @@ def verify(folder: str | Path, original: str | Path | None = None) -> Verificati
         _check_index(name, unit, decoded)
         units, weights = units + 1, weights + unit.weights
         if source is not None:
-            parts = decoded.tensor_split(unit.split_positions.tolist())
+            parts = decoded.split(unit.sizes())
             for path, part in zip(_paths_of(name, config["pattern_dict"], len(parts)), parts, strict=True):
                 full = ".".join(filter(None, [name, path, "weight"]))
                 wanted = source[full].flatten()

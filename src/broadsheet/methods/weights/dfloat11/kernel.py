@@ -5,14 +5,14 @@ What makes it fast:
 - `WINDOW` bits of the stream are looked up at a time and give up to `MOST` exponents at once: 3.8 on average at 2.6 bits a
   weight. The table (16 KiB, beside 4 KiB of counts and lengths) is derived from the unit's own byte-wise tables; codes that
   are longer than the window, one in 2,000, are decoded with those.
-- A lookup waits for the one before it. Four blocks, whose beginnings are known, are decoded alternately, so that a processor
-  always has something to do.
+- A lookup waits for the one before it. So four runs of blocks, whose beginnings are known, are decoded alternately, and the
+  processor always has something to do.
 - Exponents go to a small buffer that is merged with signs and mantissas in vector registers. The memory that the merge
   will touch is asked for while the exponents are decoded.
 
 Nothing is read or written out of bounds, whatever the unit holds: iterations without checks are counted beforehand from
-the weights and bits that are left, and the rest of a block is decoded with checks. A block must end where the next one
-starts, and the last one with the stream; that notices nearly all damage.
+the weights and bits that are left, and the rest of a run is decoded with checks. A run must end where the next one starts,
+and the last one with the stream; that notices most damage, and `files.verify` more.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from numba.extending import intrinsic
 
 from broadsheet.core.numerics.threads import split
 
-from .codec import BLOCK_BYTES, GAP_BYTES, Damaged, Unit
+from .codec import BLOCK_BYTES, GAP_BYTES, MISPLACED, Damaged, Unit
 from .huffman import EXPONENTS, LONGEST
 
 #: bits of the stream looked up at a time, and exponents that come out of it at most
 WINDOW, MOST = 11, 6
 #: lookups between two refills of the 57 bits or more that a register holds
 LOOKUPS = 57 // WINDOW
-#: thread blocks decoded alternately
+#: runs of thread blocks decoded alternately
 LANES = 4
 #: weights that a lane decodes between two merges, and the bytes of its buffer: the last lookup writes more than it keeps
 CHUNK = 8192
@@ -49,19 +49,20 @@ def decode(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
     ``out``: where to write, contiguous bfloat16 [weights]. Raises `Damaged`; ``out`` then holds anything.
     """
     unit.check()
-    positions = unit.positions()
     out = torch.empty(unit.weights, dtype=torch.bfloat16) if out is None else out
     if out.dtype != torch.bfloat16 or out.numel() != unit.weights or not out.is_contiguous():
         raise ValueError(f"decode into a contiguous bfloat16 tensor of {unit.weights} weights")
-    parts = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.gaps)
-    luts, stream, rest, gaps = (part.contiguous().numpy() for part in parts)
-    symbols, steps = _lookup(luts)
-    bits = out.view(torch.int16).view(-1).numpy().view(np.uint16)
+    parts = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.gaps, unit.output_positions)
+    luts, stream, rest, gaps, positions = (part.contiguous().numpy() for part in parts)
+    symbols, steps, leads_through = _prepare(luts, positions, unit.blocks, unit.weights)
+    if not leads_through:
+        raise Damaged(MISPLACED)
+    bits = out.view(torch.int16).view(-1).numpy()
 
     def work(first: int, last: int) -> None:
         wrong = _decode(luts, symbols, steps, stream, rest, gaps, positions, bits, first, last)
         if wrong >= 0:
-            raise Damaged(f"block {wrong} of the stream is damaged; copy or compress the model again")
+            raise Damaged(f"the stream is damaged in block {wrong} or after; copy or compress the model again")
 
     split(work, unit.blocks, LANES)
     return out
@@ -166,6 +167,17 @@ def write(exponents, lengths, values, bit, written, words, gaps, before):
     return bit
 
 
+@_inlined
+def _position(positions, block, weights):
+    """Weights before a block; `Unit.positions` says when the last one is missing."""
+    if 4 * block == positions.size:
+        return np.int64(weights)
+    position = np.int64(0)
+    for byte in range(3, -1, -1):
+        position = position << 8 | np.int64(positions[4 * block + byte])
+    return position
+
+
 @_compiled()
 def _code(luts, window):
     """Exponent and length of the code at the top of a 32-bit ``window``; length 0 when there is none."""
@@ -189,6 +201,18 @@ def _window(stream, bit):
     for byte in range(bit >> 3, (bit >> 3) + 5):
         window = window << 8 | (np.int64(stream[byte]) if byte < stream.size else 0)
     return window >> (8 - (bit & 7)) & 0xFFFFFFFF
+
+
+@_compiled()
+def _prepare(luts, positions, blocks, weights):
+    """`_lookup`, and whether the positions rise from 0 to the number of weights in steps that a block can make."""
+    fits, before = _position(positions, 0, weights) == 0, 0
+    for block in range(1, blocks + 1):
+        position = _position(positions, block, weights)
+        fits &= 0 <= position - before <= 8 * BLOCK_BYTES
+        before = position
+    symbols, steps = _lookup(luts)
+    return symbols, steps, fits and before == weights
 
 
 @_compiled()
@@ -256,9 +280,9 @@ def _merge(buffer, first, last, rest, out, done):
     count = last - first
     exponents, source, target = buffer[first:last], rest[done : done + count], out[done : done + count]
     for index in range(count):
-        sign_mantissa = np.uint16(source[index])
-        sign, mantissa = sign_mantissa & np.uint16(0x80), sign_mantissa & np.uint16(0x7F)
-        target[index] = sign << np.uint16(8) | np.uint16(exponents[index]) << np.uint16(7) | mantissa
+        # Extended, the sign bit stands in bits 7 to 15, of which 7 to 14 make room for the exponent.
+        sign_and_mantissa = np.int16(np.int8(source[index])) & np.int16(-0x7F81)
+        target[index] = sign_and_mantissa | np.int16(exponents[index]) << np.int16(7)
     return done + count
 
 
@@ -300,72 +324,70 @@ def _alone(luts, symbols, steps, stream, rest, bit, done, limit, out, buffer):
 
 @_compiled()
 def _decode(luts, symbols, steps, stream, rest, gaps, positions, out, first, last):
-    """Decodes the blocks ``first`` to ``last``; returns the first one that is damaged, or -1."""
+    """Decodes the blocks ``first`` to ``last``; returns the first of a run of blocks that is damaged, or -1."""
     buffer, size = np.empty(LANES * LANE, np.uint8), stream.size
     base0, base1, base2, base3 = 0, LANE, 2 * LANE, 3 * LANE
-    bits, done = np.zeros(LANES, np.int64), np.zeros(LANES, np.int64)
-    for block in range(first, last, LANES):
-        lanes = min(LANES, last - block)
-        for lane in range(lanes):
-            bits[lane], done[lane] = _start(gaps, block + lane), positions[block + lane]
-        if lanes == LANES:
-            bit0, bit1, bit2, bit3 = bits[0], bits[1], bits[2], bits[3]
-            done0, done1, done2, done3 = done[0], done[1], done[2], done[3]
-            limit0, limit1, limit2, limit3 = done1, done2, done3, np.int64(positions[block + LANES])
-            wrong = 0
-            while True:
-                rounds = min(
-                    min(_rounds(bit0, done0, limit0, size), _rounds(bit1, done1, limit1, size)),
-                    min(_rounds(bit2, done2, limit2, size), _rounds(bit3, done3, limit3, size)),
-                )
-                if rounds <= 0:
-                    break
-                at0, at1, at2, at3 = base0, base1, base2, base3
-                to0, to1, to2, to3 = done0 - base0, done1 - base1, done2 - base2, done3 - base3
-                for _ in range(rounds):
-                    _soon(rest, out, to0 + at0)
-                    _soon(rest, out, to1 + at1)
-                    _soon(rest, out, to2 + at2)
-                    _soon(rest, out, to3 + at3)
-                    bits0, bits1, bits2, bits3 = (
-                        _refill(stream, bit0), _refill(stream, bit1), _refill(stream, bit2), _refill(stream, bit3),
-                    )  # fmt: skip
-                    step0 = step1 = step2 = step3 = np.uint64(0)
-                    for _ in range(LOOKUPS):
-                        bits0, at0, step0 = _step(bits0, at0, symbols, steps, buffer)
-                        bits1, at1, step1 = _step(bits1, at1, symbols, steps, buffer)
-                        bits2, at2, step2 = _step(bits2, at2, symbols, steps, buffer)
-                        bits3, at3, step3 = _step(bits3, at3, symbols, steps, buffer)
-                    bit0 += _trailing_zeros(bits0)
-                    bit1 += _trailing_zeros(bits1)
-                    bit2 += _trailing_zeros(bits2)
-                    bit3 += _trailing_zeros(bits3)
-                    if step0 == 0:
-                        bit0, at0, bad = _long(luts, stream, bit0, at0, buffer)
-                        wrong |= bad
-                    if step1 == 0:
-                        bit1, at1, bad = _long(luts, stream, bit1, at1, buffer)
-                        wrong |= bad
-                    if step2 == 0:
-                        bit2, at2, bad = _long(luts, stream, bit2, at2, buffer)
-                        wrong |= bad
-                    if step3 == 0:
-                        bit3, at3, bad = _long(luts, stream, bit3, at3, buffer)
-                        wrong |= bad
-                done0 = _merge(buffer, base0, at0, rest, out, done0)
-                done1 = _merge(buffer, base1, at1, rest, out, done1)
-                done2 = _merge(buffer, base2, at2, rest, out, done2)
-                done3 = _merge(buffer, base3, at3, rest, out, done3)
-            if wrong:
-                return block
-            bits[0], bits[1], bits[2], bits[3] = bit0, bit1, bit2, bit3
-            done[0], done[1], done[2], done[3] = done0, done1, done2, done3
-        for lane in range(lanes):
-            limit = np.int64(positions[block + lane + 1])
-            bit = _alone(luts, symbols, steps, stream, rest, bits[lane], done[lane], limit, out, buffer)
-            if limit == positions[block + lane]:  # no code starts here
-                continue
-            ends_well = (bit + 7) >> 3 == size if limit == rest.size else bit == _start(gaps, block + lane + 1)
+    # A lane is a quarter of the blocks: as many bits, so that all get to their ends in about as many lookups.
+    run, start, done = np.empty(LANES + 1, np.int64), np.zeros(LANES, np.int64), np.empty(LANES + 1, np.int64)
+    for lane in range(LANES + 1):
+        run[lane] = first + (last - first) * lane // LANES
+        done[lane] = _position(positions, run[lane], rest.size)
+        if lane < LANES and run[lane] < last:
+            start[lane] = _start(gaps, run[lane])
+    bit0, bit1, bit2, bit3 = start[0], start[1], start[2], start[3]
+    done0, done1, done2, done3 = done[0], done[1], done[2], done[3]
+    limit0, limit1, limit2, limit3 = done[1], done[2], done[3], done[4]
+    wrong = 0
+    while True:
+        rounds = min(
+            min(_rounds(bit0, done0, limit0, size), _rounds(bit1, done1, limit1, size)),
+            min(_rounds(bit2, done2, limit2, size), _rounds(bit3, done3, limit3, size)),
+        )
+        if rounds <= 0:
+            break
+        at0, at1, at2, at3 = base0, base1, base2, base3
+        to0, to1, to2, to3 = done0 - base0, done1 - base1, done2 - base2, done3 - base3
+        for _ in range(rounds):
+            _soon(rest, out, to0 + at0)
+            _soon(rest, out, to1 + at1)
+            _soon(rest, out, to2 + at2)
+            _soon(rest, out, to3 + at3)
+            bits0, bits1 = _refill(stream, bit0), _refill(stream, bit1)
+            bits2, bits3 = _refill(stream, bit2), _refill(stream, bit3)
+            step0 = step1 = step2 = step3 = np.uint64(0)
+            for _ in range(LOOKUPS):
+                bits0, at0, step0 = _step(bits0, at0, symbols, steps, buffer)
+                bits1, at1, step1 = _step(bits1, at1, symbols, steps, buffer)
+                bits2, at2, step2 = _step(bits2, at2, symbols, steps, buffer)
+                bits3, at3, step3 = _step(bits3, at3, symbols, steps, buffer)
+            bit0 += _trailing_zeros(bits0)
+            bit1 += _trailing_zeros(bits1)
+            bit2 += _trailing_zeros(bits2)
+            bit3 += _trailing_zeros(bits3)
+            if step0 == 0:
+                bit0, at0, bad = _long(luts, stream, bit0, at0, buffer)
+                wrong |= bad
+            if step1 == 0:
+                bit1, at1, bad = _long(luts, stream, bit1, at1, buffer)
+                wrong |= bad
+            if step2 == 0:
+                bit2, at2, bad = _long(luts, stream, bit2, at2, buffer)
+                wrong |= bad
+            if step3 == 0:
+                bit3, at3, bad = _long(luts, stream, bit3, at3, buffer)
+                wrong |= bad
+        done0 = _merge(buffer, base0, at0, rest, out, done0)
+        done1 = _merge(buffer, base1, at1, rest, out, done1)
+        done2 = _merge(buffer, base2, at2, rest, out, done2)
+        done3 = _merge(buffer, base3, at3, rest, out, done3)
+    if wrong:
+        return first
+    bits, so_far = (bit0, bit1, bit2, bit3), (done0, done1, done2, done3)
+    for lane in range(LANES):
+        limit = done[lane + 1]
+        if limit > done[lane]:  # a code starts in this run of blocks
+            bit = _alone(luts, symbols, steps, stream, rest, bits[lane], so_far[lane], limit, out, buffer)
+            ends_well = (bit + 7) >> 3 == size if limit == rest.size else bit == _start(gaps, run[lane + 1])
             if not ends_well:
-                return block + lane
+                return run[lane]
     return -1

@@ -19,9 +19,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quantiser import headers
-from .codec import Unit
 from .files import Stored, check_config, read_config
-from .runtime import UNIT_TENSORS, Workspace, attach, compressed, offload
+from .runtime import UNIT_TENSORS, Workspace, attach, compressed, layer_shape, offload
 
 METHOD = "dfloat11"
 
@@ -65,8 +64,7 @@ class DFloat11Quantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module, decompressor in compressed(model):
-            _check(name, decompressor.unit(module))
+        check_units(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -141,12 +139,18 @@ def _untie(model: nn.Module) -> None:
             )
 
 
-def _check(name: str, unit: Unit) -> None:
-    try:
-        unit.check()
-        unit.positions()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+def check_units(model: nn.Module) -> None:
+    """Raises ValueError when a unit's tensors do not fit each other or its layers; does not read the streams."""
+    for name, module, decompressor in compressed(model):
+        unit = decompressor.unit(module)
+        shapes = [layer_shape(layer) for layer in decompressor.layers(module)]
+        try:
+            unit.check()
+            unit.positions()
+            if unit.sizes() != [rows * columns for rows, columns in shapes]:
+                raise ValueError("split_positions are not those of its layers; the files belong to another model")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 class DFloat11Model:
@@ -185,8 +189,7 @@ def _fill(model: nn.Module, stored: Stored, config: Any) -> nn.Module:
     """Gives ``model`` the tensors of a folder."""
     tensors = {name: stored[name] for name in stored.files}
     _attach(model, config, tensors, {name: name for name in tensors})
-    for name, module, decompressor in compressed(model):
-        _check(name, decompressor.unit(module))
+    check_units(model)
     units = {f"{name}.{part}" for name, _, _ in compressed(model) for part in UNIT_TENSORS}
     own = model.state_dict(keep_vars=True)
     with torch.no_grad():

@@ -61,8 +61,10 @@ class Decompressor:
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         unit = self.unit(module)
         weights = decode(unit, self.workspace.take(unit.weights, unit.luts.device))
-        for layer, part in zip(self.layers(module), weights.tensor_split(unit.split_positions.tolist())):
-            layer.weight = part.view(layer_shape(layer))
+        layers = self.layers(module)
+        shapes = [layer_shape(layer) for layer in layers]
+        for layer, shape, part in zip(layers, shapes, weights.split([rows * columns for rows, columns in shapes])):
+            layer.weight = part.view(shape)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for layer in self.layers(module):
