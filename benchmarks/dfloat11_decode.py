@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import lzma
-import os
 import statistics
 import time
 import zlib
@@ -34,8 +33,7 @@ from rich.table import Table
 from broadsheet.core.models import load
 from broadsheet.core.models.walker import blocks
 from broadsheet.core.records import Record, now, provenance, write_json
-from broadsheet.core.stats import bootstrap_ci
-from broadsheet.methods.weights.dfloat11 import DFloat11, Unit, encode, split
+from broadsheet.methods.weights.dfloat11 import DFloat11, encode, split
 from broadsheet.methods.weights.dfloat11 import kernel as df11
 
 Contenders = dict[str, Callable[[], object]]

@@ -80,9 +80,10 @@ def _register() -> None:
     from transformers import modeling_utils
     from transformers.quantizers import auto
 
+    registry: Any = auto
     for method, (configuration, quantiser) in _QUANTISERS.items():
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
-        auto.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
+        registry.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
+        registry.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
     original = modeling_utils.get_hf_quantizer
 
     def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ def decode(unit: Unit, out: torch.Tensor | None = None) -> torch.Tensor:
         if wrong >= 0:
             raise Damaged(f"the stream is damaged in block {wrong} or after; copy or compress the model again")
 
-    split(work, unit.blocks, LANES)
+    split(work, unit.blocks, 4 * LANES)  # for less another thread is not worth its start
     return out
 
 
