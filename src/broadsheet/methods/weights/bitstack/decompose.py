@@ -64,7 +64,7 @@ class Layout:
 
     def join(self, a: torch.Tensor, b: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
         """The block of float16 factors and packed signs."""
-        parts = [a.contiguous().view(torch.uint8).flatten(), b.contiguous().view(torch.uint8).flatten()]
+        parts = [factor.flatten().contiguous().view(torch.uint8) for factor in (a, b)]
         return torch.cat([*parts, *([] if signs is None else [signs])])
 
     def split(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -174,13 +174,14 @@ def set_counts(
     stack = stack_of(layers)
     before = [layer.n_loaded for layer in layers]
     wanted = [(layer, block) for layer, block in stack.index.whole if before[layer] <= block < counts[layer]]
-    try:
-        for (place, _), block in stack.read(wanted):
-            layers[place].push(block, devices[place] if devices else None)
-    except ValueError:
-        for layer, count in zip(layers, before):
-            layer.keep(count)
-        raise
+    if wanted:
+        try:
+            for (place, _), block in stack.read(wanted):
+                layers[place].push(block, devices[place] if devices else None)
+        except ValueError:
+            for layer, count in zip(layers, before):
+                layer.keep(count)
+            raise
     moved = [abs(count - old) for count, old in zip(counts, before)]
     for layer, count in zip(layers, counts):
         layer.keep(count)
