@@ -71,7 +71,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         stored = headers(checkpoint_files or [])
-        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(model.config.name_or_path)
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path()
         for entry in self.quantization_config.modules:
             kind = packed_class(entry["kind"])
             for name in entry["names"]:

@@ -55,9 +55,9 @@ MIB = 2**20
 class BitStack(WeightMethod):
     """A stack of ``n_iter`` blocks of rank ``k`` for every linear layer, loaded as far as wanted.
 
-    Parameters: ``n_iter`` (16) and ``k`` (16, or "auto": the largest whose factors cost a quarter of a bit a weight, as fits
-    matrices that are not thousands wide); ``scale``: the activation-aware scaling; ``avd``: absolute values are decomposed and
-    signs kept, off: plain SVD at as many bytes. ``sort``, what makes a block useful:
+    Parameters: ``n_iter`` (16) and ``k`` (16, or "auto": the largest whose factors cost a quarter of a bit a weight, as
+    fits matrices that are not thousands wide); ``scale``: the activation-aware scaling; ``avd``: absolute values are
+    decomposed and signs kept, off: plain SVD at as many bytes. ``sort``, what makes a block useful:
 
     - "ppl" (the paper's): the perplexity with it on the last ``sort_samples`` (32) calibration sequences, which
       the scaling does not see
@@ -107,6 +107,8 @@ class BitStack(WeightMethod):
         """
         check_model(model)
         self.check(shapes(model))
+        if not linears(model):
+            raise ValueError(f"{type(model).__name__} has no nn.Linear in its decoder blocks, and BitStack covers no others")
         tuning, held_out = self._split(calibration)
         names = list(linears(model))
         layouts = {name: self.layout(*linear.weight.shape) for name, linear in linears(model).items()}
@@ -166,12 +168,12 @@ class BitStack(WeightMethod):
                 raise Unreachable(8 * index.offsets[index.layers] / weights) from None
         counts = index.counts(position)
         stack = Stack.write(index, [stacks[name] for name in names])
-        modules = dict(model.named_modules())
+        dense = linears(model)
         for place, name in enumerate(names):
-            linear, layout = modules[name], layouts[name]
+            linear, layout = dense[name], layouts[name]
             held = {f"block{i}": block for i, block in enumerate(stacks.pop(name)[: counts[place]])}
             layer = BitStackLinear(
-                {**bias_of(linear), **held},  # type: ignore[arg-type]
+                {**bias_of(linear), **held},
                 layout.columns,
                 layout.rows,
                 layout.rank,
@@ -194,8 +196,8 @@ class BitStack(WeightMethod):
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """This method, loaded to ``bits``; with fewer levels where fewer can be used, so that no more are sorted.
 
-        A ``k`` above "auto" somewhere becomes "auto" (factors are dearer than signs: at equal bytes more blocks of lower rank
-        are nearer), and then 1 where one block of every layer is still too much.
+        A ``k`` above "auto" somewhere becomes "auto" (factors are dearer than signs: at equal bytes more blocks of lower
+        rank are nearer), and then 1 where one block of every layer is still too much.
         """
         auto = min(auto_rank(rows, columns) for rows, columns in layers)
         for k in ("auto" if self.k == "auto" or self.k > auto else self.k, 1):
@@ -215,7 +217,7 @@ class BitStack(WeightMethod):
         if not self.scale and not self.evaluates:
             return None, None
         if calibration is None:
-            raise ValueError("BitStack needs calibration: token ids of shape [samples, tokens]; or scale=False, sort='error'")
+            raise ValueError("BitStack needs calibration: token ids [samples, tokens]; or scale=False and sort='error'")
         if calibration.ndim != 2 or not calibration.numel():
             raise ValueError("calibration must be token ids of shape [samples, tokens], at least one of each")
         if not self.evaluates:
@@ -256,4 +258,3 @@ class BitStack(WeightMethod):
             for module in block.module.modules()
         }
         set_counts(in_order, counts, [homes[id(layer)] for layer in in_order])
-

@@ -25,7 +25,8 @@ TILE = 128
 
 def covers(x: torch.Tensor, layout: Layout) -> bool:
     """Whether `forward` can answer: on a CPU, without gradients, with rows of signs that begin at a byte."""
-    return x.device.type == "cpu" and layout.signed and layout.columns % 8 == 0 and not x.requires_grad and _runs()
+    learns = torch.is_grad_enabled() and x.requires_grad
+    return x.device.type == "cpu" and layout.signed and layout.columns % 8 == 0 and not learns and _runs()
 
 
 def forward(x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: Layout) -> torch.Tensor:
@@ -33,9 +34,9 @@ def forward(x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: Layout) -> 
     rows, columns = layout.rows, layout.columns
     parts = []
     for block in blocks:
-        a, b, signs = layout.split(block)
-        assert signs is not None
-        parts.append((a.float(), b.float(), signs.view(rows, columns // 8).numpy()))
+        a, b, packed = layout.split(block)
+        assert packed is not None
+        parts.append((a.float(), b.float(), packed.view(rows, columns // 8).numpy()))
     add_signed = _kernel()
     flat = x.reshape(-1, columns).float()
     y = flat.new_empty(flat.shape[0], rows)
@@ -51,7 +52,7 @@ def forward(x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: Layout) -> 
 
 
 def _add_signed(total: Any, product: Any, signs: Any, first: int, count: int) -> None:
-    """total += product, negated where the bit of ``signs`` [rows, columns / 8] is clear; rows ``first`` and on of the signs."""
+    """total += product, negated where the bit of ``signs`` [rows, columns / 8], from row ``first`` on, is clear."""
     for row in range(count):
         packed, source, target = signs[first + row], product[row], total[row]
         for column in range(packed.shape[0]):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from broadsheet.core.numerics.packed import PackedLinear

@@ -63,8 +63,8 @@ def prefix_bytes(whole: Order, block_bytes: Sequence[int]) -> list[int]:
 def error_scores(errors: Sequence[Sequence[float]], block_bytes: Sequence[int]) -> np.ndarray:
     """Scores [levels, layers] without a model: minus the share of its squared error that a block takes away, by byte.
 
-    ``errors`` [layers, blocks + 1]: squared error after 0, 1, ... blocks, of the scaled weight, which weighs an input channel
-    by the norm of what comes in there. A share of the weight's square, since layers differ in magnitude.
+    ``errors`` [layers, blocks + 1]: squared error after 0, 1, ... blocks, of the scaled weight, which weighs an input
+    channel by the norm of what comes in there. A share of the weight's square, since layers differ in magnitude.
     """
     table = np.array(errors, dtype=np.float64)
     share = table / np.maximum(table[:, :1], np.finfo(np.float64).tiny)

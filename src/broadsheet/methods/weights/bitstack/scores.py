@@ -28,7 +28,7 @@ BATCH = 8
 @torch.no_grad()
 def model_scores(
     model: PreTrainedModel,
-    blocks: Mapping[str, Sequence[torch.Tensor]],
+    blocks: Mapping[str, list[torch.Tensor]],
     layouts: Mapping[str, Layout],
     ids: torch.Tensor,
     labels: torch.Tensor,

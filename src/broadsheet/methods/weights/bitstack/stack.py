@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Index:
         return counts_at(self.whole, self.layers, position)
 
     def position(self, room: int, base_bytes: int) -> int:
-        """How many blocks fit beside ``base_bytes`` into ``room``; raises ValueError, naming the least, below one a layer."""
+        """How many blocks fit beside ``base_bytes`` into ``room``; raises ValueError, with the least, below one a layer."""
         least = base_bytes + self.offsets[self.layers]
         if room < least:
             raise ValueError(
@@ -151,7 +152,7 @@ class Stack:
         with _replacing(target / STACK_FILE) as file:
             file.write(header)
             for layer, block in index.whole:
-                data = memoryview(blocks[layer][block].cpu().numpy())
+                data = _bytes_of(blocks[layer][block].cpu())
                 checksums.append(crc32(data))
                 file.write(data)
         index = replace(index, checksums=tuple(checksums))
@@ -176,7 +177,7 @@ class Stack:
             raise ValueError(f"{path} has {size} bytes where {expected} belong; save or download the model again")
         return cls(folder, index, len(header))
 
-    def read(self, entries: Iterable[tuple[int, int]]) -> Iterable[tuple[tuple[int, int], torch.Tensor]]:
+    def read(self, entries: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
         """Yields blocks (layer, block) as uint8 tensors, each in memory of its own, in the order asked for.
 
         Raises ValueError where a block is not what was written.
@@ -191,7 +192,7 @@ class Stack:
                 place = self.index.places[layer, block]
                 tensor = torch.empty(self.index.layouts[layer].nbytes, dtype=torch.uint8)
                 file.seek(self._start + self.index.offsets[place])
-                view = memoryview(tensor.numpy())
+                view = _bytes_of(tensor)
                 got = _fill(file, view)
                 self.bytes_read += got
                 if got != len(view) or crc32(view) != self.index.checksums[place]:
@@ -211,6 +212,10 @@ class Stack:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         return self
+
+
+def _bytes_of(block: torch.Tensor) -> memoryview:
+    return memoryview(block.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
 def _fill(file: Any, view: memoryview) -> int:
@@ -251,19 +256,13 @@ def _write_index(index: Index, folder: Path) -> None:
         file.write(json.dumps(index.to_json(), separators=(",", ":")).encode())
 
 
-class _replacing:
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` when it is complete: a kill leaves the old one."""
-
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-
-    def __enter__(self) -> BinaryIO:
-        self.file = open(self.partial, "wb")  # noqa: SIM115
-        return self.file
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
