@@ -172,7 +172,7 @@ def test_acceptance_5_blocks_are_those_of_an_independent_svd(rows, columns, k):
         residual = residual - np.where(residual < 0, -1, 1) * (wanted[0] @ wanted[1]).numpy()
 
 
-def test_taking_up_the_rounding_of_the_factors_is_better_than_the_official_way():
+def test_taking_up_the_rounding_of_the_factors_is_better_on_gaussian_weights():
     for seed in range(3):
         weight, layout = gaussian(128, 96, seed), layout_of(128, 96, 16)
         ours, errors = decompose(weight, layout, 8)
