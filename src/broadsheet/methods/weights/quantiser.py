@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from broadsheet import resolve
@@ -98,12 +97,6 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def register() -> None:
-    """Makes transformers know compressed folders. Idempotent."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
 
 def packed_class(kind: str) -> type[Packed]:
