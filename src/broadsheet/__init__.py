@@ -77,22 +77,20 @@ class _Named:
 
 
 def _register() -> None:
-    from transformers import modeling_utils
-    from transformers.quantizers import auto
-
-    registry: Any = auto
+    auto: Any = import_module("transformers.quantizers.auto")
     for method, (configuration, quantiser) in _QUANTISERS.items():
-        registry.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
-        registry.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
-    original = modeling_utils.get_hf_quantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
+        auto.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
+    modeling: Any = import_module(_Registration.registry)
+    original = modeling.get_hf_quantizer
 
     def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-        # Folders of the official DFloat11 package name no method. transformers would fill their model with noise.
+        # Folders of the official DFloat11 package name no method, and transformers would fill their model with noise.
         if getattr(config, "dfloat11_config", None) and getattr(config, "quantization_config", None) is None:
             config.quantization_config = {"quant_method": "dfloat11"}
         return original(config, *args, **kwargs)
 
-    modeling_utils.get_hf_quantizer = get_hf_quantizer
+    modeling.get_hf_quantizer = get_hf_quantizer
 
 
 if _Registration.registry in sys.modules:

@@ -129,3 +129,12 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
 def test_importing_broadsheet_alone_imports_no_torch():
     code = "import broadsheet, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["core.models.walker", "core.models", "methods.weights.base", "methods.weights.quantiser"]
+)
+def test_any_module_can_be_imported_first(module):
+    """Registration waits for transformers, which the module may be the first to import."""
+    code = f"import broadsheet.{module}, transformers; transformers.PreTrainedModel"
+    subprocess.run([sys.executable, "-c", code], check=True)

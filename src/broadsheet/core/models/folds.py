@@ -93,7 +93,9 @@ def linear_folds(block: Block) -> list[Fold]:
 def scale(block: Block, fold: Fold, factor: torch.Tensor) -> None:
     """Divides the fold's channels by ``factor`` [channels] and multiplies the readers' columns by it, in place.
 
-    Raises ValueError for factors that are not positive and finite.
+    A gain in 16 bits is rounded by the division; the readers are multiplied by what the gain was really divided by, so that
+    the rounding changes the scale a little and the function not at all. Raises ValueError for factors that are not positive
+    and finite.
     """
     if not bool(torch.isfinite(factor).all()) or bool((factor <= 0).any()):
         raise ValueError(f"{fold.producer}: scales must be positive and finite")
@@ -104,10 +106,14 @@ def scale(block: Block, fold: Fold, factor: torch.Tensor) -> None:
     factor = factor.to(weight.device, wide)
     if weight.ndim == 2:  # a linear layer: its rows
         weight.copy_(weight.to(wide) / factor.unsqueeze(1))
-    elif _adds_one(producer):
-        weight.copy_((1 + weight.to(wide)) / factor - 1)
     else:
-        weight.copy_(weight.to(wide) / factor)
+        one = 1 if _adds_one(producer) else 0
+        gain = one + weight.to(wide)
+        held = (gain / factor - one).to(weight.dtype)
+        lost = (one + held.to(wide)) * gain <= 0  # too small for the dtype: such a channel keeps its scale
+        held = torch.where(lost, weight, held)
+        factor = torch.where(gain == 0, factor, gain / (one + held.to(wide)))
+        weight.copy_(held)
     if bias is not None:
         bias.copy_(bias.to(wide) / factor)
     for name in fold.readers:

@@ -15,7 +15,8 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ from .base import WeightMethod
 METHOD = "broadsheet"
 VERSION = 1
 PACKAGE = "broadsheet.methods.weights."
+
+Base = TypeVar("Base")
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -65,6 +68,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         stored = headers(checkpoint_files or [])
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path()
         for entry in self.quantization_config.modules:
             kind = packed_class(entry["kind"])
             for name in entry["names"]:
@@ -72,13 +76,19 @@ class PackedQuantizer(HfQuantizer):
                     key.removeprefix(name + "."): torch.empty(shape, dtype=dtype, device="meta")
                     for key, (dtype, shape) in stored.get(name, {}).items()
                 }
-                if not tensors:
+                if not tensors and not kind.stored_apart:
                     raise ValueError(f"the weights hold nothing for {name}; the folder is incomplete, save it again")
                 try:
                     model.get_submodule(name)
                     model.set_submodule(name, kind(tensors, **entry["plain"]))
                 except (AttributeError, TypeError) as error:
                     raise ValueError(f"config.json does not fit this model at {name}: {error}") from None
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if _stored_apart(model):
+            method_class(self.quantization_config.method).load_beside(model, self.folder)
+            _save_what_is_apart(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -91,13 +101,38 @@ class PackedQuantizer(HfQuantizer):
 
 def packed_class(kind: str) -> type[Packed]:
     """The class that a config names; raises ValueError unless it is a packed module of this package."""
+    return _class(kind, Packed, "packed module")
+
+
+def method_class(slug: str) -> type[WeightMethod]:
+    """The method that a config names; raises ValueError unless it is one of this package."""
+    return _class(slug, WeightMethod, "method")
+
+
+def _class(name: str, base: type[Base], what: str) -> type[Base]:
     found = None
-    if kind.startswith(PACKAGE):
+    if name.startswith(PACKAGE):
         with contextlib.suppress(ImportError, AttributeError):
-            found = resolve(kind)
-    if not (isinstance(found, type) and issubclass(found, Packed)):
-        raise ValueError(f"config.json names '{kind}', which is no packed module of this broadsheet; is it newer?")
+            found = resolve(name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"config.json names '{name}', which is no {what} of this broadsheet; is it newer?")
     return found
+
+
+def _stored_apart(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, Packed) and module.stored_apart for module in model.modules())
+
+
+def _save_what_is_apart(model: PreTrainedModel) -> None:
+    """Makes ``model.save_pretrained`` write the method's own files too; transformers has no hook that knows the folder."""
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    if kwargs.get("push_to_hub"):
+        raise ValueError("save to a folder and upload that: the files beside the weights are written after the others")
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    method_class(model.config.quantization_config.method).save_beside(model, Path(save_directory))
 
 
 def headers(files: list[str]) -> dict[str, dict[str, tuple[torch.dtype, list[int]]]]:
@@ -146,6 +181,8 @@ def seal(model: PreTrainedModel, method: WeightMethod) -> PreTrainedModel:
     quantizer = PackedQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer  # type: ignore[assignment]  # transformers sets it so itself
     model.is_quantized = True  # type: ignore[assignment]
+    if _stored_apart(model):
+        _save_what_is_apart(model)
     return model
 
 
