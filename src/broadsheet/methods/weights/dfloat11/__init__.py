@@ -135,7 +135,7 @@ def _compress(model: nn.Module, units: Mapping[str, Sequence[str]], check: bool)
             raise ValueError(f"{full}: {reason}")
         if exponent_counts([weight.flatten().cpu()])[EXPONENTS:].any():
             raise ValueError(f"{full} {UNREPRESENTABLE}")
-    workspace = Workspace()
+    workspace = Workspace.of(model)
     for name, paths in units.items():
         weights = [weight for _, weight in _weights(model, {name: paths})]
         unit = encode(weights)

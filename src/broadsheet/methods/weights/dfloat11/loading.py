@@ -38,10 +38,6 @@ class DFloat11Quantizer(HfQuantizer):
     #: the model is offloaded, so that its state has no units
     offloaded = False
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Decoded weights are bfloat16, and what is computed with them."""
-        return torch.bfloat16
-
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -85,7 +81,7 @@ def _attach(model: nn.Module, config: Any, stored: dict[str, torch.Tensor], name
     units = {name.removesuffix(".luts") for name in stored if name.endswith(".luts")}
     if not units:
         raise ValueError("the files hold no compressed unit; copy all files of the folder")
-    workspace, present = Workspace(), set(names.values())
+    workspace, present = Workspace.of(model), set(names.values())
     for unit in sorted(units):
         name = names[f"{unit}.luts"].removesuffix(".luts")
         tensors = {part: stored[f"{unit}.{part}"] for part in UNIT_TENSORS if f"{unit}.{part}" in stored}

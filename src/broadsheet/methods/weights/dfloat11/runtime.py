@@ -2,14 +2,16 @@
 
 All units of a model share one bfloat16 buffer a device, as large as the largest of them. Before a unit's forward pass its
 weights are decoded into the buffer and its layers get views of it; after the pass the views are taken away, so that a layer
-that is called by itself fails instead of computing with another unit's weights. Hence the weights of two units cannot be
-used at once: no training, no gradient checkpointing, no two threads in one model; `unit_of` and `decode` serve those who
-want to read weights.
+that is called by itself fails instead of computing with another unit's weights. (A model that is loaded in another dtype
+computes in that one, with copies of the same weights: exactly the same in float32.)
+
+Hence the weights of two units cannot be used at once: no training, no gradient checkpointing, no two threads in one model.
+`unit_of` and `decode` serve those who want to read weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,32 +26,53 @@ UNIT_TENSORS = tuple(field.name for field in fields(Unit))
 OFFLOADED = ("encoded_exponent", "sign_mantissa")
 
 
-@dataclass(eq=False)
-class Workspace:
-    """The buffers, one a device, of ``most`` weights each."""
+class Workspace(nn.Module):
+    """The buffers, one a device, of ``most`` weights each. A part of the model, so that its bytes are counted."""
 
-    most: int = 0
-    buffers: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Workspace:
+        """The workspace of a model, which it gets here if it has none."""
+        found = getattr(model, "dfloat11_workspace", None) or cls()
+        if isinstance(model, nn.Sequential):  # would call it
+            model.__dict__["dfloat11_workspace"] = found
+        else:
+            model.dfloat11_workspace = found
+        return found
 
     def take(self, weights: int, device: torch.device) -> torch.Tensor:
-        if device not in self.buffers:
+        """Room for so many weights, bfloat16."""
+        name = f"on_{device}"
+        if name not in self._buffers:
             with torch.inference_mode(False):  # so that it serves both inside and outside of inference mode
-                self.buffers[device] = torch.empty(self.most, dtype=torch.bfloat16, device=device)
-        torch.autograd.graph.increment_version(self.buffers[device])  # a backward pass through older weights fails
-        return self.buffers[device][:weights]
+                self.register_buffer(name, torch.empty(self.most, dtype=torch.bfloat16, device=device), persistent=False)
+        buffer = self.get_buffer(name)
+        torch.autograd.graph.increment_version(buffer)  # a backward pass through weights that are gone fails
+        return buffer[:weights]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Workspace:
+        self._buffers.clear()  # what is in them is not worth moving
+        return self
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that were needed so far."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        return sum(buffer.nbytes for buffer in self.buffers())
 
 
 @dataclass(eq=False)
 class Decompressor:
-    """What stands at a unit's module as ``module.dfloat11``: gives the layers at ``paths`` weights and takes them away."""
+    """What stands at a unit's module as ``module.dfloat11``: gives the layers at ``paths`` weights and takes them away.
+
+    ``dtype``: what the model computes in.
+    """
 
     paths: list[str]
     workspace: Workspace
+    dtype: torch.dtype
     host: dict[str, torch.Tensor] = field(default_factory=dict)  # the tensors of `OFFLOADED`, if it is
 
     def unit(self, module: nn.Module) -> Unit:
@@ -64,7 +87,7 @@ class Decompressor:
         layers = self.layers(module)
         shapes = [layer_shape(layer) for layer in layers]
         for layer, shape, part in zip(layers, shapes, weights.split([rows * columns for rows, columns in shapes])):
-            layer.weight = part.view(shape)
+            layer.weight = part.view(shape).to(self.dtype)  # itself, in bfloat16
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for layer in self.layers(module):
@@ -78,7 +101,8 @@ class Decompressor:
 def attach(module: nn.Module, tensors: dict[str, torch.Tensor], paths: Sequence[str], workspace: Workspace) -> None:
     """Makes ``module`` a unit: it gets the six ``tensors`` as buffers, and the layers at ``paths`` lose their weights.
 
-    Tensors may be on the meta device. Raises ValueError when their shapes do not fit the layers.
+    Tensors may be on the meta device. The layers will compute in the dtype that their weights had. Raises ValueError when
+    the shapes do not fit.
     """
     layers = [module.get_submodule(path) for path in paths]
     sizes = [rows * columns for rows, columns in map(layer_shape, layers)]
@@ -87,11 +111,12 @@ def attach(module: nn.Module, tensors: dict[str, torch.Tensor], paths: Sequence[
     if tensors["sign_mantissa"].numel() != sum(sizes) or tensors["split_positions"].numel() != len(sizes) - 1:
         stored = tensors["sign_mantissa"].numel()
         raise ValueError(f"the file holds {stored} weights for layers of {sum(sizes)}; it belongs to another model")
+    (dtype, *_) = [layer.get_parameter("weight").dtype for layer in layers]
     for layer in layers:
         del layer.weight
     for name in UNIT_TENSORS:
         module.register_buffer(name, tensors[name])
-    decompressor = Decompressor(list(paths), workspace)
+    decompressor = Decompressor(list(paths), workspace, dtype)
     workspace.most = max(workspace.most, sum(sizes))
     module.dfloat11 = decompressor  # type: ignore[assignment]  # neither module nor tensor
     module.register_forward_pre_hook(decompressor.before)
