@@ -120,7 +120,7 @@ class Olive(WeightMethod):
 
     Parameters: ``w_bits``, ``a_bits`` 4 or 8; ``a_bits`` None leaves the inputs as they are (weights alone: not what the
     paper claims). ``mode``: types of normals, "ant-int-flint" chooses for each tensor. ``w_low``, ``w_up``, ``a_low``,
-    ``a_up``: where alpha is searched, in percent of three standard deviations. ``oo_policy``: which of two outliers survives.
+    ``a_up``: where alpha is searched, in percent of three standard deviations. ``oo_policy``: which of two outliers stays.
     ``outliers`` off: normals only, clipped (percent are then of max |x|). ``layer_8bit_n``: so many layers go to 8 bits, the
     last two first, then those of the largest squared error of weights and inputs; ``layer_8bit_l``: their full names.
     ``pairing``: which channels are neighbours (an extension): "adjacent" as they are, "halves" i and i + width / 2, "spread"
