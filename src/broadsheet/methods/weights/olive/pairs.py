@@ -228,17 +228,19 @@ def errors(x: torch.Tensor, scales: torch.Tensor, kind: PairType, oo_policy: str
     most = int((largest >= first_outlier * scales.amin(-1, keepdim=True) * (1 - 1e-6)).sum(-1).max())
     chosen = largest.topk(most).indices.unsqueeze(-1).expand(-1, -1, 2)
     pairs = pairs.gather(1, chosen).flatten(1)  # of each row those that have an outlier at some scale, and maybe more
-    lost = torch.empty(scales.shape, dtype=torch.float64, device=x.device)
-    for place, scale in enumerate(scales.unbind(-1)):
-        wide = scale.double().unsqueeze(-1)
-        below = torch.searchsorted(ordered, (borders * wide).float())  # how many magnitudes are below each border
-        values = levels[-1] * running[:, -1] - running.gather(-1, below) @ steps
-        squared = levels[-1].square() * x.shape[-1] - below.double() @ squares
-        y = _relative(pairs, scale)
+    lost = []
+    together = max(1, BLOCK // (x.shape[0] * max(pairs.shape[1], len(steps))))  # candidates
+    for some in scales.split(together, 1):
+        wide = some.double()
+        bounds = (borders * wide.unsqueeze(-1)).float().flatten(1)
+        below = torch.searchsorted(ordered, bounds)  # how many magnitudes are below each border
+        values = levels[-1] * running[:, -1:] - running.gather(-1, below).unflatten(1, (-1, len(steps))) @ steps
+        squared = levels[-1].square() * x.shape[-1] - below.unflatten(1, (-1, len(steps))).double() @ squares
+        y = _relative(pairs.unsqueeze(1), some)
         rounded, resolved, _ = _resolve(y, kind, oo_policy)
         victims = (y.double().square() - (rounded - y).double().square()) * (rounded != resolved)
-        lost[:, place] = -2 * wide[:, 0] * values + wide[:, 0].square() * (squared + victims.sum(-1))
-    return lost + x.double().square().sum(-1, keepdim=True)
+        lost.append(-2 * wide * values + wide.square() * (squared + victims.sum(-1)))
+    return torch.cat(lost, 1) + x.double().square().sum(-1, keepdim=True)
 
 
 # --- values and codes -------------------------------------------------------------------------------------------------
