@@ -57,9 +57,7 @@ class _Registration(MetaPathFinder):
 
 
 def _register() -> None:
-    from broadsheet.methods.weights.quantiser import register
-
-    register()
+    import_module("broadsheet.methods.weights.quantiser")  # registers itself at its end
 
 
 if _Registration.registry in sys.modules:

@@ -13,6 +13,8 @@ from broadsheet.methods.weights.base import shapes, size
 from broadsheet.methods.weights.quantiser import save
 from broadsheet.methods.weights.rtn import RTN, group_bits
 
+WEIGHTS = ("base", "quantiser", "rtn")
+
 
 def test_sizes_are_those_of_the_tensors():
     model = tiny("gqa").bfloat16()
@@ -124,6 +126,12 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("module", ["core.models.walker", "core.models.folds", *(f"methods.weights.{m}" for m in WEIGHTS)])
+def test_every_module_can_be_the_first_one_imported_and_loading_works_then(module):
+    code = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'broadsheet' in known"
+    subprocess.run([sys.executable, "-c", f"import broadsheet.{module}\n{code}"], check=True)
 
 
 def test_importing_broadsheet_alone_imports_no_torch():

@@ -2,7 +2,8 @@
 
 `seal` gives a compressed model a ``quantization_config`` that says, for every `Packed` module, its class and plain fields.
 When ``from_pretrained`` meets such a config, `PackedQuantizer` reads the shapes of the packed tensors from the headers of
-the safetensors files, builds the same modules, and transformers fills them in. ``import broadsheet`` registers it.
+the safetensors files, builds the same modules, and transformers fills them in. ``import broadsheet`` sees to it that this
+module, which registers it, is imported as soon as transformers is.
 
 The config names classes of this package only; anything else is refused, so a hostile config.json can run nothing.
 """
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from broadsheet import resolve
 from broadsheet.core.numerics.packed import Packed
 
-from .base import WeightMethod
+if TYPE_CHECKING:  # transformers' import runs this module, maybe while `base` is being imported
+    from .base import WeightMethod
 
 METHOD = "broadsheet"
 VERSION = 1
@@ -194,3 +196,6 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         raise
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+register()
