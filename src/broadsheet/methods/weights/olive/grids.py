@@ -4,7 +4,8 @@ A value is a small integer times the tensor's scale. Every type has two code tab
 
 - *normals*: int (two's complement) or flint (ANT, arXiv 2208.14286), each without one code, the identifier;
 - *outliers*: abfloat, a sign, two exponent bits e and the mantissa m: magnitude (2**mantissa + m) << (e + bias), where
-  bias lets outliers begin where normals end ("adaptive bias"). Magnitude code 0 is not used.
+  bias lets outliers begin where normals end ("adaptive bias"). Magnitude code 0 is not used, and no outlier has the
+  identifier for its code: where there is no sign, abfloat codes have the identifier's bits flipped.
 
 A code is an outlier if, and only if, its neighbour in the pair is the identifier; the identifier itself is 0.
 
@@ -95,7 +96,7 @@ class PairType:
         mantissa_bits = magnitude_bits - EXPONENT_BITS
         values = []
         for code in range(2**self.bits):
-            sign, magnitude = divmod(code, 2**magnitude_bits)
+            sign, magnitude = divmod(code if self.signed else code ^ self.identifier, 2**magnitude_bits)
             exponent, mantissa = divmod(magnitude, 2**mantissa_bits)
             value = (2**mantissa_bits + mantissa) << (exponent + self.bias)
             values.append((-value if sign else value) if magnitude else 0)

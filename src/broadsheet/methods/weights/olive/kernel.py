@@ -79,6 +79,14 @@ def _number(kind: PairType) -> int:
     return KINDS.index(replace(kind, outliers=True))
 
 
+def victims(pairs: torch.Tensor, scales: torch.Tensor, kind: PairType, larger: bool) -> torch.Tensor:
+    """As `pairs.victims` says, for ``pairs`` [rows, 2 * pairs]."""
+    out = torch.zeros(scales.shape, dtype=torch.float64)
+    arrays = [tensor.contiguous().numpy() for tensor in (pairs, scales, tables(kind)[2], out)]
+    split(lambda first, last: _victims()(*arrays, kind.top, kind.reach, larger, first, last), len(pairs), 1)
+    return out
+
+
 def _products(a: torch.Tensor, w: torch.Tensor, kind: PairType, tile: int) -> torch.Tensor:
     whole = a.dtype == torch.int16
     out = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int64 if whole else torch.float32)
@@ -215,13 +223,15 @@ def _eight_bits(builder: Any, packed: Any, kind: PairType) -> list[Any]:
         for codes, beside in ((even, odd), (odd, even)):
             magnitude_bits = 8 - kind.signed
             one = 1 << magnitude_bits - EXPONENT_BITS  # of the mantissa
-            magnitude = builder.and_(codes, all_of(2**magnitude_bits - 1))
+            flipped = codes if kind.signed else builder.xor(codes, identifier)
+            magnitude = builder.and_(flipped, all_of(2**magnitude_bits - 1))
             large = builder.or_(builder.and_(magnitude, all_of(one - 1)), all_of(one))
             large = builder.shl(large, all_of(kind.bias))
             for bit in range(EXPONENT_BITS):
                 on = builder.icmp_unsigned("!=", builder.and_(magnitude, all_of(one << bit)), all_of(0))
                 large = builder.select(on, builder.shl(large, all_of(1 << bit)), large)
             large = builder.select(builder.icmp_signed("<", codes, all_of(0)), builder.neg(large), large)
+            large = builder.select(builder.icmp_signed("==", magnitude, all_of(0)), all_of(0), large)
             normal = builder.select(builder.icmp_signed("==", codes, identifier), all_of(0), codes)
             mixed.append(builder.select(builder.icmp_signed("==", beside, identifier), large, normal))
         outlying = builder.block
@@ -388,6 +398,28 @@ def _multiplier(kind: int) -> Callable[..., None]:
                             out[until - 1, row + r] += sums[r]
 
     return compiled(multiply)
+
+
+@cache
+def _victims() -> Callable[..., None]:
+    def victims(pairs, scales, nearest, out, top, reach, larger, first, last):
+        limit = np.float32(reach)
+        for row in range(first, last):
+            for candidate in range(scales.shape[1]):
+                step, total = scales[row, candidate], 0.0
+                for pair in range(pairs.shape[1] // 2 if step > 0 else 0):
+                    y0, y1 = pairs[row, 2 * pair] / step, pairs[row, 2 * pair + 1] / step
+                    c0, c1 = 2 * min(y0, limit), 2 * min(y1, limit)
+                    q0 = nearest[int(np.floor(c0)) + int(np.ceil(c0)) + 4 * reach]
+                    q1 = nearest[int(np.floor(c1)) + int(np.ceil(c1)) + 4 * reach]
+                    if q0 <= top and q1 <= top:
+                        break  # nor has any pair that follows an outlier
+                    second = q0 > top and not (q1 > top and larger and y1 > y0)
+                    y, q = (y1, q1) if second else (y0, q0)
+                    total += np.float64(y) * np.float64(y) - np.float64(q - y) * np.float64(q - y)
+                out[row, candidate] = total
+
+    return compiled(victims)
 
 
 @cache

@@ -227,20 +227,36 @@ def errors(x: torch.Tensor, scales: torch.Tensor, kind: PairType, oo_policy: str
     largest = pairs.amax(-1)
     most = int((largest >= first_outlier * scales.amin(-1, keepdim=True) * (1 - 1e-6)).sum(-1).max())
     chosen = largest.topk(most).indices.unsqueeze(-1).expand(-1, -1, 2)
-    pairs = pairs.gather(1, chosen).flatten(1)  # of each row those that have an outlier at some scale, and maybe more
-    lost = []
-    together = max(1, BLOCK // (x.shape[0] * max(pairs.shape[1], len(steps))))  # candidates
-    for some in scales.split(together, 1):
-        wide = some.double()
-        bounds = (borders * wide.unsqueeze(-1)).float().flatten(1)
-        below = torch.searchsorted(ordered, bounds)  # how many magnitudes are below each border
-        values = levels[-1] * running[:, -1:] - running.gather(-1, below).unflatten(1, (-1, len(steps))) @ steps
-        squared = levels[-1].square() * x.shape[-1] - below.unflatten(1, (-1, len(steps))).double() @ squares
-        y = _relative(pairs.unsqueeze(1), some)
+    pairs = pairs.gather(1, chosen)  # of each row those that have an outlier at some scale, the largest first
+    wide = scales.double()
+    bounds = (borders * wide.unsqueeze(-1)).float().flatten(1)
+    below = torch.searchsorted(ordered, bounds)  # how many magnitudes are below each border
+    values = levels[-1] * running[:, -1:] - running.gather(-1, below).unflatten(1, (-1, len(steps))) @ steps
+    squared = levels[-1].square() * x.shape[-1] - below.unflatten(1, (-1, len(steps))).double() @ squares
+    squared += victims(pairs, scales, kind, oo_policy)
+    return x.double().square().sum(-1, keepdim=True) - 2 * wide * values + wide.square() * squared
+
+
+def victims(pairs: torch.Tensor, scales: torch.Tensor, kind: PairType, oo_policy: str) -> torch.Tensor:
+    """What the victims among ``pairs`` [rows, pairs, 2] lose more than by rounding, in squared steps: [rows, candidates].
+
+    Pairs are sorted by their larger magnitude, the largest first; no magnitude is negative.
+    """
+    compiled = kernels() if pairs.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled.victims(pairs.flatten(1), scales, kind, oo_policy == "larger")
+    return victims_reference(pairs, scales, kind, oo_policy)
+
+
+def victims_reference(pairs: torch.Tensor, scales: torch.Tensor, kind: PairType, oo_policy: str) -> torch.Tensor:
+    """What `victims` gives, in torch alone."""
+    found = []
+    for some in scales.split(max(1, BLOCK // max(pairs.numel(), 1)), 1):
+        y = _relative(pairs.flatten(1).unsqueeze(1), some)
         rounded, resolved, _ = _resolve(y, kind, oo_policy)
-        victims = (y.double().square() - (rounded - y).double().square()) * (rounded != resolved)
-        lost.append(-2 * wide * values + wide.square() * (squared + victims.sum(-1)))
-    return torch.cat(lost, 1) + x.double().square().sum(-1, keepdim=True)
+        more = y.double().square() - (rounded - y).double().square()
+        found.append((more * (rounded != resolved)).sum(-1))
+    return torch.cat(found, 1)
 
 
 # --- values and codes -------------------------------------------------------------------------------------------------
@@ -320,7 +336,7 @@ def _even(x: torch.Tensor) -> torch.Tensor:
 
 def _sorted(x: torch.Tensor) -> torch.Tensor:
     """Rows in ascending order; numpy does that ten times as fast, as it keeps no indices."""
-    return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort(-1).values
+    return torch.from_numpy(np.sort(x.contiguous().numpy())) if x.device.type == "cpu" else x.sort(-1).values
 
 
 def _blocks(x: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, ...]:
