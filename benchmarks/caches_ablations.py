@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from broadsheet.core.microworld.sessions import Session
@@ -266,20 +265,14 @@ def gear(begin: Begin, work: Work) -> Iterator[Study]:
         yield study
 
 
-def _same_channels(model: PreTrainedModel) -> None:
-    """Outliers in the same channels of every layer, as large models have them."""
-    for layer in model.model.layers:
-        inject_input_outliers(nn.ModuleList([layer]), 10)  # type: ignore[arg-type]
-
-
-def _other_channels(model: PreTrainedModel) -> None:
-    """Outliers in channels that differ from layer to layer."""
-    inject_input_outliers(model, 10)
-
-
 def xquant(begin: Begin, work: Work) -> Iterator[Study]:
     """Bits, with and without the cross-layer deltas; plain inputs and with outlier channels."""
-    for outliers, change in {"none": None, "same": _same_channels, "other": _other_channels}.items():
+    changes: dict[str, Any] = {
+        "none": None,
+        "same": lambda model: inject_input_outliers(model, 10, same=True),
+        "other": lambda model: inject_input_outliers(model, 10),
+    }
+    for outliers, change in changes.items():
         study = begin("xquant", work, change, outliers=outliers)
         _layer_similarity(study)
         for bits in (8, 4, 3, 2):

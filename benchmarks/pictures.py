@@ -12,7 +12,7 @@ from rich.console import Console
 
 from broadsheet.core.records import read_json
 from broadsheet.lab import plots
-from broadsheet.lab.table import quality_metric, rows
+from broadsheet.lab.table import quality_of, rows, view
 from broadsheet.lab.terminal import terminal_table
 
 HERE = Path(__file__).parent
@@ -27,14 +27,15 @@ def main() -> None:
             continue
         records = list(read_json(path))
         table = rows(records)
-        metric, _ = quality_metric(records)
+        how = view(records)
         console = Console(record=True, width=150, file=io.StringIO(), force_terminal=True)
         console.print(terminal_table([r for r in records if r.setting.get("budget", 0.25) == 0.25]))
         title = "broadsheet compare caches --budgets 0.25"
         (IMAGES / f"{name}_table.svg").write_text(console.export_svg(title=title, unique_id=name), encoding="utf-8")
-        (IMAGES / f"{name}_bytes.svg").write_text(plots.svg(plots.quality_against_bytes(table, metric)), encoding="utf-8")
+        figure = plots.quality_against_price(table, quality_of(records), how)
+        (IMAGES / f"{name}_bytes.svg").write_text(plots.svg(figure), encoding="utf-8")
         for mode in ("multi-turn", "multi-request"):
-            turns = plots.quality_by_turn(table, mode)
+            turns = plots.quality_by_turn(table, mode, how.reference)
             if turns is not None:
                 (IMAGES / f"{name}_{mode}.svg").write_text(plots.svg(turns), encoding="utf-8")
     print(f"drawn into {IMAGES}")

@@ -56,8 +56,30 @@ class _Registration(MetaPathFinder):
         return spec
 
 
+#: what a config.json may name as ``quant_method`` -> its configuration and its quantiser
+_QUANTISERS = {
+    "broadsheet": ("methods.weights.quantiser:PackedConfig", "methods.weights.quantiser:PackedQuantizer"),
+}
+
+
+class _Named:
+    """A class that is imported when it is used: what imports transformers may be a module that the class needs."""
+
+    def __init__(self, name: str):
+        self._name = f"{__name__}.{name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return resolve(self._name)(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(resolve(self._name), attribute)
+
+
 def _register() -> None:
-    import_module("broadsheet.methods.weights.quantiser")  # registers itself at its end
+    auto: Any = import_module("transformers.quantizers.auto")
+    for method, (configuration, quantiser) in _QUANTISERS.items():
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
+        auto.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
 
 
 if _Registration.registry in sys.modules:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from broadsheet.core.microworld.encoding import encode_session
 from broadsheet.core.microworld.tasks import make_sessions
 from broadsheet.core.microworld.tokenizer import train_tokenizer
 from broadsheet.core.microworld.train import (
@@ -14,7 +15,6 @@ from broadsheet.core.microworld.train import (
     RECIPES,
     Recipe,
     Stage,
-    encode_session,
     make_batch,
     train,
 )

@@ -64,6 +64,16 @@ def test_observers_agree_with_the_inputs_they_saw():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_observers_get_samples_and_tokens_apart(kind):
+    """OPT flattens them before ``fc1``."""
+    block = next(iter(walk(tiny(kind), random_ids(5, 12), batch=3)))
+    seen = {name: [] for name in block.linears}
+    block.observe({name: (lambda x, name=name: seen[name].append(x.shape)) for name in seen})
+    for name, linear in block.linears.items():
+        assert seen[name] == [(3, 12, linear.in_features), (2, 12, linear.in_features)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_scaling_every_fold_preserves_the_function(kind):
     model, ids = tiny(kind), random_ids(4, 12)
     before = model(ids).logits

@@ -12,6 +12,7 @@ from broadsheet.lab import claims, plots
 from broadsheet.lab import compare as lab
 from broadsheet.lab.report import html
 from broadsheet.lab.table import rows
+from broadsheet.methods.caches.bench import VIEW
 
 
 def record(method, metric, value, budget=None, seed=0, ci=None, **setting):
@@ -64,11 +65,11 @@ def test_the_report_is_one_page_without_scripts_and_escapes_names():
 
 def test_pictures_are_the_same_bytes_for_the_same_records():
     table = rows(comparison())
-    assert plots.svg(plots.quality_against_bytes(table, "accuracy")) == plots.svg(
-        plots.quality_against_bytes(table, "accuracy")
+    assert plots.svg(plots.quality_against_price(table, VIEW.qualities[0], VIEW)) == plots.svg(
+        plots.quality_against_price(table, VIEW.qualities[0], VIEW)
     )
-    assert plots.quality_by_turn(rows([record("a", "accuracy", 0.5, 0.5)]), "multi-turn") is None
-    assert plots.time_bars(rows([record("a", "accuracy", 0.5, 0.5)])) is None
+    assert plots.quality_by_turn(rows([record("a", "accuracy", 0.5, 0.5)]), "multi-turn", "full") is None
+    assert plots.time_bars(rows([record("a", "accuracy", 0.5, 0.5)]), VIEW) is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +81,14 @@ class Workload:
 class Bench:
     """A bench that counts its cells and can be interrupted in one of them."""
 
+    VIEW = VIEW
+
     def __init__(self):
         self.ran = []
         self.stop_at = None
 
     def methods(self):
-        return {name: SimpleNamespace(parameters={}) for name in ("full", "a", "b")}
+        return {name: SimpleNamespace(parameters={}, budgeted=name != "full") for name in ("full", "a", "b")}
 
     def workload_key(self, workload):
         return dataclasses.asdict(workload)

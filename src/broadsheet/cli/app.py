@@ -95,7 +95,10 @@ def compare(
     family: Annotated[str, typer.Argument(help="The family of methods, for example caches.")],
     methods: Annotated[str, typer.Option(help="Comma-separated methods; default: all.")] = "",
     model: MODEL = "pocket-2m",
-    budgets: Annotated[str, typer.Option(help="Fractions of the full cache's bytes, comma-separated.")] = "0.5,0.25,0.125",
+    budgets: Annotated[
+        str,
+        typer.Option(help="Fractions of the full cache's bytes, or bits a weight, comma-separated; default: the family's."),
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     tasks: Annotated[str, typer.Option(help="Session tasks, comma-separated; default: the bench's.")] = "",
     modes: Annotated[str, typer.Option(help="multi-turn, multi-request or both.")] = "",
@@ -107,7 +110,10 @@ def compare(
     continuation: Annotated[int | None, typer.Option(help="With --text: tokens that are scored.")] = None,
     data: Annotated[str, typer.Option(help="Official SCBench records: a file, folder or hub name.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
-    timing: Annotated[bool, typer.Option(help="Also time prefill and decoding.")] = True,
+    timing: Annotated[bool | None, typer.Option(help="Also time prefill and decoding; the default.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="Any other field of the family's workload.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already stored.")] = False,
     as_json: JSON = None,
     as_html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report with plots.")] = None,
@@ -122,10 +128,13 @@ def compare(
       broadsheet compare caches --budgets 0.25 --html out.html
 
       broadsheet compare caches --model ./my-llama --text wiki.txt --methods full,kivi,gear
+
+      broadsheet compare weights --model ./my-llama --text wiki.txt --budgets 2,3,4
     """
     from broadsheet.core.records import write_json
     from broadsheet.lab import compare as lab
     from broadsheet.lab.report import write_html
+    from broadsheet.lab.run import make_workload
 
     given = {
         "model": model,
@@ -141,14 +150,17 @@ def compare(
         "device": device,
         "timing": timing,
     }
-    workload = lab.bench(family).Workload(**{k: v for k, v in given.items() if v not in (None, "", ())})
+    module = lab.bench(family)
+    given = {name: value for name, value in given.items() if value not in (None, "", ())}
+    workload = make_workload(module, {**given, **_options(option)})
     try:
-        fractions = [float(value) for value in _split(budgets)]
+        wanted = [float(value) for value in _split(budgets)]
     except ValueError:
-        raise ValueError(f"budgets are numbers such as 0.5,0.25; got '{budgets}'") from None
+        example = ",".join(f"{budget:g}" for budget in module.VIEW.budgets)
+        raise ValueError(f"budgets are numbers such as {example}; got '{budgets}'") from None
     records = _with_progress(
         lambda progress: lab.compare(
-            family, workload, _split(methods) or None, fractions, seeds, fresh=fresh, progress=progress
+            family, workload, _split(methods) or None, wanted or None, seeds, fresh=fresh, progress=progress
         )
     )
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -51,14 +51,14 @@ def source_digest(family: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def plan(methods: Sequence[str], budgets: Sequence[float | None], seeds: int) -> list[Cell]:
-    """Cells in an order that fills the table evenly; a method without a budget (the full cache) runs once a seed."""
+def plan(methods: Mapping[str, bool], budgets: Sequence[float], seeds: int) -> list[Cell]:
+    """Cells in an order that fills the table evenly. ``methods``: name -> whether it has budgets; those that have none (the
+    reference, for one) run once a seed, before the others."""
     cells = []
     for seed in range(seeds):
+        cells += [Cell(name, None, seed) for name, budgeted in methods.items() if not budgeted]
         for budget in budgets:
-            cells += [Cell(name, budget, seed) for name in methods if name != "full"]
-        if "full" in methods:
-            cells.insert(len(cells) - len([c for c in cells if c.seed == seed]), Cell("full", None, seed))
+            cells += [Cell(name, budget, seed) for name, budgeted in methods.items() if budgeted]
     return cells
 
 
@@ -66,7 +66,7 @@ def compare(
     family: str,
     workload: Any,
     methods: Sequence[str] | None = None,
-    budgets: Sequence[float] = (0.25,),
+    budgets: Sequence[float] | None = None,
     seeds: int = 1,
     store: RecordStore | None = None,
     fresh: bool = False,
@@ -75,7 +75,7 @@ def compare(
     """All records of the comparison, in plan order.
 
     ``progress(cell, number, total, stored)`` is called before each cell. Ctrl-C between or within cells loses only the
-    cell under way. Raises ValueError for unknown methods and budgets outside (0, 1].
+    cell under way. Raises ValueError for unknown methods and budgets that cannot be meant.
     """
     module = bench(family)
     known = module.methods()
@@ -83,14 +83,14 @@ def compare(
     for name in names:
         if name not in known:
             raise ValueError(f"unknown method '{name}' in {family}; known: {', '.join(known)}")
+    budgets = module.VIEW.budgets if budgets is None else budgets
     for budget in budgets:
-        if not 0 < budget <= 1:
-            raise ValueError(f"a budget is a fraction of the full cache, above 0 and at most 1; got {budget}")
+        module.VIEW.check_budget(budget)
     if seeds < 1:
         raise ValueError("seeds must be at least 1")
     store = store or RecordStore(home() / "records" / f"{family}.jsonl")
     done = {} if fresh else store.cells()
-    cells = plan(names, list(budgets), seeds)
+    cells = plan({name: known[name].budgeted for name in names}, budgets, seeds)
     records: list[Record] = []
     for number, cell in enumerate(cells):
         seeded = replace(workload, seed=cell.seed)

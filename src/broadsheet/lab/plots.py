@@ -1,4 +1,4 @@
-"""Pictures of a comparison: quality against real bytes, quality by turn, time."""
+"""Pictures of a comparison: quality against its price, quality by turn, time."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from broadsheet.core.view import Quality, View
+
 from .table import Row
 
-_METRICS = {
-    "accuracy": "accuracy",
-    "kl": "KL to the full cache (nats per token)",
-    "perplexity": "perplexity",
-}
-#: Fourteen colours, Okabe-Ito first; markers help where colours do not. The full cache is black.
+#: Fourteen colours, Okabe-Ito first; markers help where colours do not. The reference is black.
 _COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"),
     *("#8C564B", "#6A3D9A", "#B2DF8A", "#E31A1C", "#17BECF", "#BCBD22", "#FB9A99"),
@@ -33,12 +30,12 @@ def _figure(width: float = 7.2, height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _style(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    others = [name for name in methods if name != "full"]
+def _style(methods: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
+    others = [name for name in methods if name != reference]
     styles = {
         name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(others)
     }
-    styles["full"] = {"color": "black", "marker": "s"}
+    styles[reference] = {"color": "black", "marker": "s"}
     return styles
 
 
@@ -46,47 +43,48 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return sorted({row.method for row in rows})
 
 
-def quality_against_bytes(rows: Sequence[Row], metric: str) -> Any:
-    """A line a method over its budgets; the full cache as a level."""
+def quality_against_price(rows: Sequence[Row], quality: Quality, view: View) -> Any:
+    """A line a method over its budgets; the reference as a level."""
     figure, axes = _figure()
-    styles = _style(_methods(rows))
+    metric = quality.metric
+    styles = _style(_methods(rows), view.reference)
     for name in _methods(rows):
         points = sorted(
-            (row.values["bytes_ratio"], row.values[metric], row.intervals.get(metric))
+            (row.values[view.price], row.values[metric], row.intervals.get(metric))
             for row in rows
-            if row.method == name and metric in row.values and "bytes_ratio" in row.values
+            if row.method == name and metric in row.values and view.price in row.values
         )
+        if metric == "kl":  # zero (the reference's, a lossless method's) has no place on a logarithmic axis
+            points = [point for point in points if point[1] > 0 and name != view.reference]
         if not points:
             continue
-        if name == "full" and metric != "kl":
+        if name == view.reference:
             axes.axhline(points[0][1], color="black", linewidth=1, linestyle="--")
+            place = (1, points[0][1])
             axes.annotate(
-                "full cache", (1, points[0][1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+                view.reference_name, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
             )
             continue
-        if name == "full":
-            continue  # its divergence from itself is zero, which a logarithmic axis has no place for
         x, y = [p[0] for p in points], [p[1] for p in points]
         error = [[v - (c[0] if c else v) for _, v, c in points], [(c[1] if c else v) - v for _, v, c in points]]
         axes.errorbar(x, y, yerr=error, label=name, linewidth=1.4, markersize=5, elinewidth=0.7, **styles[name])
     axes.set_xscale("log", base=2)
     if metric == "kl":
         axes.set_yscale("log")
-    ticks = [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
-    axes.set_xticks(ticks, ["1", "1/2", "1/4", "1/8", "1/16"])
-    axes.set_xlabel("bytes really held / bytes of the full 16-bit cache")
-    axes.set_ylabel(_METRICS.get(metric, metric))
+    axes.set_xticks([value for value, _ in view.ticks], [text for _, text in view.ticks])
+    axes.set_xlabel(view.price_label)
+    axes.set_ylabel(quality.name)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def quality_by_turn(rows: Sequence[Row], mode: str) -> Any | None:
+def quality_by_turn(rows: Sequence[Row], mode: str, reference: str) -> Any | None:
     """Accuracy at each turn at the smallest budget that was run, a line a method; None when no turns were measured."""
     budgets = [row.budget for row in rows if row.budget is not None]
     least = min(budgets, default=None)
-    chosen = [row for row in rows if row.least is None and (row.budget == least or row.method == "full")]
+    chosen = [row for row in rows if row.least is None and (row.budget == least or row.method == reference)]
     figure, axes = _figure()
-    styles = _style(_methods(rows))
+    styles = _style(_methods(rows), reference)
     drawn = False
     for row in chosen:
         points = sorted(
@@ -96,7 +94,7 @@ def quality_by_turn(rows: Sequence[Row], mode: str) -> Any | None:
         )
         if points:
             drawn = True
-            dashes = {"linestyle": "--"} if row.method == "full" else {}
+            dashes = {"linestyle": "--"} if row.method == reference else {}
             axes.plot(*zip(*points), label=row.method, linewidth=1.4, markersize=5, **styles[row.method], **dashes)
             axes.set_xticks([turn for turn, _ in points])
     if not drawn:
@@ -108,8 +106,8 @@ def quality_by_turn(rows: Sequence[Row], mode: str) -> Any | None:
     return figure
 
 
-def time_bars(rows: Sequence[Row]) -> Any | None:
-    """Decode and prefill time over the full cache's; None when it was not measured."""
+def time_bars(rows: Sequence[Row], view: View) -> Any | None:
+    """Decode and prefill time over the reference's; None when it was not measured."""
     least = min((row.budget for row in rows if row.budget is not None), default=None)
     chosen = [r for r in rows if r.budget == least and "decode_time_ratio" in r.values]
     if not chosen:
@@ -125,7 +123,7 @@ def time_bars(rows: Sequence[Row]) -> Any | None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(list(places), [row.method for row in chosen])
     axes.invert_yaxis()
-    axes.set_xlabel("time / full cache's time, run alternately (shorter is faster)")
+    axes.set_xlabel(f"time / {view.reference_name}'s time, run alternately (shorter is faster)")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 

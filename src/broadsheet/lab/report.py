@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from broadsheet.core.records import Record, StorageError, now
+from broadsheet.core.view import View
 
 from . import plots
-from .table import Row, quality_metric, rows
+from .table import Row, quality_of, rows, view
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd; --paper: #fdfcf9; --card: #fff }
@@ -30,18 +31,14 @@ figcaption, .soft { color: var(--soft); font-size: .9rem } .wide { overflow-x: a
 def columns(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Any]]]:
     """(heading, metric, setting) of the table's columns, by what was measured."""
     names = {record.metric for record in records}
-    found: list[tuple[str, str, dict[str, Any]]]
+    found: list[tuple[str, str, dict[str, Any]]] = []
     if "accuracy" in names:
         found = [("accuracy", "accuracy", {})]
         modes = dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting)
         found += [(mode, "accuracy", {"mode": mode}) for mode in modes]
         groups = dict.fromkeys(r.setting["group"] for r in records if "group" in r.setting)
         found += [(group, "accuracy", {"group": group}) for group in groups]
-        found.append(("gold NLL", "gold_nll", {}))
-    else:
-        found = [("KL", "kl", {}), ("perplexity", "perplexity", {})]
-    found += [("prefill ×", "prefill_time_ratio", {}), ("decode ×", "decode_time_ratio", {})]
-    return [column for column in found if column[1] in names]
+    return found + [(heading, metric, {}) for heading, metric in view(records).columns if metric in names]
 
 
 def cell(row: Row, metric: str, setting: dict[str, Any]) -> str:
@@ -55,7 +52,19 @@ def cell(row: Row, metric: str, setting: dict[str, Any]) -> str:
             low, high = row.intervals[metric]
             text += f" [{100 * low:.0f}–{100 * high:.0f}]"
         return text
+    if metric.endswith("bytes"):
+        return f"{value / 1e6:.2f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def price(row: Row, how: View) -> str:
+    """What the row paid."""
+    return f"{row.values.get(how.price, float('nan')):.{how.price_digits}f}"
+
+
+def budget_of(row: Row, how: View) -> str:
+    """What the row was allowed."""
+    return how.unbudgeted if row.budget is None else f"{row.budget:g}"
 
 
 def describe(records: Sequence[Record]) -> str:
@@ -69,16 +78,16 @@ def describe(records: Sequence[Record]) -> str:
 def html(records: Sequence[Record], title: str) -> str:
     """The page."""
     table = rows(records)
-    metric, _ = quality_metric(records)
+    how = view(records)
     heads = columns(records)
     lines = [f"<h1>{escape(title)}</h1>", f"<p class='soft'>{escape(describe(records))}; written {now()}.</p>"]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("method", "budget", "bytes", *(h for h, _, _ in heads)))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("method", "budget", how.price_head, *(h for h, _, _ in heads)))
     lines.append(f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>")
     best: set[float | None] = set()
     for row in table:
-        budget = "full" if row.budget is None else f"{row.budget:g}"
+        budget = budget_of(row, how)
         if row.least is not None:
-            note = f"cannot go below {row.least:.3f} of the full cache here"
+            note = how.least.format(f"{row.least:.{how.price_digits}f}")
             lines.append(
                 f"<tr class='out'><td>{escape(row.method)}</td><td>{budget}</td>"
                 f"<td colspan='{len(heads) + 1}' style='text-align:left'>{note}</td></tr>"
@@ -89,18 +98,15 @@ def html(records: Sequence[Record], title: str) -> str:
         cells = "".join(f"<td>{escape(cell(row, m, s))}</td>" for _, m, s in heads)
         lines.append(
             f"<tr{' class=best' if winner else ''}><td>{escape(row.method)}</td><td>{budget}</td>"
-            f"<td>{row.values.get('bytes_ratio', float('nan')):.3f}</td>{cells}</tr>"
+            f"<td>{price(row, how)}</td>{cells}</tr>"
         )
     lines.append("</tbody></table></div>")
-    lines.append(
-        "<p class='soft'>Ranked by quality within a budget. Bytes are those really held after the prompt, over those of an "
-        "uncompressed 16-bit cache; intervals are 95 % bootstrap intervals over sessions; times are medians of alternated "
-        "runs.</p>"
-    )
-    figures = [(plots.quality_against_bytes(table, metric), "Quality against the bytes really held.")]
+    lines.append(f"<p class='soft'>{escape(how.note)}</p>")
+    figures = [(plots.quality_against_price(table, quality_of(records), how), "Quality against what is paid for it.")]
     for mode in dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting):
-        figures.append((plots.quality_by_turn(table, mode), f"Accuracy by turn, {mode}, at the smallest budget."))
-    figures.append((plots.time_bars(table), "Prefill and decode time at the smallest budget."))
+        turns = plots.quality_by_turn(table, mode, how.reference)
+        figures.append((turns, f"Accuracy by turn, {mode}, at the smallest budget."))
+    figures.append((plots.time_bars(table, how), "Prefill and decode time at the smallest budget."))
     for figure, caption in figures:
         if figure is not None:
             lines.append(f"<figure>{plots.svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import ModuleType
 from typing import Any
 
 from broadsheet import catalogue
@@ -44,13 +45,14 @@ def run_method(
     name = str(options.pop("method", slug))
     budget = options.pop("budget", None) if name != slug else None
     of_workload = {field.name for field in fields(module.Workload)}
-    workload = module.Workload(
-        **{"model": model, "device": device, **{k: v for k, v in options.items() if k in of_workload}}
+    workload = make_workload(
+        module, {"model": model, "device": device, **{k: v for k, v in options.items() if k in of_workload}}
     )
     parameters = {k: v for k, v in options.items() if k not in of_workload}
-    names = [name] if name in known else [n for n in known if n != "full"]
+    reference = module.VIEW.reference
+    names = [name] if name in known else list(known)
     records: list[Record] = []
-    cells = [Cell("full", None, workload.seed), *(Cell(n, budget, workload.seed) for n in names if n != "full")]
+    cells = [Cell(reference, None, workload.seed), *(Cell(n, budget, workload.seed) for n in names if n != reference)]
     for number, cell in enumerate(cells):
         if progress:
             progress(cell, number, len(cells), False)
@@ -59,6 +61,14 @@ def run_method(
             method = configured(slug, method, parameters)
         records += module.measure(cell.method, method, workload, cell.budget)
     return records
+
+
+def make_workload(module: ModuleType, options: dict[str, Any]) -> Any:
+    """A family's workload with these fields. Raises ValueError for one that it does not have."""
+    allowed = {field.name for field in fields(module.Workload)}
+    for unknown in sorted(set(options) - allowed):
+        raise ValueError(f"{module.BENCH} have no option '{unknown}'; they have {', '.join(sorted(allowed))}")
+    return module.Workload(**options)
 
 
 def configured(slug: str, method: Any, parameters: dict[str, Any]) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from broadsheet.core.records import Record
+from broadsheet.core.view import Quality, View
+
+from .compare import bench
 
 
 @dataclass
@@ -32,16 +36,19 @@ class Row:
         return self.slices.get((metric, tuple(sorted(setting.items()))))
 
 
-def quality_metric(records: Iterable[Record]) -> tuple[str, bool]:
-    """The metric that ranks, and whether more is better: accuracy of sessions, or KL on text."""
-    names = {record.metric for record in records}
-    if "accuracy" in names:
-        return "accuracy", True
-    return "kl", False
+def view(records: Sequence[Record]) -> View:
+    """How the family of these records wants them read."""
+    return bench(records[0].bench).VIEW
+
+
+def quality_of(records: Iterable[Record]) -> Quality:
+    """What ranks these records."""
+    records = list(records)
+    return view(records).quality({record.metric for record in records})
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """Ranked rows: by budget (the full cache first), then by quality; unreachable ones last in their budget."""
+    """Ranked rows: by budget (those without one first), then by quality; unreachable ones last in their budget."""
     table: dict[tuple[str, float | None], Row] = {}
     gathered: dict[tuple[str, float | None], dict[tuple[str, tuple[tuple[str, Any], ...]], list[Record]]] = {}
     for record in records:
@@ -68,11 +75,12 @@ def rows(records: Sequence[Record]) -> list[Row]:
                 low = mean - sum((r.value - r.ci[0]) ** 2 for r in found if r.ci) ** 0.5 / len(bounds)
                 high = mean + sum((r.ci[1] - r.value) ** 2 for r in found if r.ci) ** 0.5 / len(bounds)
                 row.intervals[metric] = (low, high)
-    metric, more_is_better = quality_metric(records)
+    ranking = quality_of(records)
+    reference = view(records).reference
 
-    def order(row: Row) -> tuple[float, bool, float]:
-        quality = row.values.get(metric)
-        rank = 0.0 if quality is None else (-quality if more_is_better else quality)
-        return (-(row.budget or 2.0), row.least is not None, rank)
+    def order(row: Row) -> tuple[float, bool, bool, float]:
+        quality = row.values.get(ranking.metric)
+        rank = 0.0 if quality is None else (-quality if ranking.more_is_better else quality)
+        return (-math.inf if row.budget is None else -row.budget, row.method != reference, row.least is not None, rank)
 
     return sorted(table.values(), key=order)

@@ -13,8 +13,6 @@ from broadsheet.methods.weights.base import shapes, size
 from broadsheet.methods.weights.quantiser import save
 from broadsheet.methods.weights.rtn import RTN, group_bits
 
-WEIGHTS = ("base", "quantiser", "rtn")
-
 
 def test_sizes_are_those_of_the_tensors():
     model = tiny("gqa").bfloat16()
@@ -128,12 +126,15 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("module", ["core.models.walker", "core.models.folds", *(f"methods.weights.{m}" for m in WEIGHTS)])
-def test_every_module_can_be_the_first_one_imported_and_loading_works_then(module):
-    code = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'broadsheet' in known"
-    subprocess.run([sys.executable, "-c", f"import broadsheet.{module}\n{code}"], check=True)
-
-
 def test_importing_broadsheet_alone_imports_no_torch():
     code = "import broadsheet, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["core.models.walker", "core.models", "methods.weights.base", "methods.weights.quantiser"]
+)
+def test_any_module_can_be_imported_first(module):
+    """Registration waits for transformers, which the module may be the first to import."""
+    code = f"import broadsheet.{module}, transformers; transformers.PreTrainedModel"
     subprocess.run([sys.executable, "-c", code], check=True)

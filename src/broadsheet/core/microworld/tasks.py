@@ -362,7 +362,7 @@ SHORT: dict[str, Task] = {
 TASKS: dict[str, Task] = {**SCBENCH_MINI, **SHORT}
 
 
-def make_sessions(task: str, sessions: int, context_tokens: int, turns: int = 5, seed: int = 0) -> list[Session]:
+def make_sessions(task: str, sessions: int, context_tokens: int, turns: int = 5, seed: int | str = 0) -> list[Session]:
     """``sessions`` sessions of one task. Session i of seed s never changes, however many are asked for."""
     if task not in TASKS:
         raise ValueError(f"unknown task '{task}'; known: {', '.join(TASKS)}")

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .encoding import IGNORE, encode_session, padded
 from .lexicon import WORDS
 from .sessions import Session
 from .tasks import SCBENCH_MINI, SHORT, TASKS, arithmetic
@@ -134,8 +135,6 @@ RECIPES = {
     )
 }
 
-IGNORE = -100
-
 
 @dataclass
 class Batch:
@@ -147,25 +146,6 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         return replace(self, ids=self.ids.to(device), labels=self.labels.to(device))
-
-
-def encode_session(session: Session, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Token ids of the whole conversation and its labels: the answers and their end token carry loss."""
-    texts, spans = [], []
-    opening = " " + session.context if session.context else ""
-    for turn in session.turns:
-        answer = turn.extra.get("reference", turn.answer)
-        texts += [f"{opening} {turn.input}", f" {answer}"]
-        spans.append(len(texts) - 1)
-        opening = ""
-    pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    user, assistant = cast(list[int], tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"]))
-    ids, labels = [tokenizer.bos_token_id], [IGNORE]
-    for index in spans:
-        question, reply = pieces[index - 1], pieces[index] + [tokenizer.eos_token_id]
-        ids += [user, *question, assistant, *reply]
-        labels += [IGNORE] * (len(question) + 2) + reply
-    return ids, labels
 
 
 def _repeats(rng: random.Random, length: int, vocabulary: list[int]) -> tuple[list[int], list[int]]:
@@ -217,16 +197,7 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
             tasks.append(session.task)
             ids, labels = encode_session(session, tokenizer)
             rows.append((ids[: length + 64], labels[: length + 64]))
-    width = max(len(ids) for ids, _ in rows)
-    batch = Batch(
-        ids=torch.full((len(rows), width), int(tokenizer.pad_token_id)),
-        labels=torch.full((len(rows), width), IGNORE),
-        tasks=tasks,
-    )
-    for row, (ids, labels) in enumerate(rows):
-        batch.ids[row, : len(ids)] = torch.tensor(ids)
-        batch.labels[row, : len(ids)] = torch.tensor(labels)
-    return batch
+    return Batch(*padded(rows, int(tokenizer.pad_token_id)), tasks)
 
 
 @torch.no_grad()

@@ -93,25 +93,31 @@ def linear_folds(block: Block) -> list[Fold]:
 def scale(block: Block, fold: Fold, factor: torch.Tensor) -> None:
     """Divides the fold's channels by ``factor`` [channels] and multiplies the readers' columns by it, in place.
 
-    Raises ValueError for factors that are not positive and finite.
+    A gain in 16 bits is rounded by the division; the readers are multiplied by what the gain was really divided by, so that
+    the rounding changes the scale a little and the function not at all. Raises ValueError for factors that are not positive
+    and finite.
     """
     if not bool(torch.isfinite(factor).all()) or bool((factor <= 0).any()):
         raise ValueError(f"{fold.producer}: scales must be positive and finite")
     producer = block.get(fold.producer)
-    weight: torch.Tensor = producer.weight  # type: ignore[assignment]
+    weight: torch.Tensor = producer.weight
     bias: torch.Tensor | None = getattr(producer, "bias", None)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     factor = factor.to(weight.device, wide)
     if weight.ndim == 2:  # a linear layer: its rows
         weight.copy_(weight.to(wide) / factor.unsqueeze(1))
-    elif _adds_one(producer):
-        weight.copy_((1 + weight.to(wide)) / factor - 1)
     else:
-        weight.copy_(weight.to(wide) / factor)
+        one = 1 if _adds_one(producer) else 0
+        gain = one + weight.to(wide)
+        held = (gain / factor - one).to(weight.dtype)
+        lost = (one + held.to(wide)) * gain <= 0  # too small for the dtype: such a channel keeps its scale
+        held = torch.where(lost, weight, held)
+        factor = torch.where(gain == 0, factor, gain / (one + held.to(wide)))
+        weight.copy_(held)
     if bias is not None:
         bias.copy_(bias.to(wide) / factor)
     for name in fold.readers:
-        reader: torch.Tensor = block.get(name).weight  # type: ignore[assignment]
+        reader: torch.Tensor = block.get(name).weight
         reader.copy_(reader.to(wide) * factor)
 
 
@@ -130,9 +136,9 @@ def shift(block: Block, fold: Fold, offset: torch.Tensor) -> None:
     bias.copy_(bias.to(wide) - offset)
     for name in fold.readers:
         reader = block.get(name)
-        weight: torch.Tensor = reader.weight  # type: ignore[assignment]
+        weight: torch.Tensor = reader.weight
         correction = weight.to(wide) @ offset
         if reader.bias is None:
             reader.bias = nn.Parameter(correction.to(weight.dtype), requires_grad=False)
         else:
-            reader.bias.copy_(reader.bias.to(wide) + correction)  # type: ignore[operator]
+            reader.bias.copy_(reader.bias.to(wide) + correction)

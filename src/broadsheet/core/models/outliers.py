@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .folds import norm_folds, scale, shift
 from .taps import attention_modules
+from .walker import walk
 
 
 @torch.no_grad()
@@ -43,23 +45,40 @@ def inject_key_outliers(model: PreTrainedModel, factor: float, pairs: int = 2, s
 
 
 @torch.no_grad()
-def inject_input_outliers(model: PreTrainedModel, factor: float, channels: int = 2, seed: int = 0) -> PreTrainedModel:
-    """Multiplies ``channels`` channels of every attention input (post-norm X) by ``factor``, in place.
+def inject_input_outliers(
+    model: PreTrainedModel,
+    factor: float,
+    channels: int = 2,
+    seed: int = 0,
+    offset: float = 0.0,
+    same: bool = False,
+    adjacent: bool = False,
+) -> PreTrainedModel:
+    """Multiplies ``channels`` channels of what every norm feeds to linear layers by ``factor``, in place.
 
-    The norm's gain is scaled and the matching input columns of the q, k and v projections are divided.
+    The norm's gain (and bias) is scaled and the matching columns of its readers are divided. ``offset``: a constant of
+    this size and either sign is added to them, which the readers' biases take back; only norms with a bias can. ``same``:
+    the same channels everywhere, as large models have them. ``adjacent``: chosen in neighbouring pairs (2j, 2j + 1).
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in model.named_modules():
-        norm, attention = getattr(layer, "input_layernorm", None), getattr(layer, "self_attn", None)
-        if norm is None or attention is None:
-            continue
-        q, k = _projections(attention)
-        if "gemma" in type(norm).__name__.lower():
-            raise ValueError(f"{name}: this norm multiplies by 1 + gain, which the transform does not cover")
-        chosen = torch.randperm(norm.weight.shape[0], generator=generator)[:channels]
-        norm.weight[chosen] *= factor
-        for projection in (q, k, attention.v_proj):
-            projection.weight[:, chosen] /= factor
+    for block in walk(model, torch.zeros(1, 2, dtype=torch.long)):
+        for fold in norm_folds(block):
+            width = block.get(fold.readers[0]).in_features
+            if same:
+                generator.manual_seed(seed)
+            if adjacent:
+                pairs = torch.randperm(width // 2, generator=generator)[: max(1, channels // 2)]
+                chosen = torch.cat([2 * pairs, 2 * pairs + 1])
+            else:
+                chosen = torch.randperm(width, generator=generator)[:channels]
+            divisor = torch.ones(width)
+            divisor[chosen] = 1 / factor
+            scale(block, fold, divisor)
+            if offset:
+                signs = torch.randint(0, 2, (len(chosen),), generator=generator) * 2 - 1
+                constant = torch.zeros(width)
+                constant[chosen] = -offset * signs
+                shift(block, fold, constant)
     return model
 
 

@@ -35,6 +35,7 @@ class Block:
     name: str
     module: nn.Module
     passes: list[Pass]
+    running: Pass = field(init=False, repr=False)  # the one that `run` is at
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -46,7 +47,10 @@ class Block:
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
         """The block's outputs, a tensor [batch, tokens, hidden_size] a batch."""
-        outputs = [self.module(step.hidden, **step.arguments) for step in self.passes]
+        outputs = []
+        for step in self.passes:
+            self.running = step
+            outputs.append(self.module(step.hidden, **step.arguments))
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     def observe(self, observers: Mapping[str, Observer]) -> list[torch.Tensor]:
@@ -55,7 +59,7 @@ class Block:
         Names are full ones, as in `linears`. Returns the outputs, as `run` does.
         """
         handles = [
-            self.get(name).register_forward_pre_hook(lambda module, args, see=observer: see(args[0].detach()))
+            self.get(name).register_forward_pre_hook(lambda module, args, see=observer: see(self._by_sample(args[0])))
             for name, observer in observers.items()
         ]
         try:
@@ -64,7 +68,12 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def get(self, name: str) -> nn.Module:
+    def _by_sample(self, x: torch.Tensor) -> torch.Tensor:
+        """A module's input as [batch, tokens, channels]; OPT flattens the first two between its norm and ``fc1``."""
+        x, shape = x.detach(), self.running.hidden.shape
+        return x.unflatten(0, shape[:2]) if x.ndim == 2 and x.shape[0] == shape[0] * shape[1] else x
+
+    def get(self, name: str) -> Any:  # nn.Module does not declare what layers and norms have
         """A module of the block by its full name."""
         return self.module.get_submodule(name.removeprefix(self.name + "."))
 

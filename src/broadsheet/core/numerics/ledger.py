@@ -6,12 +6,14 @@ walk goes through lists, tuples, dicts and dataclasses; modules are weights, not
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -54,3 +56,33 @@ def tree_map(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> An
             object.__setattr__(twin, field.name, tree_map(function, getattr(value, field.name)))
         return twin
     return value
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes that are alive at once among tensors made inside it: ``with PeakBytes() as meter: ...; meter.peak``.
+
+    What lived before is not counted, nor what a kernel allocates for itself and frees before it returns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors([list(args), kwargs or {}])}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors(result if isinstance(result, list | tuple) else [result]):
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address and address not in given and address not in self._known:
+                self._known.add(address)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._freed, address, storage.nbytes())
+        return result
+
+    def _freed(self, address: int, size: int) -> None:
+        if address in self._known:
+            self._known.remove(address)
+            self.alive -= size

@@ -8,7 +8,7 @@ memory honest: what is held is what `nbytes` counts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ class Packed(nn.Module):
     The tensors keep their dtypes whatever the model is cast to: codes are no numbers, and scales that are rounded again are
     other scales. Tensors may be on the meta device: constructors of subclasses do no arithmetic on values.
     """
+
+    #: some of its tensors lie in a file of the method's own, see `WeightMethod.save_beside`; they are no persistent buffers
+    stored_apart: ClassVar[bool] = False
 
     def __init__(self, tensors: dict[str, torch.Tensor], **plain: Plain):
         super().__init__()

@@ -264,6 +264,8 @@ class CacheMethod:
     """Base of all cache methods: hyperparameters as fields, `cache` as the verb."""
 
     Layer: ClassVar[type[CacheLayer]]
+    #: a method without budgets stands in a comparison once, as it is
+    budgeted: ClassVar[bool] = True
 
     def layers(self, model: PreTrainedModel) -> list[CacheLayer]:
         """One layer per attention module; a method overrides it to treat layers differently."""

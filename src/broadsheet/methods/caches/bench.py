@@ -7,7 +7,6 @@ listed as such and not compared there.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -27,6 +26,8 @@ from broadsheet.catalogue import papers
 from broadsheet.core.models import fingerprint, load
 from broadsheet.core.records import Record, now, provenance
 from broadsheet.core.stats import bootstrap_ci
+from broadsheet.core.texts import documents
+from broadsheet.core.view import Quality, View
 
 from .base import CacheMethod, Geometry, Unreachable
 from .full import Full
@@ -34,6 +35,31 @@ from .peers import BITS, Backend, TransformersQuantized
 from .scbench import GROUPS, MODES, SessionRunner, TurnResult, load_sessions
 
 BENCH = "caches"
+
+VIEW = View(
+    reference="full",
+    reference_name="full cache",
+    qualities=(Quality("accuracy", "accuracy"), Quality("kl", "KL to the full cache (nats per token)", False)),
+    columns=(
+        ("gold NLL", "gold_nll"),
+        ("KL", "kl"),
+        ("perplexity", "perplexity"),
+        ("prefill ×", "prefill_time_ratio"),
+        ("decode ×", "decode_time_ratio"),
+    ),
+    price="bytes_ratio",
+    price_head="bytes",
+    price_label="bytes really held / bytes of the full 16-bit cache",
+    price_digits=3,
+    ticks=((1, "1"), (1 / 2, "1/2"), (1 / 4, "1/4"), (1 / 8, "1/8"), (1 / 16, "1/16")),
+    least="cannot go below {} of the full cache here",
+    budgets=(0.5, 0.25, 0.125),
+    top=1.0,
+    budget_name="a fraction of the full cache's bytes",
+    unbudgeted="full",
+    note="Ranked by quality within a budget. Bytes are those really held after the prompt, over those of an uncompressed "
+    "16-bit cache; intervals are 95 % bootstrap intervals over sessions; times are medians of alternated runs.",
+)
 
 #: What every paper is compared with: name -> (class, its parameters, the reference).
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -251,31 +277,6 @@ def _slices(results: list[TurnResult], workload: Workload) -> Iterator[tuple[dic
 
 
 # --- text: perplexity and KL to the full cache --------------------------------------------------------------------
-
-
-def documents(path: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> torch.Tensor:
-    """``count`` seeded pieces of ``length`` tokens: [count, length].
-
-    Of a text file, windows that do not overlap; of a JSON list of texts, the beginnings of those that are long enough.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(20_000_000)
-        texts = json.loads(text) if path.endswith(".json") else [text]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the text {path}: {error}") from None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{path} is not a JSON list of texts")
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = length - len(opening)
-    pieces = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        windows = len(ids) // body
-        pieces += [ids[index * body : (index + 1) * body] for index in range(min(windows, 1) if len(texts) > 1 else windows)]
-    if len(pieces) < count:
-        raise ValueError(f"{path} holds {len(pieces)} pieces of {length} tokens, {count} are needed; lower --sessions")
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return torch.tensor([opening + pieces[index] for index in order])
 
 
 @torch.inference_mode()

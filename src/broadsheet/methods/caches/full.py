@@ -95,6 +95,7 @@ class Full(CacheMethod):
     """The uncompressed cache: what every method is compared with."""
 
     Layer: ClassVar[type[CacheLayer]] = SlotLayer
+    budgeted: ClassVar[bool] = False
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         if fraction < 1:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,6 +42,8 @@ class WeightMethod:
 
     #: whether `compress` needs calibration tokens
     calibrated: ClassVar[bool] = True
+    #: a method without budgets stands in a comparison once, as it is
+    budgeted: ClassVar[bool] = True
 
     def compress(
         self, model: PreTrainedModel, calibration: torch.Tensor | None = None, progress: Progress | None = None
@@ -72,6 +75,14 @@ class WeightMethod:
         from .quantiser import seal
 
         return seal(model, self)
+
+    @classmethod
+    def save_beside(cls, model: PreTrainedModel, folder: Path) -> None:
+        """Writes the files of its own that a method of `Packed.stored_apart` modules has, into a model's new folder."""
+
+    @classmethod
+    def load_beside(cls, model: PreTrainedModel, folder: Path) -> None:
+        """Reads them, when everything else of the model is loaded."""
 
     def check(self, layers: Sequence[Shape]) -> None:
         """Raises ValueError when these parameters do not fit layers of these shapes [out_features, in_features]."""

@@ -2,8 +2,7 @@
 
 `seal` gives a compressed model a ``quantization_config`` that says, for every `Packed` module, its class and plain fields.
 When ``from_pretrained`` meets such a config, `PackedQuantizer` reads the shapes of the packed tensors from the headers of
-the safetensors files, builds the same modules, and transformers fills them in. ``import broadsheet`` sees to it that this
-module, which registers it, is imported as soon as transformers is.
+the safetensors files, builds the same modules, and transformers fills them in. ``import broadsheet`` registers it.
 
 The config names classes of this package only; anything else is refused, so a hostile config.json can run nothing.
 """
@@ -16,25 +15,24 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from broadsheet import resolve
 from broadsheet.core.numerics.packed import Packed
 
-if TYPE_CHECKING:  # transformers' import runs this module, maybe while `base` is being imported
-    from .base import WeightMethod
+from .base import WeightMethod
 
 METHOD = "broadsheet"
 VERSION = 1
-#: longest header of a safetensors file that is believed, as in the format's own reader
-HEADER_LIMIT = 100_000_000
 PACKAGE = "broadsheet.methods.weights."
+
+Base = TypeVar("Base")
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -70,6 +68,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         stored = headers(checkpoint_files or [])
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path()
         for entry in self.quantization_config.modules:
             kind = packed_class(entry["kind"])
             for name in entry["names"]:
@@ -77,13 +76,19 @@ class PackedQuantizer(HfQuantizer):
                     key.removeprefix(name + "."): torch.empty(shape, dtype=dtype, device="meta")
                     for key, (dtype, shape) in stored.get(name, {}).items()
                 }
-                if not tensors:
+                if not tensors and not kind.stored_apart:
                     raise ValueError(f"the weights hold nothing for {name}; the folder is incomplete, save it again")
                 try:
                     model.get_submodule(name)
                     model.set_submodule(name, kind(tensors, **entry["plain"]))
                 except (AttributeError, TypeError) as error:
                     raise ValueError(f"config.json does not fit this model at {name}: {error}") from None
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if _stored_apart(model):
+            method_class(self.quantization_config.method).load_beside(model, self.folder)
+            _save_what_is_apart(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -94,21 +99,40 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def register() -> None:
-    """Makes transformers know compressed folders. Idempotent."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
-
-
 def packed_class(kind: str) -> type[Packed]:
     """The class that a config names; raises ValueError unless it is a packed module of this package."""
+    return _class(kind, Packed, "packed module")
+
+
+def method_class(slug: str) -> type[WeightMethod]:
+    """The method that a config names; raises ValueError unless it is one of this package."""
+    return _class(slug, WeightMethod, "method")
+
+
+def _class(name: str, base: type[Base], what: str) -> type[Base]:
     found = None
-    if kind.startswith(PACKAGE):
+    if name.startswith(PACKAGE):
         with contextlib.suppress(ImportError, AttributeError):
-            found = resolve(kind)
-    if not (isinstance(found, type) and issubclass(found, Packed)):
-        raise ValueError(f"config.json names '{kind}', which is no packed module of this broadsheet; is it newer?")
+            found = resolve(name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"config.json names '{name}', which is no {what} of this broadsheet; is it newer?")
     return found
+
+
+def _stored_apart(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, Packed) and module.stored_apart for module in model.modules())
+
+
+def _save_what_is_apart(model: PreTrainedModel) -> None:
+    """Makes ``model.save_pretrained`` write the method's own files too; transformers has no hook that knows the folder."""
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    if kwargs.get("push_to_hub"):
+        raise ValueError("save to a folder and upload that: the files beside the weights are written after the others")
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    method_class(model.config.quantization_config.method).save_beside(model, Path(save_directory))
 
 
 def headers(files: list[str]) -> dict[str, dict[str, tuple[torch.dtype, list[int]]]]:
@@ -157,6 +181,8 @@ def seal(model: PreTrainedModel, method: WeightMethod) -> PreTrainedModel:
     quantizer = PackedQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer  # type: ignore[assignment]  # transformers sets it so itself
     model.is_quantized = True  # type: ignore[assignment]
+    if _stored_apart(model):
+        _save_what_is_apart(model)
     return model
 
 
@@ -196,6 +222,3 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         raise
     shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-register()

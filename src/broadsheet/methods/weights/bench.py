@@ -1,0 +1,372 @@
+"""The bench of the weights family: one calibration set, one evaluation, quality against what is really stored.
+
+A budget is bits a weight of the decoder blocks' linear layers. By custom "4 bits" leaves room for scales: a method may store
+up to a quarter of a bit more than the budget says, which is what groups of 128 with a 16-bit scale and zero cost. What is
+reported is what the tensors take. Every compressed model is saved, and what is evaluated is what loads from the folder.
+
+Quality is computed in float32 with the weights as stored, so that the reference's own rounding does not hide small losses;
+time and memory are those of the 16-bit model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from broadsheet import resolve
+from broadsheet.catalogue import papers
+from broadsheet.core.microworld.encoding import IGNORE, encode_session, padded
+from broadsheet.core.microworld.tasks import TASKS, make_sessions
+from broadsheet.core.models import fingerprint, load
+from broadsheet.core.models.outliers import inject_input_outliers
+from broadsheet.core.numerics.ledger import PeakBytes
+from broadsheet.core.records import Record, now, provenance
+from broadsheet.core.stats import bootstrap_ci
+from broadsheet.core.texts import pieces
+from broadsheet.core.view import Quality, View
+
+from .base import Unreachable, WeightMethod, shapes, size
+from .quantiser import save
+
+BENCH = "weights"
+#: bits a weight that a budget leaves for scales, zeros and the like
+ROOM = 0.25
+
+VIEW = View(
+    reference="bf16",
+    reference_name="the bf16 model",
+    qualities=(Quality("kl", "KL to the bf16 model (nats per token)", False),),
+    columns=(
+        ("KL", "kl"),
+        ("perplexity", "perplexity"),
+        ("disk MB", "disk_bytes"),
+        ("held MB", "held_bytes"),
+        ("peak MB", "peak_bytes"),
+        ("tokens/s", "tokens_per_s"),
+        ("prefill ×", "prefill_time_ratio"),
+        ("decode ×", "decode_time_ratio"),
+    ),
+    price="bits",
+    price_head="bits",
+    price_label="bits a weight of the linear layers, everything stored counted",
+    price_digits=2,
+    ticks=tuple((bits, f"{bits:g}") for bits in (1, 2, 3, 4, 6, 8, 16)),
+    least="cannot go below {} bits here",
+    budgets=(2.0, 3.0, 4.0, 8.0),
+    top=16.0,
+    budget_name="bits a weight (a quarter of a bit more is allowed for scales)",
+    unbudgeted="–",
+    note="Ranked by KL to the bf16 model within a budget. Bits count all that is stored for the linear layers of the "
+    "decoder blocks; a budget leaves a quarter of a bit for scales. MB are of the whole model: on disk, held in memory, and "
+    "held at the peak of a decode step. Intervals are 95 % bootstrap intervals over sequences; times are medians of "
+    "alternated runs.",
+)
+
+#: What every paper is compared with: name -> (class, its parameters).
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("broadsheet.methods.weights.uncompressed:Uncompressed", {}),
+    "rtn": ("broadsheet.methods.weights.rtn:RTN", {}),
+    "gptq": ("broadsheet.methods.weights.gptq:GPTQ", {}),
+    "awq": ("broadsheet.methods.weights.awq:AWQ", {}),
+    "hqq": ("broadsheet.methods.weights.hqq:HQQ", {}),
+}
+#: What people use already, run as it is: name -> (class, parameters, the package it needs).
+PEERS: dict[str, tuple[str, dict[str, Any], str]] = {}
+
+
+def methods() -> dict[str, WeightMethod]:
+    """Every method of the family by name: baselines, the peers that are installed, running papers."""
+    found = {name: resolve(target)(**parameters) for name, (target, parameters) in BASELINES.items()}
+    for name, (target, parameters, package) in PEERS.items():
+        if find_spec(package):
+            found[name] = resolve(target)(**parameters)
+    for slug, paper in papers().items():
+        if paper.family == BENCH and paper.method:
+            made = resolve(paper.method)
+            if isinstance(made, type) and issubclass(made, WeightMethod):
+                found[slug] = made()
+    return found
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One seeded piece of work; equal workloads are equal work.
+
+    ``seed`` draws the calibration set: ``samples`` of ``tokens`` tokens. The evaluation never changes: ``sessions`` of every
+    task, of ``context_tokens`` tokens and ``turns`` questions, of which the answers are scored; or, with ``text`` (a text
+    file or a JSON list of texts), as many pieces of ``tokens`` tokens as ``sessions`` times the number of tasks, scored in
+    full. Calibration pieces and evaluated ones are never the same. ``outliers``: multiply ``outlier_channels`` channels of
+    every norm's output by this factor first, in a way that leaves the function as it is.
+    """
+
+    model: str = "pocket-2m"
+    seed: int = 0
+    samples: int = 64
+    tokens: int = 256
+    text: str = ""
+    tasks: tuple[str, ...] = ("kv", "vt", "many_shot", "arithmetic", "facts", "functions")
+    sessions: int = 12
+    context_tokens: int = 256
+    turns: int = 5
+    outliers: float = 1.0
+    outlier_channels: int = 4
+    device: str = "cpu"
+    timing: bool = True
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"unknown task '{task}'; known: {', '.join(TASKS)}")
+        if min(self.samples, self.sessions, self.turns) < 1 or self.tokens < 2:
+            raise ValueError("samples, sessions and turns must be at least 1, tokens at least 2")
+        if not self.outliers >= 1:
+            raise ValueError(f"outliers is the factor by which channels are scaled up, at least 1; got {self.outliers}")
+
+
+def workload_key(workload: Workload) -> dict[str, Any]:
+    """What identifies a workload in stored cells."""
+    return asdict(workload)
+
+
+# --- the model, what it is calibrated on, what it is scored on ----------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _model(name: str, device: str, outliers: float, channels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The 16-bit model, its tokenizer, its fingerprint before outliers were put in."""
+    model, tokenizer = load(name, dtype=torch.bfloat16, device=device)
+    mark = fingerprint(model)
+    if outliers > 1:
+        inject_input_outliers(model, outliers, channels, same=True)
+    return model, tokenizer, mark
+
+
+def calibration(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids [samples, tokens] of the workload's seed."""
+    if workload.text:
+        found = _text(workload, tokenizer)[_evaluated(workload) :]
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(workload.seed))
+        return found[order[: workload.samples]]
+    stream: list[int] = []
+    number = 0
+    while len(stream) < workload.samples * workload.tokens:
+        for task in TASKS:  # all of them: what will be asked is not known when a model is calibrated
+            session = make_sessions(
+                task, 1, workload.context_tokens, workload.turns, f"calibration/{workload.seed}/{number}"
+            )
+            stream += encode_session(session[0], tokenizer)[0]
+        number += 1
+    return torch.tensor(stream[: workload.samples * workload.tokens]).reshape(workload.samples, workload.tokens)
+
+
+def _evaluated(workload: Workload) -> int:
+    return workload.sessions * len(workload.tasks)
+
+
+def _text(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """All pieces of the text, the first of which are for evaluation."""
+    found = pieces(workload.text, tokenizer, workload.tokens)
+    wanted = _evaluated(workload) + workload.samples
+    if len(found) < wanted:
+        raise ValueError(
+            f"{workload.text} holds {len(found)} pieces of {workload.tokens} tokens, {wanted} are needed: lower --sessions, "
+            "-o samples or -o tokens"
+        )
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
+
+
+def evaluation(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Batches of (task, ids, labels), both [rows, tokens]; the same for every seed."""
+    batches = []
+    if workload.text:
+        ids = _text(workload, tokenizer)[: _evaluated(workload)]
+        labels = ids.clone()
+        labels[:, 0] = IGNORE
+        return [("text", some, marks) for some, marks in zip(ids.split(8), labels.split(8), strict=True)]
+    for task in workload.tasks:
+        sessions = make_sessions(task, workload.sessions, workload.context_tokens, workload.turns, "evaluation")
+        rows = sorted((encode_session(session, tokenizer) for session in sessions), key=lambda row: len(row[0]))
+        for first in range(0, len(rows), 8):
+            batches.append((task, *padded(rows[first : first + 8], tokenizer.pad_token_id)))
+    return batches
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One sequence: its mean negative log-likelihood and KL to the reference over the ``scored`` tokens, and which answers
+    were right in full, each token being the likeliest (so that greedy decoding would have given them)."""
+
+    task: str
+    nll: float
+    kl: float
+    scored: int
+    answers: tuple[bool, ...]
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel, reference: PreTrainedModel, batches: list[tuple[str, torch.Tensor, torch.Tensor]]
+) -> list[Scored]:
+    """Every sequence of ``batches`` under ``model``, beside ``reference``."""
+    results = []
+    for task, ids, labels in batches:
+        ids, labels = ids.to(model.device), labels.to(model.device)
+        ours = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        theirs = reference(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        wanted = labels[:, 1:]
+        for row in range(len(ids)):
+            marked = (wanted[row] != IGNORE).nonzero().flatten()
+            some, true = ours[row, marked], theirs[row, marked]
+            nll = F.nll_loss(some, wanted[row, marked])
+            kl = (true.exp() * (true - some)).sum(-1).mean()
+            hit = (some.argmax(-1) == wanted[row, marked]).tolist()
+            answers = _runs(marked.tolist(), hit) if task != "text" else ()
+            results.append(Scored(task, float(nll), float(kl), len(marked), answers))
+    return results
+
+
+def _runs(places: list[int], hit: list[bool]) -> tuple[bool, ...]:
+    """For every run of consecutive places whether all of it was hit."""
+    runs: list[bool] = []
+    for index, place in enumerate(places):
+        if index and place == places[index - 1] + 1:
+            runs[-1] = runs[-1] and hit[index]
+        else:
+            runs.append(hit[index])
+    return tuple(runs)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, method: WeightMethod, workload: Workload, budget: float | None = None) -> list[Record]:
+    """Compresses the model by one method and returns what was measured.
+
+    ``budget``: bits a weight; None takes the method as it is. A budget that the method cannot reach gives a single record
+    ``reachable`` = 0 with the least bits in its setting.
+    """
+    model, tokenizer, mark = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    make = _Maker(name, method, workload, budget, mark)
+    try:
+        fitted = method if budget is None else method.at_budget(budget + ROOM, shapes(model))
+    except Unreachable as error:
+        return [make("reachable", 0.0, setting={"least": round(error.least, 4)})]
+    make.method = fitted
+    return list(_measured(make, fitted, workload, model, tokenizer))
+
+
+def _measured(
+    make: _Maker,
+    method: WeightMethod,
+    workload: Workload,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[Record]:
+    start = time.perf_counter()
+    small = method.compress(copy.deepcopy(model), calibration(workload, tokenizer) if method.calibrated else None)
+    seconds = time.perf_counter() - start
+    held = size(small)
+    yield make("reachable", 1.0)
+    yield make("bits", held.bits, unit="bits per weight", n=held.weights)
+    yield make("held_bytes", held.bytes, unit="bytes of the whole model in memory")
+    yield make("bytes_ratio", held.bytes / size(model).bytes, unit="of the bf16 model")
+    yield make("compress", seconds, unit="s")
+    with tempfile.TemporaryDirectory() as folder:
+        save(small, Path(folder) / "model")
+        disk = sum(file.stat().st_size for file in (Path(folder) / "model").iterdir() if file.suffix != ".json")
+        yield make("disk_bytes", disk, unit="bytes of the weights' files")
+        wide: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+        wide.to(workload.device)
+        reference = copy.deepcopy(model).float()
+        results = score(wide.eval(), reference, evaluation(workload, tokenizer))
+        del wide
+    yield from _quality(make, results)
+    if workload.timing:
+        yield from _cost(make, small, model)
+
+
+def _quality(make: _Maker, results: list[Scored]) -> Iterator[Record]:
+    losses, divergences = [r.nll for r in results], [r.kl for r in results]
+    mean, (low, high) = statistics.mean(losses), bootstrap_ci(losses)
+    interval = (math.exp(low), math.exp(high))
+    yield make("perplexity", math.exp(mean), ci=interval, n=len(results), unit="per scored token")
+    yield make("kl", statistics.mean(divergences), ci=bootstrap_ci(divergences), n=len(results), unit="nats per token")
+    for task in (None, *dict.fromkeys(r.task for r in results)):
+        some = [r for r in results if task in (None, r.task)]
+        right = [float(answer) for r in some for answer in r.answers]
+        if right:
+            groups = [index for index, r in enumerate(some) for _ in r.answers]
+            setting = {} if task is None else {"task": task}
+            yield make("accuracy", statistics.mean(right), ci=bootstrap_ci(right, groups), n=len(right), setting=setting)
+
+
+@torch.inference_mode()
+def _cost(make: _Maker, small: PreTrainedModel, model: PreTrainedModel) -> Iterator[Record]:
+    """Bytes at the peak of a decode step, and time over the bf16 model's, measured alternately on the same tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, 128), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+    def once(which: PreTrainedModel) -> tuple[float, float]:
+        start = time.perf_counter()
+        cache = which(ids, use_cache=True, logits_to_keep=1).past_key_values
+        middle = time.perf_counter()
+        for _ in range(8):
+            which(ids[:, :1], past_key_values=cache)
+        return middle - start, (time.perf_counter() - middle) / 8
+
+    once(model), once(small)
+    pairs = [(once(model), once(small)) for _ in range(5)]
+    for index, metric in enumerate(("prefill_time_ratio", "decode_time_ratio")):
+        ratios = sorted(ours[index] / reference[index] for reference, ours in pairs)
+        yield make(
+            metric, statistics.median(ratios), ci=(ratios[0], ratios[-1]), unit="of the bf16 model's time", n=len(ratios)
+        )
+    yield make("tokens_per_s", 1 / statistics.median(ours[1] for _, ours in pairs), unit="tokens/s, batch 1")
+    cache = small(ids[:, :8], use_cache=True).past_key_values
+    with PeakBytes() as meter:
+        small(ids[:, :1], past_key_values=cache)
+    yield make("peak_bytes", size(small).bytes + meter.peak, unit="bytes held at the peak of a decode step")
+
+
+@dataclass
+class _Maker:
+    """Fills in what all records of a cell share."""
+
+    name: str
+    method: WeightMethod
+    workload: Workload
+    budget: float | None
+    mark: str
+
+    def __call__(self, metric: str, value: float, **fields: Any) -> Record:
+        budget = {} if self.budget is None else {"budget": self.budget}
+        outliers = {"outliers": self.workload.outliers} if self.workload.outliers > 1 else {}
+        model = self.workload.model
+        return Record(
+            paper=self.name if self.name in papers() else "",
+            method=self.name,
+            bench=BENCH,
+            metric=metric,
+            value=value,
+            seed=self.workload.seed,
+            model=f"{Path(model).name if Path(model).is_dir() else model}@{self.mark}",
+            parameters={**self.method.parameters, **outliers},
+            setting={**budget, **fields.pop("setting", {})},
+            device=self.workload.device,
+            time=now(),
+            **provenance(),
+            **fields,
+        )
