@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from decode_kernel import alternately, clock_of, record, show
+from _timing import alternately, clock_name, record, show
 from torch import nn
 
 from broadsheet.core.numerics.packed import PackedLinear
@@ -47,9 +48,7 @@ def layers(width: int) -> tuple[nn.Linear, dict[str, OVPLinear]]:
 
 
 @torch.inference_mode()
-def measure(
-    linear: nn.Linear, packed: dict[str, OVPLinear], batch: int, threads: int, repeats: int
-) -> list[Record]:
+def measure(linear: nn.Linear, packed: dict[str, OVPLinear], batch: int, threads: int, repeats: int) -> list[Record]:
     torch.set_num_threads(threads)
     wide = planted(batch, linear.in_features, 2)
     x, weight = wide.bfloat16(), linear.weight.bfloat16()
@@ -58,23 +57,20 @@ def measure(
         "F.linear fp32": lambda: F.linear(wide, linear.weight),
     }
     contenders |= {name: lambda layer=layer: layer(x) for name, layer in packed.items()}
-    seconds = alternately(contenders, repeats, clock_of(threads))
+    seconds = alternately(contenders, repeats)
     slow = {"W4 reference": lambda: PackedLinear.forward(packed["W4"], x)}
-    seconds |= alternately(slow, 3, clock_of(threads))
+    seconds |= alternately(slow, 3)
 
-    bench, paper = "olive-kernel", "olive"
-    setting = {
-        "width": linear.in_features, "batch": batch, "threads": threads, "clock": "cpu" if threads == 1 else "wall",
-        "bytes": linear.weight.numel() * 2,
-    }  # fmt: skip
+    made = partial(record, "olive", "olive-kernel")
+    setting = {"width": linear.in_features, "batch": batch, "threads": threads, "clock": clock_name()}
     records = []
     for name, times in seconds.items():
         held = {"bytes": packed[name].nbytes} if name in packed else {}
-        records.append(record("seconds", times, "s", name, {**setting, **held}, bench, paper))
+        records.append(made("seconds", times, "s", name, {**setting, **held}))
     for name in packed:
         for rival in ("F.linear bf16", "F.linear fp32", "W4 reference"):
             ratios = [theirs / mine for theirs, mine in zip(seconds[rival], seconds[name])]
-            records.append(record("time_ratio", ratios, "times ours", name, {**setting, "against": rival}, bench, paper))
+            records.append(made("time_ratio", ratios, "times ours", name, {**setting, "against": rival}))
     return records
 
 
@@ -92,7 +88,7 @@ def main() -> None:
         for batch in map(int, arguments.batches.split(",")):
             records += measure(linear, packed, batch, threads, arguments.repeats)
             write_json(records, arguments.out)  # a kill loses at most the cell under way
-    show(records, "batch")
+    show(records)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from tiny import random_ids, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from broadsheet.core.microworld.encoding import encode_session
 from broadsheet.core.microworld.tasks import make_sessions
-from broadsheet.core.microworld.train import encode_session
-from broadsheet.core.models import folds, load
-from broadsheet.core.models.walker import walk
+from broadsheet.core.models import load
+from broadsheet.core.models.outliers import inject_input_outliers
 from broadsheet.methods.weights.base import Unreachable, shapes, size
 from broadsheet.methods.weights.olive import Olive, OVPLinear, OVPTensor, PairType, Search, kernel, pairs, saturation
 from broadsheet.methods.weights.olive.grids import NAMES, tables
@@ -265,18 +265,9 @@ def pocket():
     return calibration, scored
 
 
-def injected(calibration: torch.Tensor, factor: float, channels: int, adjacent: bool) -> nn.Module:
-    """pocket-2m with ``channels`` channels of every norm's output ``factor`` times as large, in neighbours or apart."""
-    model, _ = load("pocket-2m")
-    draw = torch.Generator().manual_seed(0)
-    for block in walk(model, calibration[:1, :32]):
-        for fold in folds.norm_folds(block):
-            pair = torch.randperm(128, generator=draw)[: channels // (2 if adjacent else 1)] * 2
-            chosen = torch.cat([pair, pair + 1]) if adjacent else pair + torch.randint(0, 2, pair.shape, generator=draw)
-            by = torch.ones(256)
-            by[chosen] = 1 / factor
-            folds.scale(block, fold, by)
-    return model
+def injected(factor: float, channels: int, adjacent: bool = False) -> nn.Module:
+    """pocket-2m with ``channels`` channels of every norm's output ``factor`` times as large, in neighbours or anywhere."""
+    return inject_input_outliers(load("pocket-2m")[0], factor, channels, adjacent=adjacent)
 
 
 @torch.no_grad()
@@ -293,10 +284,10 @@ def accuracy(model: nn.Module, scored: list) -> float:
 
 def test_acceptance_8_four_bits_survive_outlier_channels_that_stand_alone(pocket):
     calibration, scored = pocket
-    full = accuracy(injected(calibration, 20, 2, False), scored)
+    full = accuracy(injected(20, 2), scored)
     assert full > 0.98
-    plain = accuracy(Olive(**CLIPPED).compress(injected(calibration, 20, 2, False), calibration), scored)
-    paired = accuracy(Olive().compress(injected(calibration, 20, 2, False), calibration), scored)
+    plain = accuracy(Olive(**CLIPPED).compress(injected(20, 2), calibration), scored)
+    paired = accuracy(Olive().compress(injected(20, 2), calibration), scored)
     assert (full - plain) >= 3 * (full - paired), (full, plain, paired)
 
 
@@ -310,8 +301,8 @@ def test_acceptance_8_without_outliers_both_are_about_equal(pocket):
 
 def test_acceptance_8_outlier_channels_side_by_side_are_where_it_fails(pocket):
     calibration, scored = pocket
-    adjacent = accuracy(Olive().compress(injected(calibration, 60, 8, True), calibration), scored)
-    spread = accuracy(Olive(pairing="spread").compress(injected(calibration, 60, 8, True), calibration), scored)
+    adjacent = accuracy(Olive().compress(injected(60, 8, adjacent=True), calibration), scored)
+    spread = accuracy(Olive(pairing="spread").compress(injected(60, 8, adjacent=True), calibration), scored)
     assert adjacent < 0.2  # of 99 % with full precision
     assert spread > 0.5
 
