@@ -16,28 +16,27 @@ from __future__ import annotations
 
 import argparse
 import lzma
-import statistics
-import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from _timing import alternately, clock_name, show
+from _timing import record as any_record
 
 from broadsheet.core.models import load
 from broadsheet.core.models.walker import blocks
-from broadsheet.core.records import Record, now, provenance, write_json
+from broadsheet.core.records import Record, write_json
 from broadsheet.methods.weights.dfloat11 import DFloat11, encode, split
 from broadsheet.methods.weights.dfloat11 import kernel as df11
 
 Contenders = dict[str, Callable[[], object]]
-PAPER = "dfloat11"
+record = partial(any_record, "dfloat11", "dfloat11-decode")
 
 
 def installed(name: str) -> Any:
@@ -119,37 +118,12 @@ def baselines(weights: torch.Tensor) -> dict[str, int]:
     return sizes
 
 
-def record(metric: str, values: list[float], unit: str, method: str, setting: dict[str, Any], model: str = "") -> Record:
-    """Median and the bootstrap interval of it."""
-    ordered = sorted(values)
-    draws = np.random.default_rng(0).choice(ordered, (2000, len(ordered)))
-    low, high = np.quantile(np.median(draws, 1), [0.025, 0.975])
-    return Record(
-        paper=PAPER, method=method, bench="dfloat11-decode", metric=metric, value=statistics.median(values), unit=unit,
-        ci=(float(low), float(high)) if len(values) > 1 else None, n=len(values), model=model,
-        setting={**setting, "best": max(values)}, time=now(), **provenance(),
-    )  # fmt: skip
-
-
-def alternately(contenders: Contenders, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every contender in every repeat, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = clock()
-            run()
-            if repeat:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def measure(weights: torch.Tensor, threads: int, repeats: int, model: str) -> list[Record]:
     """Throughput of every contender, and of DFloat11's against each of the others'."""
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
     contenders, _ = decoders(weights, threads)
-    seconds = alternately(contenders, repeats, clock)
-    setting = {"weights": weights.numel(), "threads": threads, "clock": "cpu" if threads == 1 else "wall"}
+    seconds = alternately(contenders, repeats)
+    setting = {"weights": weights.numel(), "threads": threads, "clock": clock_name()}
     records = [
         record("decode", [weights.nbytes / second / 1e9 for second in times], "GB/s of bfloat16", name, setting, model)
         for name, times in seconds.items()
@@ -179,26 +153,13 @@ def tokens(name: str, repeats: int) -> list[Record]:
     for batch in (1, 8, 64):
         ids = torch.randint(3, 100, (batch, 1), generator=torch.Generator().manual_seed(0))
         runs: Contenders = {"bfloat16": lambda ids=ids: plain(ids), "DFloat11": lambda ids=ids: small(ids)}
-        seconds = alternately(runs, repeats, time.thread_time)
-        setting = {"batch": batch, "threads": 1, "clock": "cpu"}
+        seconds = alternately(runs, repeats)
+        setting = {"batch": batch, "threads": 1, "clock": clock_name()}
         for method, times in seconds.items():
             records.append(record("tokens", [batch / second for second in times], "tokens/s", method, setting, name))
         slower = [ours / theirs for ours, theirs in zip(seconds["DFloat11"], seconds["bfloat16"])]
         records.append(record("slowdown", slower, "times", "DFloat11", {**setting, "against": "bfloat16"}, name))
     return records
-
-
-def show(records: list[Record]) -> None:
-    table = Table("model", "metric", "method", "against", "setting", "median", "95 %", "best", "unit")
-    for one in records:
-        setting = dict(one.setting)
-        best, against = setting.pop("best"), setting.pop("against", "")
-        interval = "" if one.ci is None else f"{one.ci[0]:.3f} to {one.ci[1]:.3f}"
-        where = " ".join(f"{key}={value}" for key, value in setting.items())
-        table.add_row(
-            one.model, one.metric, one.method, against, where, f"{one.value:.3f}", interval, f"{best:.3f}", one.unit
-        )
-    Console(width=200).print(table)
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from .threads import split
+from .jit import compiled, split
 
 #: bytes of codes unpacked together, and floats of a vector register (LLVM splits it where they are shorter)
 LANES = 8
@@ -218,14 +218,6 @@ def _accumulate(
     return signature, build
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to write the cache
-        return njit(**options)(function)
-
-
 @cache
 def _kernels(bits: int, together: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """The kernels of keys and of values for these compile-time constants."""
@@ -298,4 +290,4 @@ def _kernels(bits: int, together: int) -> tuple[Callable[..., None], Callable[..
                             count, bits, together, 1,
                         )  # fmt: skip
 
-    return _compiled(keys), _compiled(values)
+    return compiled(keys, _FAST), compiled(values, _FAST)

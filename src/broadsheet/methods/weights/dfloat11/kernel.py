@@ -17,17 +17,17 @@ and the last one with the stream; that notices most damage, and `files.verify` m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from broadsheet.core.numerics.threads import split
+from broadsheet.core.numerics.jit import compiled, split
 
 from .codec import BLOCK_BYTES, GAP_BYTES, MISPLACED, Damaged, Unit
 from .huffman import EXPONENTS, LONGEST
@@ -136,20 +136,10 @@ def _trailing_zeros(context: Any, value: Any) -> Any:
 # --- the kernels ----------------------------------------------------------------------------------------
 
 
-def _compiled(**options: Any) -> Callable[..., Any]:
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # nowhere to write the cache
-            return njit(nogil=True, **options)(function)
-
-    return compiled
+_inlined = partial(compiled, inline="always")
 
 
-_inlined = _compiled(inline="always")
-
-
-@_compiled()
+@compiled
 def write(exponents, lengths, values, bit, written, words, gaps, before):
     """Writes the codes of ``exponents`` from ``bit`` on, and returns where they end; see `codec.Stream`."""
     for index in range(exponents.size):
@@ -178,7 +168,7 @@ def _position(positions, block, weights):
     return position
 
 
-@_compiled()
+@compiled
 def _code(luts, window):
     """Exponent and length of the code at the top of a 32-bit ``window``; length 0 when there is none."""
     last = luts.shape[0] - 1
@@ -192,7 +182,7 @@ def _code(luts, window):
     return 0, 0
 
 
-@_compiled()
+@compiled
 def _window(stream, bit):
     """The 32 bits from ``bit`` on, zeros behind the end."""
     if bit <= 8 * stream.size - 64:
@@ -203,7 +193,7 @@ def _window(stream, bit):
     return window >> (8 - (bit & 7)) & 0xFFFFFFFF
 
 
-@_compiled()
+@compiled
 def _prepare(luts, positions, blocks, weights):
     """`_lookup`, and whether the positions rise from 0 to the number of weights in steps that a block can make."""
     fits, before = _position(positions, 0, weights) == 0, 0
@@ -215,7 +205,7 @@ def _prepare(luts, positions, blocks, weights):
     return symbols, steps, fits and before == weights
 
 
-@_compiled()
+@compiled
 def _lookup(luts):
     """What every window of bits holds: exponents (uint64, the first in the lowest byte) and count * 256 + bits (uint16).
 
@@ -259,7 +249,7 @@ def _step(bits, at, symbols, steps, buffer):
     return bits << (step & np.uint64(63)), at + np.int64(step >> np.uint64(8)), step
 
 
-@_compiled()
+@compiled
 def _long(luts, stream, bit, at, buffer):
     """The same for one code of any length; the third number is 1 when there is none."""
     exponent, length = _code(luts, _window(stream, bit))
@@ -274,7 +264,7 @@ def _soon(rest, out, index):
     _will_write(out, 2 * index)
 
 
-@_compiled()
+@compiled
 def _merge(buffer, first, last, rest, out, done):
     """Writes the weights from number ``done`` on, of the exponents ``first`` to ``last`` of ``buffer``; returns the next."""
     count = last - first
@@ -302,7 +292,7 @@ def _rounds(bit, done, limit, size):
     return min(min(limit - done, CHUNK) // weights, (8 * size - 72 - bit) // bits)
 
 
-@_compiled()
+@compiled
 def _alone(luts, symbols, steps, stream, rest, bit, done, limit, out, buffer):
     """Decodes one lane to its ``limit``; returns the bit after its last code, -1 when it met something that is no code."""
     while done < limit:
@@ -322,7 +312,7 @@ def _alone(luts, symbols, steps, stream, rest, bit, done, limit, out, buffer):
     return bit
 
 
-@_compiled()
+@compiled
 def _decode(luts, symbols, steps, stream, rest, gaps, positions, out, first, last):
     """Decodes the blocks ``first`` to ``last``; returns the first of a run of blocks that is damaged, or -1."""
     buffer, size = np.empty(LANES * LANE, np.uint8), stream.size
