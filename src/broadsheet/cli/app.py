@@ -10,6 +10,8 @@ import typer
 
 from broadsheet import catalogue
 
+from .weights import bitstack, dfloat11
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -292,6 +294,10 @@ def calibrate(
         for op, fit in fits["ops"].items():
             errors = "  ".join(f"{name} {e['held_out']:6.1%}" for name, e in fit["max_relative_error"].items())
             typer.echo(f"{protocol:<8} {op:<20} {errors}")
+
+
+app.add_typer(dfloat11, name="dfloat11")
+app.add_typer(bitstack, name="bitstack")
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------
