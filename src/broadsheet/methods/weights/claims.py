@@ -71,7 +71,7 @@ def _decode(records: Sequence[Record], metric: str, method: str = "DFloat11", **
 
 
 def dfloat11_lossless(records: Sequence[Record]) -> Verdict:
-    """Logits that differ after compressing. That every weight decodes to itself is checked whenever a model is compressed."""
+    """Logits that differ after compressing; weights are compared whenever a model is compressed."""
     found = _decode(records, "differing_logits")
     if not found:
         return None
