@@ -53,12 +53,14 @@ class Block:
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
         """The block's outputs, a tensor [batch, tokens, hidden_size] a batch."""
-        outputs = []
         with widened(self.module):
-            for step in self.passes:
-                self.running = step
-                outputs.append(self.module(_wide(step.hidden), **_wide(step.arguments)))
-        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+            return [self.output(step) for step in self.passes]
+
+    def output(self, step: Pass) -> torch.Tensor:
+        """What the block makes of one batch. Gradients reach its parameters; on a CPU a 16-bit block must be `widened`."""
+        self.running = step
+        output = self.module(_wide(step.hidden), **_wide(step.arguments))
+        return output[0] if isinstance(output, tuple) else output
 
     def observe(self, observers: Mapping[str, Observer]) -> list[torch.Tensor]:
         """Runs the block and shows every named module's input [batch, tokens, in_features] to its observer.

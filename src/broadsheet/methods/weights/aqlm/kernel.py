@@ -1,11 +1,12 @@
 """Products with a weight of additive codes, on the CPU, without holding the weight.
 
 With few inputs every product of a group of x with every codebook vector is made first; an output is then a sum of M entries
-a group, looked up by the codes. With many inputs, or when codebooks have so many entries that the table would cost more than
-it saves, a run of rows is rebuilt and multiplied while it is in the processor's cache, and the next one takes its place.
+a group, looked up by the codes. That is done for as many groups at a time as have a table that stays in the cache. With
+many inputs, or when codebooks have so many entries that the table would cost more than it saves, a run of rows is rebuilt and
+multiplied, and the next one takes its place.
 
-Codes are read from their bits as they are packed. Compiled by numba at the first use, for each number of bits, and cached on
-disk; this module is imported only then.
+Codes are read from their bits as they are packed. Compiled by numba at the first use, for each shape of codebooks, and cached
+on disk; this module is imported only then.
 """
 
 from __future__ import annotations
@@ -19,92 +20,106 @@ import torch
 
 from broadsheet.core.numerics.jit import compiled, split
 
-#: bytes that may be read behind a row's codes
+#: bytes that may be read behind the codes
 BEHIND = 2
-#: numbers of a tile of rebuilt rows; inputs up to which sums are looked up, where that is cheaper at all
-TILE, FEW = 2**16, 4
+#: numbers of a tile of rebuilt rows, of a table of products; inputs up to which sums are looked up
+TILE, TABLE, FEW = 2**17, 2**15, 4
+_FLAGS = ("reassoc", "contract", "nsz")
 
 
 def matmul(x: torch.Tensor, codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """x W^T, float32 [n, rows], of ``x`` float32 [n, columns], ``codes`` uint8 [rows / out_group, bytes], float32 ``books``
     [M, entries, out_group, in_group] and ``scales`` [rows / out_group]."""
-    count, entries, out_group, in_group = books.shape
-    n, rows, groups = len(x), len(codes) * out_group, x.shape[1] // in_group
-    if out_group == 1 and n <= FEW and lookup_pays(rows, count, entries):
-        table = x.reshape(n * groups, in_group) @ books.flatten(0, 1).flatten(1).T
-        out = x.new_empty(n, rows)
-        arrays = [t.numpy() for t in (table.view(n, groups * count, entries), codes, scales, out)]
-        split(lambda first, last: _lookup(bits)(*arrays, first, last), rows, 1)
-        return out
-    step = max(1, TILE // (x.shape[1] * out_group))
-    parts = []
-    for first in range(0, len(codes), step):
-        last = min(first + step, len(codes))
-        parts.append(x @ decode(codes[first:last], books, scales[first:last], bits, groups).T)
-    return torch.cat(parts, 1)
+    if looks_up(len(x), len(codes), books):
+        return _by_table(x, codes, books, scales, bits)
+    groups = x.shape[1] // books.shape[3]
+    step = max(1, TILE // (x.shape[1] * books.shape[2]))
+    tiles = zip(codes.split(step), scales.split(step))
+    return torch.cat([x @ decode(some, books, scale, bits, groups).T for some, scale in tiles], 1)
 
 
-def lookup_pays(rows: int, books: int, entries: int) -> bool:
-    """Whether making the table of products costs less than rebuilding the rows."""
-    return books * entries <= 2 * rows
+def looks_up(inputs: int, rows: int, books: torch.Tensor) -> bool:
+    """Whether a table of products is made: for few inputs, where that costs less than rebuilding the rows."""
+    count, entries, out_group, _ = books.shape
+    return out_group == 1 and inputs <= FEW and inputs * count * entries <= 2 * rows
+
+
+def _by_table(x: torch.Tensor, codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    count, entries, _, in_group = books.shape
+    vectors, out = books.flatten(0, 1).flatten(1).T, x.new_zeros(len(codes), len(x))
+    some = max(1, TABLE // (len(x) * count * entries))  # groups of a table
+    places = 0
+    for part in x.unflatten(1, (-1, in_group)).split(some, 1):
+        table = (part @ vectors).reshape(len(x), part.shape[1] * count, entries)
+        arrays = [tensor.numpy() for tensor in (table, codes, out)]
+        kernel, start = _adder(bits), places
+        split(lambda first, last: kernel(*arrays, start, first, last), len(codes), 1)  # noqa: B023  # called at once
+        places += part.shape[1] * count
+    return (out * scales[:, None]).T
 
 
 def decode(codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
     """The weight, float32 [rows, columns]."""
-    _, _, out_group, in_group = books.shape
-    out = torch.empty(len(codes) * out_group, groups * in_group)
-    arrays = [tensor.numpy() for tensor in (codes, books, scales, out)]
-    split(lambda first, last: _decoder(bits)(*arrays, first, last), len(codes), 1)
-    return out
+    count, _, out_group, in_group = books.shape
+    vectors = books.flatten(0, 1).flatten(1).contiguous()
+    out = torch.empty(len(codes), groups, out_group * in_group)
+    arrays = [tensor.numpy() for tensor in (codes, vectors, scales, out)]
+    kernel = _decoder(bits, count, out_group * in_group)
+    split(lambda first, last: kernel(*arrays, first, last), len(codes), 1)
+    return out.unflatten(2, (out_group, in_group)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @cache
-def _lookup(bits: int) -> Callable[..., None]:
+def _adder(bits: int) -> Callable[..., None]:
     mask = 2**bits - 1
 
-    def lookup(table: Any, codes: Any, scales: Any, out: Any, first: int, last: int) -> None:
-        inputs, count = table.shape[:2]
-        size = codes.shape[1]
-        behind = np.zeros(size + BEHIND, np.uint8)
-        found = np.empty(count, np.int32)
+    def add(table: Any, codes: Any, out: Any, start: int, first: int, last: int) -> None:
+        """Adds the table's entries for the codes from place ``start`` on."""
+        inputs, count, entries = table.shape
+        flat, packed = table.reshape(-1), codes.reshape(-1)
+        found, size = np.empty(count, np.int64), codes.shape[1]
+        end = np.zeros(size + BEHIND, np.uint8)
+        end[:size] = codes[-1]
         for row in range(first, last):
-            behind[:size] = codes[row]
+            source, begin = (end, 0) if row == codes.shape[0] - 1 else (packed, row * size)
             for place in range(count):
-                byte, shift = place * bits >> 3, place * bits & 7
-                word = np.int32(behind[byte]) | np.int32(behind[byte + 1]) << 8 | np.int32(behind[byte + 2]) << 16
-                found[place] = word >> shift & mask
+                at = (start + place) * bits
+                byte = begin + (at >> 3)
+                word = np.uint32(source[byte]) | np.uint32(source[byte + 1]) << 8 | np.uint32(source[byte + 2]) << 16
+                found[place] = (word >> np.uint32(at & 7) & mask) + place * entries
             for x in range(inputs):
-                total = np.float32(0)
+                total, base = np.float32(0), x * count * entries
                 for place in range(count):
-                    total += table[x, place, found[place]]
-                out[x, row] = total * scales[row]
+                    total += flat[base + found[place]]
+                out[row, x] += total
 
-    return compiled(lookup, ("reassoc", "contract", "nsz"))
+    return compiled(add, _FLAGS)
 
 
 @cache
-def _decoder(bits: int) -> Callable[..., None]:
+def _decoder(bits: int, count: int, width: int) -> Callable[..., None]:
     mask = 2**bits - 1
 
-    def decode(codes: Any, books: Any, scales: Any, out: Any, first: int, last: int) -> None:
-        count, _, out_group, in_group = books.shape
-        size, groups = codes.shape[1], out.shape[1] // in_group
-        behind = np.zeros(size + BEHIND, np.uint8)
+    def decode(codes: Any, vectors: Any, scales: Any, out: Any, first: int, last: int) -> None:
+        groups, size, entries = out.shape[1], codes.shape[1], vectors.shape[0] // count
+        packed, values, target = codes.reshape(-1), vectors.reshape(-1), out.reshape(-1)
+        found = np.empty(count, np.int64)
+        end = np.zeros(size + BEHIND, np.uint8)
+        end[:size] = codes[-1]
         for row in range(first, last):
-            behind[:size] = codes[row]
+            source, begin = (end, 0) if row == codes.shape[0] - 1 else (packed, row * size)
+            scale = scales[row]
             for group in range(groups):
                 for book in range(count):
-                    place = group * count + book
-                    byte, shift = place * bits >> 3, place * bits & 7
-                    word = np.int32(behind[byte]) | np.int32(behind[byte + 1]) << 8 | np.int32(behind[byte + 2]) << 16
-                    code = word >> shift & mask
-                    for r in range(out_group):
-                        line = row * out_group + r
-                        for column in range(in_group):
-                            value = books[book, code, r, column] * scales[row]
-                            if book:
-                                out[line, group * in_group + column] += value
-                            else:
-                                out[line, group * in_group + column] = value
+                    at = (group * count + book) * bits
+                    byte = begin + (at >> 3)
+                    word = np.uint32(source[byte]) | np.uint32(source[byte + 1]) << 8 | np.uint32(source[byte + 2]) << 16
+                    found[book] = ((word >> np.uint32(at & 7) & mask) + book * entries) * width
+                line = (row * groups + group) * width
+                for column in range(width):
+                    total = np.float32(0)
+                    for book in range(count):
+                        total += values[found[book] + column]
+                    target[line + column] = total * scale
 
-    return compiled(decode)
+    return compiled(decode, _FLAGS)
