@@ -75,7 +75,7 @@ def stored_of(codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor) ->
 def test_acceptance_1_the_formula_is_what_is_stored(rows, columns, books, nbits, group, bits):
     method = AQLM(books, nbits, group)
     assert method.bits([(rows, columns)]) == pytest.approx(bits, abs=6e-3 if rows == 256 else 5e-4)
-    codes = torch.randint(0, 2**nbits, (rows, columns // group, books), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 2**nbits, (rows, columns // group, books), dtype=torch.int32)
     layer = AQLMLinear.of(Additive(codes, torch.zeros(books, 2**nbits, 1, group), torch.ones(rows)))
     assert layer.nbytes * 8 / (rows * columns) == pytest.approx(method.bits([(rows, columns)]), rel=1e-9)
     assert torch.equal(layer.stored.codes, codes)
@@ -85,14 +85,15 @@ def test_acceptance_1_the_formula_is_what_is_stored(rows, columns, books, nbits,
 
 def test_acceptance_2_as_many_entries_as_distinct_groups_are_exact():
     draw = torch.Generator().manual_seed(3)
-    for nbits in (1, 3, 5):
-        signs = F.normalize(torch.randn(2**nbits, 4, generator=draw), dim=1)  # of one norm, so rows keep them apart
-        weight = signs[torch.cat([torch.randint(0, 2**nbits, (64 * 16 - 2**nbits,), generator=draw), torch.arange(2**nbits)])]
-        weight = weight.reshape(64, 64)
-        (start,) = residual_kmeans([weight], 1, nbits, 4)
-        assert squared_error(weight, start, torch.eye(64)) < 1e-10
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8)  # of one norm, so that equal groups stay equal in all rows
+    for nbits in (1, 3, 6):
+        distinct = every[torch.randperm(256, generator=draw)[: 2**nbits]]
+        chosen = torch.cat([torch.arange(2**nbits), torch.randint(0, 2**nbits, (512 - 2**nbits,), generator=draw)])
+        weight = distinct[chosen[torch.randperm(512, generator=draw)]].reshape(64, 64)
+        (start,) = residual_kmeans([weight], 1, nbits, 8)
+        assert (start.weight - weight).abs().max() < 1e-6
         (found,) = fit([weight], [torch.eye(64)], [start], max_epochs=3)
-        assert (found.weight - weight).abs().max() < 1e-5
+        assert (found.weight - weight).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("out_group", [1, 2])
@@ -250,11 +251,12 @@ def test_an_error_that_is_not_finite_is_said():
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 16), st.integers(1, 9), st.sampled_from([1, 3, 4, 8]), st.integers(1, 3),
-    st.sampled_from([1, 1, 2]), st.integers(1, 7), st.integers(0, 1 << 30),
+    st.sampled_from([(1, 6, 1, 4), (3, 3, 1, 4), (2, 8, 1, 8), (1, 15, 1, 8), (2, 16, 2, 3), (2, 1, 1, 1)]),
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(0, 1 << 30),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_kernels_multiply_as_the_weight_does(groups, nbits, rows, in_group, books, out_group, inputs, seed):
+def test_kernels_multiply_as_the_weight_does(layout, groups, rows, inputs, seed):
+    books, nbits, out_group, in_group = layout  # every one is compiled
     draw = torch.Generator().manual_seed(seed)
     stored = Additive(
         torch.randint(0, 2**nbits, (rows, groups, books), generator=draw),
@@ -327,7 +329,8 @@ def test_what_16_bits_cannot_hold_is_refused():
 )
 def test_a_model_is_saved_and_loaded_to_the_bit(kind, method, tmp_path):
     ids = random_ids(9, 16)
-    original = tiny(kind, num_hidden_layers=2).bfloat16()
+    tiny(kind, num_hidden_layers=2).save_pretrained(tmp_path / "original")  # .bfloat16() would round rotary frequencies too
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.bfloat16)
     model = method.compress(original, ids if method.calibrated else None)
     save(model, tmp_path / "small")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
@@ -362,8 +365,8 @@ def damage(method: AQLM, ids: torch.Tensor, held_out: torch.Tensor) -> float:
 
 
 def test_the_hessian_and_both_kinds_of_training_help():
-    ids, held_out = random_ids(64, 32), random_ids(16, 32, seed=9)
-    base = replace(QUICK, num_codebooks=2, max_epochs=4, steps_per_epoch=20)
+    ids, held_out = random_ids(32, 24), random_ids(16, 24, seed=9)
+    base = replace(QUICK, num_codebooks=2, max_epochs=3)
     free, fitted = damage(replace(base, hessian=False), ids, held_out), damage(base, ids, held_out)
     tuned = damage(replace(base, finetune_max_epochs=4), ids, held_out)
     assert tuned < fitted < free
@@ -390,9 +393,7 @@ def test_budgets_are_met_by_what_is_stored():
             assert size(small).bits == pytest.approx(method.bits(shapes(model)))
     with pytest.raises(Unreachable, match="the least this method can do"):
         AQLM().at_budget(0.1, shapes(model))
-    odd = [(64, 63)]  # no group size divides it
-    with pytest.raises(Unreachable):
-        AQLM().at_budget(4, odd)
+    assert AQLM().at_budget(4.9, [(64, 63)]).in_group_size == 1  # nothing else divides an odd width
 
 
 def test_larger_layers_get_larger_codebooks():

@@ -198,7 +198,7 @@ class AQLM(WeightMethod):
         """
         weights, width = sum(rows * columns for rows, columns in layers), math.gcd(*(columns for _, columns in layers))
         possible, least = [], float("inf")
-        for group in (2, 4, 8, 16):
+        for group in (1, 2, 4, 8, 16):
             for nbits in range(2, 9):
                 for books in range(1, 9):
                     beam = min(self.beam_size, 2**nbits)
@@ -222,12 +222,13 @@ class AQLM(WeightMethod):
     def _promise(self, stored: float) -> float:
         """How many bits a weight these codes are worth (half the fall of log2 of the error).
 
-        ``stored``: bits of codes and codebooks. A rule read off the errors of 53 configurations on layers of pocket-2m, at 2
-        and 3 bits: a bit of codes is worth one and a bit of codebooks a quarter; entries that are chosen among more do more,
-        and sums of several codebooks do less than one of as many bits.
+        ``stored``: bits of codes and codebooks. A rule read off the errors of 49 configurations on layers of pocket-2m, at 2
+        and 3 bits: a bit of codes is worth one and a bit of codebooks a quarter; entries that are chosen among more do more;
+        and sums of several codebooks do less than one of as many bits, the more bits the less.
         """
         codes = self.num_codebooks * self.nbits_per_codebook / self.in_group_size
-        return codes + 0.25 * (stored - codes) + 0.04 * self.nbits_per_codebook - 0.06 * math.log2(self.num_codebooks)
+        lost = 0.06 * math.log2(self.num_codebooks) * max(0.0, codes - 1)
+        return codes + 0.25 * (stored - codes) + 0.04 * self.nbits_per_codebook - lost
 
     @classmethod
     def save_beside(cls, model: PreTrainedModel, folder: Path) -> None:

@@ -248,20 +248,22 @@ def fit(
     books = start[0].codebooks.detach().clone().requires_grad_()
     scales = [one.scales.detach().clone().requires_grad_() for one in start]
     codes = [one.codes.clone() for one in start]
-    optimiser = torch.optim.Adam([books, *scales], lr=lr, betas=(0.0, 0.95), amsgrad=True)
+    optimiser = torch.optim.Adam([books, *scales], lr=lr, betas=(0.0, 0.95), amsgrad=True, fused=True)
     shares = [1.0 / len(weight) for weight in weights]
     if len(weights) > 1:  # layers that share codebooks count by their relative errors
         shares = [1.0 / max(float((weight @ gram * weight).sum()), 1e-30) for weight, gram in zip(weights, grams)]
 
-    def slopes() -> float:
-        """The loss; its gradient is left at codebooks and scales."""
+    def slopes(wanted: bool = False) -> float:
+        """Leaves the loss's gradient at codebooks and scales; returns the loss, where it is ``wanted``."""
+        optimiser.zero_grad()
         total = 0.0
         for weight, gram, code, scale, share in zip(weights, grams, codes, scales, shares):
             rebuilt = Additive(code, books, scale).weight
             error = rebuilt.detach() - weight
             slope = error @ gram
-            total += share * float((slope * error).sum(dtype=torch.float64))
-            rebuilt.backward(2 * share * slope)
+            if wanted:
+                total += share * float((slope * error).sum(dtype=torch.float64))
+            rebuilt.backward(slope.mul_(2 * share))
         return total
 
     def state() -> list[Additive]:
@@ -270,8 +272,7 @@ def fit(
     best, least, previous = state(), float("inf"), float("inf")
     with torch.enable_grad():
         for epoch in range(max_epochs + 1):
-            optimiser.zero_grad()
-            loss = slopes()
+            loss = slopes(wanted=True)
             if not loss < float("inf"):
                 raise ValueError(f"the error is {loss} in round {epoch}: inputs or weights are too large, or lr is")
             if loss < least:
@@ -281,7 +282,6 @@ def fit(
             previous = min(previous, loss)
             for step in range(steps_per_epoch):
                 if step:
-                    optimiser.zero_grad()
                     slopes()
                 optimiser.step()
             if beam_size:
