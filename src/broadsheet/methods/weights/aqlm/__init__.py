@@ -1,8 +1,8 @@
 """AQLM: linear layers as sums of codebook vectors (Egiazarian et al. 2024, ICML, arXiv 2401.06118).
 
-Every group of weights is a sum of one vector from each of a few codebooks, which are learned for the layer, as are the codes:
-to keep the layer's outputs on calibration data, not its weights (`additive`). Then what is not codes is trained until the
-block puts out what it did (`tuning`). It is the quantiser of the study in `quantizing_code_llms`.
+Every group of weights is a sum of one vector from each of a few codebooks. These are learned for the layer, and so are the
+codes, to keep the layer's outputs on calibration data, not its weights (`additive`). Then what is not codes is trained until
+the block puts out what it did (`tuning`). It is the quantiser of the study in `quantizing_code_llms`.
 
     model = AQLM(num_codebooks=1, nbits_per_codebook=8, in_group_size=4).compress(model, calibration)
     export(model, folder)                   # the format of the aqlm package
@@ -19,11 +19,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from broadsheet.core.models.observers import Gram
@@ -45,14 +47,14 @@ SHARED = "aqlm_codebooks.safetensors"
 
 @dataclass(frozen=True)
 class AQLM(WeightMethod):
-    """``num_codebooks`` codebooks of ``nbits_per_codebook`` bits for groups of ``out_group_size`` x ``in_group_size`` weights.
+    """``num_codebooks`` codebooks of ``nbits_per_codebook`` bits for groups of ``out_group_size`` by ``in_group_size``.
 
     Parameters, with the names of the official code:
 
     - ``init_max_iter``: iterations of k-means for each first codebook
-    - ``max_epochs`` rounds at most of ``steps_per_epoch`` Adam steps of ``lr`` on codebooks and scales, then a beam search of
-      ``beam_size`` over the codes, until a round gains less than ``relative_mse_tolerance``. 0 switches off: all rounds,
-      the steps, the search
+    - at most ``max_epochs`` rounds of ``steps_per_epoch`` Adam steps of ``lr`` on codebooks and scales, then a beam search
+      of ``beam_size`` over the codes, until a round gains less than ``relative_mse_tolerance``. 0 switches off: all
+      rounds, the steps, the search
     - ``hessian``: errors are those of the layer's outputs; off: those of its weights (XTX = I), which needs no data
     - ``finetune_*``: training of each block's codebooks, scales and norms towards its uncompressed outputs, for at most so
       many epochs (0: off), ended by ``finetune_early_stop`` epochs without gain on the held-out eighth of the samples
@@ -100,7 +102,9 @@ class AQLM(WeightMethod):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.beam_size > 2**self.nbits_per_codebook:
-            raise ValueError(f"beam_size {self.beam_size} is more than the {2**self.nbits_per_codebook} entries of a codebook")
+            raise ValueError(
+                f"beam_size {self.beam_size} is more than the {2**self.nbits_per_codebook} entries of a codebook"
+            )
         if not 0 <= self.relative_mse_tolerance < 1:
             raise ValueError(f"relative_mse_tolerance must be at least 0 and below 1, got {self.relative_mse_tolerance}")
 
@@ -173,8 +177,8 @@ class AQLM(WeightMethod):
             groups = rows * columns // (self.in_group_size * self.out_group_size)
             if 2**self.nbits_per_codebook > groups and not self.shared_codebooks:
                 raise ValueError(
-                    f"a codebook of 2^{self.nbits_per_codebook} entries is more than the {groups} groups of a layer of {rows} x "
-                    f"{columns}; lower nbits_per_codebook or in_group_size"
+                    f"a codebook of 2^{self.nbits_per_codebook} entries is more than the {groups} groups of a layer of "
+                    f"{rows} x {columns}; lower nbits_per_codebook or in_group_size"
                 )
 
     def bits(self, layers: Sequence[Shape], blocks: int | None = None) -> float:
@@ -194,30 +198,31 @@ class AQLM(WeightMethod):
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """The codebooks and groups, of those that fit, that `_promise` the most; others of its fields stay.
 
-        Codebooks of up to 8 bits are looked at: larger ones take hours without a GPU, and no table of products pays for them.
+        Codebooks of up to 8 bits are looked at: larger ones take hours without a GPU, and are multiplied more slowly.
         """
-        weights, width = sum(rows * columns for rows, columns in layers), math.gcd(*(columns for _, columns in layers))
-        possible, least = [], float("inf")
-        for group in (1, 2, 4, 8, 16):
-            for nbits in range(2, 9):
-                for books in range(1, 9):
-                    beam = min(self.beam_size, 2**nbits)
-                    one = replace(
-                        self, num_codebooks=books, nbits_per_codebook=nbits, in_group_size=group, out_group_size=1, beam_size=beam
-                    )
-                    if width % group:
-                        continue
-                    try:
-                        one.check(layers)
-                    except ValueError:
-                        continue
-                    held = one.bits(layers)
-                    least = min(least, held)
-                    if held <= bits:
-                        possible.append((one._promise(held - 16 * sum(rows for rows, _ in layers) / weights), -held, one))
-        if not possible:
+        weights = sum(rows * columns for rows, columns in layers)
+        scales = 16 * sum(rows for rows, _ in layers) / weights
+        best, least = (-float("inf"), 0.0, self), float("inf")
+        for group, nbits, books in product((1, 2, 4, 8, 16), range(2, 9), range(1, 9)):
+            one = replace(
+                self,
+                num_codebooks=books,
+                nbits_per_codebook=nbits,
+                in_group_size=group,
+                out_group_size=1,
+                beam_size=min(self.beam_size, 2**nbits),
+            )
+            try:
+                one.check(layers)
+            except ValueError:
+                continue
+            held = one.bits(layers)
+            least = min(least, held)
+            if held <= bits:
+                best = max(best, (one._promise(held - scales), -held, one), key=lambda found: found[:2])
+        if least > bits:
             raise Unreachable(least)
-        return max(possible, key=lambda found: found[:2])[2]
+        return best[2]
 
     def _promise(self, stored: float) -> float:
         """How many bits a weight these codes are worth (half the fall of log2 of the error).
@@ -244,7 +249,7 @@ class AQLM(WeightMethod):
         for name, layer in model.named_modules():
             if isinstance(layer, SharedAQLMLinear):
                 if layer.block not in books:
-                    raise ValueError(f"{file} has no codebooks of {layer.block}, for {name}; the files belong to different models")
+                    raise ValueError(f"{file} has no codebooks for {name}; the files belong to different models")
                 books[layer.block] = layer.codebooks = books[layer.block].to(layer.codes.device)
 
 
@@ -254,7 +259,6 @@ def _blocks(layers: Sequence[Shape]) -> int:
         if len(layers) % period == 0 and list(layers) == list(layers[:period]) * (len(layers) // period):
             return len(layers) // period
     return len(layers)
-
 
 
 def export(model: PreTrainedModel, folder: str | Path) -> None:
@@ -268,6 +272,7 @@ def export(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError("export takes a model that AQLM compressed, with one size of codebooks")
     ((books, _, out_group, in_group, nbits),) = shapes
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    whole = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     for tied in getattr(model, "all_tied_weights_keys", {}):
         tensors.pop(tied, None)
     for name, layer in layers.items():
@@ -280,10 +285,11 @@ def export(model: PreTrainedModel, folder: str | Path) -> None:
         "nbits_per_codebook": nbits,
         "in_group_size": in_group,
         "out_group_size": out_group,
-        "linear_weights_not_to_quantize": [name for name in tensors if name.endswith(".weight")],
+        "linear_weights_not_to_quantize": [*whole, *(f"{name}.weight" for name in whole)],  # old releases want these
     }
     target = Path(folder)
     check_target(target)
     target.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    held = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(held, target / "model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Weights as sums of codebook vectors, fitted to what a layer puts out (Egiazarian et al. 2024, arXiv 2401.06118, section 3).
+"""Weights as sums of codebook vectors, fitted to a layer's outputs (Egiazarian et al. 2024, arXiv 2401.06118, section 3).
 
-A weight is cut into groups of ``out_group`` rows by ``in_group`` columns. Each is a sum of one vector from each of M codebooks,
-times the scale of its rows:
+A weight is cut into groups of ``out_group`` rows by ``in_group`` columns. Each is a sum of one vector from each of M
+codebooks, times the scale of its rows:
 
     W^[o, j] = s[o] * sum_m C[m][code[o, j, m]]
 
@@ -151,14 +151,13 @@ def beam_search(
     choices of a row so far are kept. All rows at once; rows do not depend on each other.
     """
     books, entries, _, _ = stored.codebooks.shape
-    orders = []
-    for group in _order(stored.codes.shape[1], rng):
-        orders.append((group, _order(books, rng)))
+    orders = [(group, _order(books, rng)) for group in _order(stored.codes.shape[1], rng)]
     step = max(1, ROOM // (entries * beam_size))
     parts = zip(grouped_rows(weight, stored).split(step), stored.codes.split(step), stored.scales.split(step))
-    return torch.cat(
-        [_search(rows, replace(stored, codes=codes, scales=scales), gram, beam_size, orders) for rows, codes, scales in parts]
-    )
+    found = []
+    for rows, codes, scales in parts:
+        found.append(_search(rows, replace(stored, codes=codes, scales=scales), gram, beam_size, orders))
+    return torch.cat(found)
 
 
 def grouped_rows(weight: torch.Tensor, stored: Additive) -> torch.Tensor:
@@ -182,8 +181,8 @@ def _search(
     vector u out of group j and putting v in changes the loss by 2 u slope'_j - u H_jj u + v H_jj v - 2 v slope'_j, where
     slope'_j = slope_j + u H_jj is the slope without u.
     """
-    books, entries, out_group, in_group = stored.codebooks.shape
-    scales, size = stored.scales[:, None, None], out_group * in_group
+    _, entries, out_group, in_group = stored.codebooks.shape
+    scales = stored.scales[:, None, None]
     codes = stored.codes[:, None].clone()  # [rows, beam, groups, M]
     slope = ((weight - grouped_rows(stored.weight, stored)) @ gram)[:, None]  # [rows, beam, out_group, columns]
     loss = slope.new_zeros(len(weight), 1)  # against the loss at the start
@@ -240,9 +239,9 @@ def fit(
 ) -> list[Additive]:
     """Codebooks and scales by Adam, then codes by beam search, in turns (algorithm 1 of the paper), from ``start`` on.
 
-    Ends when a round lowers the error by less than ``relative_mse_tolerance`` of it, or after ``max_epochs`` rounds. The best
-    state seen at the end of a round is what is returned (the official code returns the last). Off: ``beam_size`` 0 keeps
-    the codes, ``steps_per_epoch`` 0 codebooks and scales. Raises ValueError when the error is not finite.
+    Ends when a round lowers the error by less than ``relative_mse_tolerance`` of it, or after ``max_epochs`` rounds. The
+    best state seen at the end of a round is what is returned (the official code returns the last). Off: ``beam_size`` 0
+    keeps the codes, ``steps_per_epoch`` 0 codebooks and scales. Raises ValueError when the error is not finite.
     """
     rng = random.Random(seed)
     books = start[0].codebooks.detach().clone().requires_grad_()

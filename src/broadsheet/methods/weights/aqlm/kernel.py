@@ -2,11 +2,11 @@
 
 With few inputs every product of a group of x with every codebook vector is made first; an output is then a sum of M entries
 a group, looked up by the codes. That is done for as many groups at a time as have a table that stays in the cache. With
-many inputs, or when codebooks have so many entries that the table would cost more than it saves, a run of rows is rebuilt and
-multiplied, and the next one takes its place.
+many inputs, or when codebooks have so many entries that the table would cost more than it saves, a run of rows is rebuilt
+and multiplied, and the next one takes its place.
 
-Codes are read from their bits as they are packed. Compiled by numba at the first use, for each shape of codebooks, and cached
-on disk; this module is imported only then.
+Codes are read from their bits as they are packed. Compiled by numba at the first use, for each shape of codebooks, and
+cached on disk; this module is imported only then.
 """
 
 from __future__ import annotations

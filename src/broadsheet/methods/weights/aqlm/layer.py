@@ -1,4 +1,4 @@
-"""The linear layer of an AQLM model: stored in additive codes, or (`Tunable`) with codebooks and scales that can be trained."""
+"""The linear layer of an AQLM model: stored in additive codes, or (`Tunable`) with codebooks and scales to be trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AQLMLinear(PackedLinear):
     @classmethod
     def of(cls, stored: Additive, bias: torch.Tensor | None = None, **plain: str) -> Self:
         """The layer with this weight. Raises ValueError when a scale or codebook is beyond what 16 bits hold."""
-        books, entries, out_group, in_group = stored.codebooks.shape
+        _, entries, out_group, in_group = stored.codebooks.shape
         nbits = (entries - 1).bit_length()
         scales, codebooks = stored.scales.detach().to(HALF), stored.codebooks.detach().to(HALF)
         if not bool(torch.isfinite(scales).all() and torch.isfinite(codebooks).all()):
@@ -41,7 +41,7 @@ class AQLMLinear(PackedLinear):
         rows, groups = stored.codes.shape[:2]
         tensors = {"codes": pack(codes.to(torch.uint8) if nbits <= 8 else codes, nbits)}
         tensors |= {"codebooks": codebooks, "scales": scales, **({} if bias is None else {"bias": bias.detach().clone()})}
-        return cls(tensors, in_features=groups * in_group, out_features=rows * out_group, nbits=nbits, **plain)  # type: ignore[arg-type]
+        return cls(tensors, in_features=groups * in_group, out_features=rows * out_group, nbits=nbits, **plain)
 
     @property
     def stored(self) -> Additive:

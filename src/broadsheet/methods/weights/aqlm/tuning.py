@@ -36,7 +36,7 @@ def tune_block(block: Block, targets: Sequence[torch.Tensor], epochs: int, lr: f
 def tune_model(
     model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, epochs: int, lr: float, early_stop: int, seed: int
 ) -> None:
-    """Trains a whole model to predict as ``teacher`` does: KL over all tokens of ``ids`` [samples, tokens], a step a sample."""
+    """Trains a model to predict as ``teacher`` does: KL over all tokens of ``ids`` [samples, tokens], a step a sample."""
 
     def loss(sample: int) -> torch.Tensor:
         row = ids[sample : sample + 1].to(model.device)
