@@ -23,17 +23,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _timing import alternately, clock_name, show
+from _timing import record as any_record
 from numba import njit
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from broadsheet.core.records import Record, now, provenance, write_json
+from broadsheet.core.records import Record, write_json
 from broadsheet.methods.weights.base import size
 from broadsheet.methods.weights.bitstack import BitStack, set_size, size_table
 from broadsheet.methods.weights.bitstack.decompose import compose, layout_of
@@ -41,6 +42,7 @@ from broadsheet.methods.weights.bitstack.kernel import forward
 
 SHAPES = ((768, 768, "auto"), (2048, 768, "auto"), (768, 2048, "auto"), (2048, 2048, 16))
 BLOCKS = 4
+record = partial(any_record, "bitstack", "bitstack-resize")
 
 
 def llama(layers: int) -> LlamaForCausalLM:
@@ -51,14 +53,6 @@ def llama(layers: int) -> LlamaForCausalLM:
             tie_word_embeddings=True,
         )
     ).eval()  # fmt: skip
-
-
-def record(metric: str, values: list[float], unit: str, method: str, setting: dict) -> Record:
-    spread = {"least": min(values), "most": max(values)}
-    return Record(
-        paper="bitstack", method=method, bench="bitstack-resize", metric=metric, value=statistics.median(values), unit=unit,
-        n=len(values), setting={**setting, **spread}, time=now(), **provenance(),
-    )  # fmt: skip
 
 
 def resizing(layers: int, n_iter: int, repeats: int) -> list[Record]:
@@ -150,36 +144,13 @@ def forwards(threads: int, repeats: int) -> list[Record]:
                 assert torch.allclose(run(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
             seconds = alternately(contenders, repeats)
             setting = {"rows": rows, "columns": columns, "rank": layout.rank, "blocks": BLOCKS, "tokens": tokens}
-            setting |= {"threads": threads, "clock": "cpu" if threads == 1 else "wall"}
+            setting |= {"threads": threads, "clock": clock_name()}
             for name, times in seconds.items():
                 records.append(record("forward_seconds", times, "s", name, setting))
                 if name != "kernel":
                     ratios = [theirs / ours for theirs, ours in zip(times, seconds["kernel"])]
                     records.append(record("time_ratio", ratios, "times ours", "kernel", {**setting, "against": name}))
     return records
-
-
-def alternately(contenders: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every repeat, after one that is not counted."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = clock()
-            run()
-            if repeat:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def show(records: list[Record]) -> None:
-    table = Table("method", "metric", "setting", "median", "range", "unit")
-    for one in records:
-        setting = dict(one.setting)
-        spread = f"{setting.pop('least'):.4g} to {setting.pop('most'):.4g}"
-        what = ", ".join(f"{name}={value}" for name, value in setting.items())
-        table.add_row(one.method, one.metric, what, f"{one.value:.4g}", spread, one.unit)
-    Console(width=180).print(table)
 
 
 def main() -> None:

@@ -12,24 +12,24 @@ the CPU time is used (what else runs on the machine does not count), else wall t
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+from _timing import alternately, clock_name, show
+from _timing import record as any_record
 from torch import nn
 
 from broadsheet.core.models.taps import Tokens
-from broadsheet.core.records import Record, now, provenance, write_json
+from broadsheet.core.records import Record, write_json
 from broadsheet.methods.caches.base import CacheLayer
 from broadsheet.methods.caches.kivi import KIVI, KIVILayer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 METHODS = {4: KIVI(4, 32, 32), 2: KIVI(2, 32, 32)}
+record = partial(any_record, "", "decode-kernel")
 
 
 def tokens(count: int, seed: int) -> Tokens:
@@ -61,32 +61,9 @@ def gqa(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
     return F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
 
 
-def alternately(
-    contenders: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every contender in every repeat, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = clock()
-            run()
-            if repeat:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def record(metric: str, values: list[float], unit: str, method: str, setting: dict) -> Record:
-    spread = {"least": min(values), "most": max(values)}
-    return Record(
-        paper="", method=method, bench="decode-kernel", metric=metric, value=statistics.median(values), unit=unit,
-        n=len(values), setting={**setting, **spread}, time=now(), **provenance(),
-    )  # fmt: skip
-
-
 @torch.inference_mode()
 def measure(length: int, threads: int, repeats: int) -> list[Record]:
     torch.set_num_threads(threads)
-    clock = time.thread_time if threads == 1 else time.perf_counter
     prompt, new = tokens(length, 0), tokens(1, 1)
     caches = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -103,10 +80,10 @@ def measure(length: int, threads: int, repeats: int) -> list[Record]:
         ours = f"KIVI-{bits} kernel"
         contenders[ours] = lambda layer=layer: layer.attend(new, None, None)
         slow[f"KIVI-{bits} reference"] = lambda layer=layer: CacheLayer.attend(layer, new, None, None)
-    seconds = alternately(contenders, repeats, clock)
-    seconds |= alternately(slow, 3, clock)
+    seconds = alternately(contenders, repeats)
+    seconds |= alternately(slow, 3)
 
-    setting = {"tokens": length, "threads": threads, "clock": "cpu" if threads == 1 else "wall"}
+    setting = {"tokens": length, "threads": threads, "clock": clock_name()}
     records = [record("seconds", times, "s", name, setting) for name, times in seconds.items()]
     for bits in METHODS:
         ours = seconds[f"KIVI-{bits} kernel"]
@@ -120,26 +97,15 @@ def measure(length: int, threads: int, repeats: int) -> list[Record]:
 @torch.inference_mode()
 def compression(length: int, threads: int, repeats: int) -> list[Record]:
     torch.set_num_threads(threads)
-    clock = time.thread_time if threads == 1 else time.perf_counter
     prompt = tokens(length, 0)
     size = 2 * (prompt.keys.numel() + prompt.values.numel())  # of 16-bit states
     work = {f"KIVI-{bits}": lambda method=method: layer_of(method).append(prompt) for bits, method in METHODS.items()}
-    seconds = alternately(work, repeats, clock)
-    setting = {"tokens": length, "threads": threads, "clock": "cpu" if threads == 1 else "wall"}
+    seconds = alternately(work, repeats)
+    setting = {"tokens": length, "threads": threads, "clock": clock_name()}
     return [
         record("compress_throughput", [size / second / 1e9 for second in times], "GB/s of 16-bit input", name, setting)
         for name, times in seconds.items()
     ]
-
-
-def show(records: list[Record]) -> None:
-    table = Table("method", "metric", "against", "tokens", "threads", "clock", "median", "range", "unit")
-    for one in records:
-        setting = one.setting
-        spread = f"{setting['least']:.4g} to {setting['most']:.4g}"
-        cells = [one.method, one.metric, setting.get("against", ""), str(setting["tokens"]), str(setting["threads"])]
-        table.add_row(*cells, setting["clock"], f"{one.value:.4g}", spread, one.unit)
-    Console(width=160).print(table)
 
 
 def main() -> None:

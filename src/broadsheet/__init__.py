@@ -59,6 +59,7 @@ class _Registration(MetaPathFinder):
 #: what a config.json may name as ``quant_method`` -> its configuration and its quantiser
 _QUANTISERS = {
     "broadsheet": ("methods.weights.quantiser:PackedConfig", "methods.weights.quantiser:PackedQuantizer"),
+    "dfloat11": ("methods.weights.dfloat11.loading:DFloat11Config", "methods.weights.dfloat11.loading:DFloat11Quantizer"),
 }
 
 
@@ -80,6 +81,16 @@ def _register() -> None:
     for method, (configuration, quantiser) in _QUANTISERS.items():
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Named(configuration)
         auto.AUTO_QUANTIZER_MAPPING[method] = _Named(quantiser)
+    modeling: Any = import_module(_Registration.registry)
+    original = modeling.get_hf_quantizer
+
+    def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        # Folders of the official DFloat11 package name no method, and transformers would fill their model with noise.
+        if getattr(config, "dfloat11_config", None) and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = {"quant_method": "dfloat11"}
+        return original(config, *args, **kwargs)
+
+    modeling.get_hf_quantizer = get_hf_quantizer
 
 
 if _Registration.registry in sys.modules:

@@ -17,9 +17,7 @@ is imported only then. `supports` says which layouts are covered: codes that fil
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -27,8 +25,10 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from .jit import compiled, split
 
 #: bytes of codes unpacked together, and floats of a vector register (LLVM splits it where they are shorter)
 LANES = 8
@@ -62,7 +62,7 @@ def packed_scores(
     heads, _ = _kernels(bits, _together(bits, queries.shape[1]))
     arrays = [_array(part) for part in (queries, codes, scale, zero)]
     target = out.numpy()
-    _split(lambda first, last: heads(*arrays, target, first, last), codes.shape[0], 4)
+    split(lambda first, last: heads(*arrays, target, first, last), codes.shape[0], 4)
 
 
 def packed_mix(
@@ -86,7 +86,7 @@ def packed_mix(
         parts.append(total)
         values(*arrays, total, first, last)
 
-    _split(piece, codes.shape[0], TILE)
+    split(piece, codes.shape[0], TILE)
     mixed = torch.from_numpy(sum(parts[1:], start=parts[0]))
     # [.., columns, heads together, places in a byte, bytes]: channels are columns, bytes, places.
     return mixed.permute(0, 1, 3, 2, 5, 4).reshape(kv_heads, query_heads, -1)
@@ -107,23 +107,6 @@ def _together(bits: int, query_heads: int) -> int:
 def _converts_half() -> bool:
     """Float16 is read by the machine's own instruction; without one, LLVM would call a missing function."""
     return not llvm.get_default_triple().startswith(("x86", "i686")) or llvm.get_host_cpu_features().get("f16c", False)
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process (a forked one has none of its parent's)."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="packed-attention")
-
-
-def _split(work: Callable[[int, int], None], count: int, step: int) -> None:
-    """Runs ``work(first, last)`` over 0 .. count in as many pieces, of whole ``step``s, as torch has threads."""
-    threads = torch.get_num_threads()
-    share = -(-count // (threads * step)) * step
-    bounds = [(first, min(first + share, count)) for first in range(0, count, share)]
-    if len(bounds) < 2:
-        work(0, count)
-        return
-    list(_pool(os.getpid(), threads).map(lambda bound: work(*bound), bounds))
 
 
 # --- the kernels ----------------------------------------------------------------------------------------
@@ -235,14 +218,6 @@ def _accumulate(
     return signature, build
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to write the cache
-        return njit(**options)(function)
-
-
 @cache
 def _kernels(bits: int, together: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """The kernels of keys and of values for these compile-time constants."""
@@ -315,4 +290,4 @@ def _kernels(bits: int, together: int) -> tuple[Callable[..., None], Callable[..
                             count, bits, together, 1,
                         )  # fmt: skip
 
-    return _compiled(keys), _compiled(values)
+    return compiled(keys, _FAST), compiled(values, _FAST)

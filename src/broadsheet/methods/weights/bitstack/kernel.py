@@ -78,10 +78,6 @@ def _runs() -> bool:
 @cache
 def _kernel() -> Callable[..., None]:
     """Imported at the first use, since numba is heavy."""
-    from numba import njit
+    from broadsheet.core.numerics.jit import compiled
 
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(_add_signed)
-    except RuntimeError:  # nowhere to write the cache
-        return njit(**options)(_add_signed)
+    return compiled(_add_signed, ("reassoc", "contract", "nsz"))
