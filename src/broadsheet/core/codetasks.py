@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _LANGUAGES = {"py": "python", "python": "python", "humaneval": "python", "java": "java"}
 #: Where HumanEval's authors stop.
@@ -166,29 +166,30 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _beyond(code: str, first: int) -> int:
-    """How many lines there are before the first statement that is outside of what stands open at line ``first``.
+    """How many lines there are before the first statement outside of the function that stands open at line ``first``.
 
-    So that what follows the function need not be Python. Tokens are read one by one, an error ends them.
+    So that what follows the function need not be Python. Tokens are read one by one, and an error ends them.
     """
-    level, opened, statement = 0, 0, True
-    rows = code.count("\n") + 1
+    level, statement = 0, True
+    base: int | None = None  # the level of the function's own first line
     try:
         for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            row = token.start[0]
             if token.type == tokenize.INDENT:
                 level += 1
             elif token.type == tokenize.DEDENT:
                 level -= 1
             elif token.type == tokenize.NEWLINE:
                 statement = True
-            elif token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER) and statement:
+            elif statement and token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER):
                 statement = False
-                row = token.start[0]
-                if row > first and level == 0 and opened:
+                if row > first and base is not None and level <= base:
                     return row - 1
-                opened = opened or row <= first or token.string in ("def", "async", "class", "@")
+                if token.string in ("def", "async") and (base is None or level <= base):
+                    base = level
     except (tokenize.TokenError, SyntaxError):
         pass
-    return rows
+    return code.count("\n") + 1
 
 
 _JAVA = re.compile(r'//[^\n]*|/\*.*?\*/|"""(?:\\.|.)*?"""|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'|[{};]', re.S)
@@ -198,18 +199,20 @@ _TYPE = re.compile(r"\b(class|interface|enum|record)\s+\w+")
 def _truncate_java(prompt: str, completion: str) -> str:
     """Braces are counted, those in comments, strings and characters apart."""
     code = prompt + completion
-    types: list[bool] = []  # of the braces that stand open: whether each is a type's
-    header, inside = 0, 0  # where the header of the next brace begins; how deep in a method we are
+    opened: list[Literal["type", "method", "other"]] = []
+    header = 0  # where what leads to the next brace begins
     for mark in _JAVA.finditer(code):
         text = mark[0]
         if text == "{":
-            types.append(not inside and bool(_TYPE.search(_JAVA.sub(" ", code[header : mark.start()]))))
-            inside += not types[-1]
+            words = _JAVA.sub(" ", code[header : mark.start()])
+            if _TYPE.search(words):
+                opened.append("type")
+            else:  # `f() {` in a type; not `int[] a = {`, nor the blocks of a method
+                opened.append("method" if "(" in words and set(opened) <= {"type"} else "other")
         elif text == "}":
-            if not types:
+            if not opened:
                 return completion
-            inside -= not types.pop()
-            if not inside and mark.end() > len(prompt):
+            if opened.pop() == "method" and mark.end() > len(prompt):
                 return code[len(prompt) : mark.end()]
         if text in "{};":
             header = mark.end()

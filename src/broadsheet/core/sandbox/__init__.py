@@ -82,7 +82,7 @@ def run(source: str, tests: str = "", language: str = "python", seconds: float =
     with tempfile.TemporaryDirectory(prefix="broadsheet-") as folder:
         if language == "java":
             return _run_java(f"{source}\n{tests}\n", Path(folder), seconds, memory)
-        job = {"mode": "python", "program": f"{source}\n{tests}\n", "memory": memory}
+        job = {"mode": "python", "source": source, "tests": tests, "memory": memory}
         return _supervise(job, Path(folder), seconds)
 
 
@@ -104,7 +104,7 @@ def guard() -> Literal["seccomp", "audit"]:
     if sys.platform != "linux" or os.uname().machine not in MACHINES:
         return "audit"
     with tempfile.TemporaryDirectory(prefix="broadsheet-") as folder:
-        job = {"mode": "python", "program": "", "memory": None, "guard": "seccomp"}
+        job = {"mode": "python", "source": "", "tests": "", "memory": None, "guard": "seccomp"}
         return "seccomp" if _supervise(job, Path(folder), 10.0).passed else "audit"
 
 

@@ -1,8 +1,8 @@
 """What runs in the sandbox's own process: it gives up what it could do harm with, and then runs the program.
 
 Started by `broadsheet.core.sandbox.run` as a script of its own, without the package and without site-packages. Takes the job
-on standard input, a literal: ``mode`` ("python": run ``program`` here; "exec": become ``argv``), ``guard``, ``seconds``,
-``memory`` in bytes or None, ``nonce``. The verdict goes to the file descriptor in its first argument, marked by the nonce: a
+on standard input, a literal: ``mode`` ("python": run ``source`` and then ``tests`` here; "exec": become ``argv``), ``guard``,
+``seconds``, ``memory`` in bytes or None, ``nonce``. The verdict goes to the file descriptor in its first argument, marked by the nonce: a
 program that merely ends, whatever its exit code, has not passed.
 """
 
@@ -140,20 +140,32 @@ def limit(seconds, memory, processes):
         resource.setrlimit(which, (value, hard))
 
 
-def judge(program):
-    """Runs ``program`` as a main module and says how it ended: (status, message)."""
+def judge(source, tests):
+    """Runs both as one main module and says how it ended: (status, message)."""
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv = [""]
     try:
-        exec(compile(program, "<program>", "exec"), main.__dict__)
+        exec(compile(source, "<source>", "exec"), main.__dict__)
+        exec(compile(tests, "<tests>", "exec"), main.__dict__)
     except AssertionError as error:
         return "failed", f"AssertionError: {error}"
     except MemoryError:
         return "memory", "MemoryError"
-    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the tests did not run to their end
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code and not _passes(error.__traceback__, "<source>"):
+            return "passed", ""  # tests may end in sys.exit(0), as unittest's do; what they test may not
         return "error", f"{type(error).__name__}: {error}"
     return "passed", ""
+
+
+def _passes(trace, name):
+    """Whether a traceback goes through code of this name."""
+    while trace:
+        if trace.tb_frame.f_code.co_filename == name:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def start():
@@ -167,7 +179,7 @@ def start():
         sys.addaudithook(watch)
     if job["mode"] == "exec":
         os.execve(job["argv"][0], job["argv"], {"LC_ALL": "C.UTF-8"})
-    status, message = judge(job["program"])
+    status, message = judge(job["source"], job["tests"])
     try:
         sys.stdout.flush()
     except Exception:  # closed, or replaced by something of the program's
