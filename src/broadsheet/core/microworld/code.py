@@ -416,7 +416,7 @@ def training_row(rng: random.Random, length: int, text: float, tokenizer: PreTra
 
 def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 640 tokens, trained on both kinds of document; digits stand alone."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(seed)
@@ -437,6 +437,8 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     )
     corpus = [document(rng, domain) for domain in ("code", "code", "code", "text") for _ in range(3000)]
     tokenizer.train_from_iterator(corpus, trainer)
+    begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[begin])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin|>",
