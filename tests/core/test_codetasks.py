@@ -4,9 +4,10 @@ import gzip
 import json
 
 import pytest
+from tiny import SHARED
+
 from broadsheet.core.codetasks import CodeTask, first_stop, load_tasks, truncate
 from broadsheet.core.sandbox import run
-from tiny import SHARED
 
 F = 'def f(x):\n    """Doc."""\n'
 BODY = "    return x + 1"
@@ -157,7 +158,14 @@ def test_humaneval_loads_and_its_solutions_pass():
 
 
 def test_multipl_e_rows_lists_and_gzip(tmp_path):
-    row = {"name": "a", "language": "py", "prompt": F, "tests": "assert f(1) == 2", "stop_tokens": ["\ndef"], "doctests": "x"}
+    row = {
+        "name": "a",
+        "language": "py",
+        "prompt": F,
+        "tests": "assert f(1) == 2",
+        "stop_tokens": ["\ndef"],
+        "doctests": "x",
+    }
     listed = tmp_path / "a.json"
     listed.write_text(json.dumps([row]), encoding="utf-8")
     packed = tmp_path / "a.jsonl.gz"

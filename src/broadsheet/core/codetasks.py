@@ -47,10 +47,10 @@ class CodeTask:
 def load_tasks(source: str | Path) -> list[CodeTask]:
     """Tasks of a file of JSON lines (or a JSON list, plain or gzipped), or of the hub.
 
-    Records may have the fields of MultiPL-E (``name, language, prompt, tests, stop_tokens``), of HumanEval (``task_id, prompt,
-    test, entry_point``) or of McEval (the same, with tests that call themselves). On the hub a name is
-    ``owner/name[:configuration]``, for example ``nuprl/MultiPL-E:humaneval-py``; this needs the package ``datasets``. Raises
-    ValueError naming the file, the line and the field.
+    Records may have the fields of MultiPL-E (``name, language, prompt, tests, stop_tokens``), of HumanEval (``task_id,
+    prompt, test, entry_point``) or of McEval (the same, with tests that call themselves). On the hub a name is
+    ``owner/name[:configuration]``, for example ``nuprl/MultiPL-E:humaneval-py``; this needs the package ``datasets``.
+    Raises ValueError naming the file, the line and the field.
     """
     path = Path(source)
     if path.is_file():
@@ -119,10 +119,10 @@ def _task(row: Any, where: str) -> CodeTask:
 def truncate(prompt: str, completion: str, language: str = "python") -> str:
     """The completion up to the end of the function that the prompt leaves open.
 
-    What a model writes after it (more functions, prints, half a sentence) goes. When there is no such function, it does not end,
-    or it does not parse, the completion stays as it is (arXiv 2503.07103, section 3.5). Where a prompt defines helpers before
-    the function that it asks for, the original cuts at the end of the first of them and so throws every completion away; here it
-    is the last function that begins in the prompt, or the first of the completion if none does.
+    What a model writes after it (more functions, prints, half a sentence) goes. When there is no such function, it does not
+    end, or it does not parse, the completion stays as it is (arXiv 2503.07103, section 3.5). Where a prompt defines helpers
+    before the function that it asks for, the original cuts at the end of the first of them and so throws every completion
+    away; here it is the last function that begins in the prompt, or the first of the completion if none does.
     """
     if language == "python":
         return _truncate_python(prompt, completion)

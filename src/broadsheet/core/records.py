@@ -140,11 +140,13 @@ class JsonLines:
 class RecordStore:
     """Cells of records in one JSON-lines file: ``{"cell": key, "records": [...]}`` a line.
 
-    A cell is all that one (method, budget, seed) measured; it is written with one append. One that was torn is measured again.
+    A cell is all that one (method, budget, seed) measured; it is written with one append. One that was torn is measured
+    again.
     """
 
     def __init__(self, path: str | Path):
         self.lines = JsonLines(path)
+        self.path = self.lines.path
 
     def cells(self) -> dict[str, list[Record]]:
         """Finished cells by key; a later line replaces an earlier one."""

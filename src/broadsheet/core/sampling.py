@@ -1,8 +1,8 @@
 """Completions drawn with the same randomness whatever the model, so that two models can be compared sample by sample.
 
-The token of sample i of a prompt at step t is the argmax of logits / temperature + noise[i, t], where the noise is Gumbel's and a
-function of (seed, prompt's name, i, t) alone: this draws from the model's distribution, and two models that nearly agree draw
-nearly the same completions (common random numbers).
+The token of sample i of a prompt at step t is the argmax of logits / temperature + noise[i, t], where the noise is Gumbel's
+and a function of (seed, prompt's name, i, t) alone: this draws from the model's distribution, and two models that nearly
+agree draw nearly the same completions (common random numbers).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .codetasks import first_stop
 
 #: How many steps pass between looks at which rows are done.
 _EVERY = 4
@@ -31,8 +33,9 @@ def sample(
 ) -> list[list[str]]:
     """``samples`` completions of every prompt of one batch, each a ``(name, text)``.
 
-    ``temperature`` 0 is greedy. ``stops``: for every prompt, strings that a completion ends before. A completion also ends at the
-    model's end token, at ``max_new_tokens`` or where the model's positions end. Rows that are done are dropped from the batch.
+    ``temperature`` 0 is greedy. ``stops``: for every prompt, strings that a completion ends before. A completion also ends
+    at the model's end token, at ``max_new_tokens`` or where the model's positions end. Rows that are done are dropped from
+    the batch.
     """
     opening = [tokenizer(text)["input_ids"] for _, text in prompts]
     width = max(map(len, opening))
@@ -89,9 +92,8 @@ def sample(
         place = row // samples
         tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
         # With the prompt before it, because some tokenizers drop a leading space.
-        text = tokenizer.decode(opening[place] + tokens, clean_up_tokenization_spaces=False)[len(texts[place]) :]
-        found = [at for stop in (stops[place] if stops else ()) if (at := text.find(stop)) >= 0]
-        completions.append(text[: min(found, default=len(text))])
+        text = str(tokenizer.decode(opening[place] + tokens, clean_up_tokenization_spaces=False))[len(texts[place]) :]
+        completions.append(text[: first_stop(text, stops[place] if stops else ())])
     return [completions[first : first + samples] for first in range(0, len(completions), samples)]
 
 

@@ -7,19 +7,20 @@ A task is a Python function of one line over ints and lists, asked for by a docs
         return sum(x * 3 for x in xs if x > 7)
 
 Functions are composed from templates with constants drawn at random; wording and names vary. Every task carries inputs with
-what the reference returns for them, so that a completion is judged by running it. What trains and what evaluates never share a
-function: a hash of the function's body, names apart, decides which of the two it belongs to, and bodies without a constant
-(there are few) only ever train.
+what the reference returns for them, so that a completion is judged by running it. What trains and what evaluates never
+share a function: a hash of the function's body, names apart, decides which of the two it belongs to, and bodies without a
+constant (there are few) only ever train.
 
-The general text is of made-up stories without a line of code. Calibration is then `documents` of ``code``, ``random`` (general
-text) or ``mixed`` (half and half), the three kinds of arXiv 2503.07103, section 3.3.
+The general text is of made-up stories without a line of code. Calibration is then `documents` of ``code``, ``random``
+(general text) or ``mixed`` (half and half), the three kinds of arXiv 2503.07103, section 3.3.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,14 +159,14 @@ class Function:
 
 
 def _rename(body: str, names: dict[str, str]) -> str:
-    import re
-
     return re.sub(r"[a-z_]+\d*", lambda word: names.get(word[0], word[0]), body)
 
 
 _LISTS = ("xs", "nums", "values", "items", "data", "points")
 _INTS = ("n", "k", "m", "size", "count")
-_NAMES = tuple("solve total compute answer pick collect build find measure convert scan gather work derive reduce make".split())
+_NAMES = tuple(
+    "solve total compute answer pick collect build find measure convert scan gather work derive reduce make".split()
+)
 
 
 def _element(name: str) -> str:
@@ -242,9 +243,10 @@ def _of_int(rng: random.Random, name: str, n: str) -> Function:
 
 def _of_two(rng: random.Random, name: str, a: str, b: str) -> Function:
     """Two ints, one after an operation, put together and taken further."""
-    pick = rng.choice
     one, two = _steps(rng, a, most=2), _steps(rng, b, most=2)
-    words, call = pick((("larger", "max({}, {})"), ("smaller", "min({}, {})"), ("sum", "{} + {}"), ("difference", "{} - {}")))
+    words, call = rng.choice(
+        (("larger", "max({}, {})"), ("smaller", "min({}, {})"), ("sum", "{} + {}"), ("difference", "{} - {}"))
+    )
     second = two.python if "(" in call else two.operand
     doc = f"Return the {words} of {a} {one.english} and {b} {two.english}."
     return Function(name, (a, b), doc, call.format(one.python, second), one.constants + two.constants)
@@ -252,17 +254,16 @@ def _of_two(rng: random.Random, name: str, a: str, b: str) -> Function:
 
 def draw_function(rng: random.Random, split: Split) -> Function:
     """A random function of one side of the split."""
+    kinds = ("list",) * 5 + ("question",) * 2 + ("int",) * 3 + ("two",)
     while True:
         name, xs, (a, b) = rng.choice(_NAMES), rng.choice(_LISTS), rng.sample(_INTS, 2)
-        make: Callable[[], Function] = rng.choice(
-            (
-                *[lambda: _over_list(rng, name, xs)] * 5,
-                *[lambda: _of_list(rng, name, xs)] * 2,
-                *[lambda: _of_int(rng, name, a)] * 3,
-                lambda: _of_two(rng, name, a, b),
-            )
-        )
-        function = make()
+        kind = rng.choice(kinds)
+        if kind == "list":
+            function = _over_list(rng, name, xs)
+        elif kind == "question":
+            function = _of_list(rng, name, xs)
+        else:
+            function = _of_int(rng, name, a) if kind == "int" else _of_two(rng, name, a, b)
         if function.split == split:
             return function
 
@@ -282,7 +283,11 @@ def _inputs(rng: random.Random, function: Function, count: int = 8) -> list[tupl
             return [number() for _ in range(0 if index == 0 else rng.randint(4, 14))]
         return number()
 
-    edges = [(value,) for value in dict.fromkeys(near)] if len(function.arguments) == 1 and function.arguments[0] in _INTS else []
+    edges = (
+        [(value,) for value in dict.fromkeys(near)]
+        if len(function.arguments) == 1 and function.arguments[0] in _INTS
+        else []
+    )
     return [tuple(one(name, index) for name in function.arguments) for index in range(count)] + edges
 
 
@@ -296,7 +301,8 @@ def make_tasks(count: int, split: Split = "evaluation", seed: Seed = 0) -> list[
             continue
         inputs = _inputs(rng, function)
         lines = [
-            f"    assert candidate({', '.join(map(repr, arguments))}) == {function.value(*arguments)!r}" for arguments in inputs
+            f"    assert candidate({', '.join(map(repr, arguments))}) == {function.value(*arguments)!r}"
+            for arguments in inputs
         ]
         if len({str(function.value(*arguments)) for arguments in inputs}) < 3 - isinstance(function.value(*inputs[1]), bool):
             continue  # what returns nearly always the same is passed by chance
@@ -366,8 +372,8 @@ def calibration(
 ) -> torch.Tensor:
     """Token ids [samples, tokens] of ``code``, of ``random`` general text, or ``mixed``: a row of each in turn.
 
-    Rows are cut from documents that follow one another, each with the tokenizer's own begin and end tokens if it has them. Raises
-    ValueError for another kind.
+    Rows are cut from documents that follow one another, each with the tokenizer's own begin and end tokens if it has them.
+    Raises ValueError for another kind.
     """
     import torch
 
@@ -392,7 +398,9 @@ def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"], *end]
 
 
-def training_row(rng: random.Random, length: int, text: float, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], list[int]]:
+def training_row(
+    rng: random.Random, length: int, text: float, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[int], list[int]]:
     """A row of documents of one domain: its name, ``length`` token ids, and labels as in `encoding.encode_session`.
 
     ``text``: how often it is general text. Of every fourth row of code all is learned, prompts too; of the others only what
@@ -438,7 +446,9 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     corpus = [document(rng, domain) for domain in ("code", "code", "code", "text") for _ in range(3000)]
     tokenizer.train_from_iterator(corpus, trainer)
     begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[begin])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[begin]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin|>",

@@ -7,15 +7,17 @@ up to a limit. A program passes when its tests have run to their end; ending ear
 
 What else it cannot do depends on the guard, see `guard`:
 
-- ``seccomp`` (Linux on x86-64 and arm64, no privileges and no namespaces needed, so inside ordinary containers too): the kernel
-  refuses it sockets of every kind, new processes (threads are allowed), signals to and tracing of others, every change to the
-  file system, and raising its limits; it has no capabilities, even when started by root.
-- ``audit`` (elsewhere): an audit hook refuses Python's own ways to sockets, processes, foreign functions and files for writing.
+- ``seccomp`` (Linux on x86-64 and arm64, no privileges and no namespaces needed, so inside ordinary containers too): the
+kernel
+  refuses it sockets of every kind, new processes (threads are allowed), signals to and tracing of others, every change to
+  the file system, and raising its limits; it has no capabilities, even when started by root.
+- ``audit`` (elsewhere): an audit hook refuses Python's own ways to sockets, processes, foreign functions and files for
+writing.
   This stops accidents and not intent; use a container or another machine for code that you have reason to distrust. Java
   is not run under this guard.
 
-Under both it can read what the user can read (but send it nowhere), and Python code shares its process with the tests, so code
-that searches the stack for the verdict's mark can forge a pass. This is meant for code written by models, and not for
+Under both it can read what the user can read (but send it nowhere), and Python code shares its process with the tests, so
+code that searches the stack for the verdict's mark can forge a pass. This is meant for code written by models, and not for
 an attacker. Python code sees the standard library alone.
 """
 
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,9 +57,10 @@ class ExecutorMissing(ValueError):
 class Outcome:
     """How a program ended.
 
-    ``status``: ``passed``; ``failed`` (an assertion did not hold); ``error`` (it raised, does not compile, or left before its
-    tests had run); ``timeout``; ``memory``; ``crashed`` (a signal ended it). ``message``: the exception or the compiler's first
-    words. ``output``: standard output and error, cut. ``seconds`` on the wall, with the interpreter's start.
+    ``status``: ``passed``; ``failed`` (an assertion did not hold); ``error`` (it raised, does not compile, or left before
+    its tests had run); ``timeout``; ``memory``; ``crashed`` (a signal ended it). ``message``: the exception or the
+    compiler's first words. ``output``: standard output and error, cut. ``seconds`` on the wall, with the interpreter's
+    start.
     """
 
     status: Status
@@ -72,9 +76,9 @@ class Outcome:
 def run(source: str, tests: str = "", language: str = "python", seconds: float = 2.0, memory: int = 512 << 20) -> Outcome:
     """Runs ``source`` followed by ``tests``.
 
-    ``language``: "python", or "java", where both together are one file in which a class has a ``main`` that runs the tests by
-    ``assert``. ``seconds``: wall time, for Java without compiling. ``memory``: bytes of address space, of heap for Java. Raises
-    `ExecutorMissing` for a language that this machine cannot run and ValueError for limits that cannot be meant.
+    ``language``: "python", or "java", where both together are one file in which a class has a ``main`` that runs the tests
+    by ``assert``. ``seconds``: wall time, for Java without compiling. ``memory``: bytes of address space, of heap for Java.
+    Raises `ExecutorMissing` for a language that this machine cannot run and ValueError for limits that cannot be meant.
     """
     check_language(language)
     if seconds <= 0 or memory < 64 << 20:
@@ -95,7 +99,9 @@ def check_language(language: str) -> None:
     if language == "java" and not (shutil.which("java") and shutil.which("javac")):
         raise ExecutorMissing("Java tasks need a JDK: install one (java and javac on the PATH) or leave Java out")
     if language == "java" and guard() != "seccomp":
-        raise ExecutorMissing("Java tasks need Linux on x86-64 or arm64, where the kernel can confine the JVM; leave Java out")
+        raise ExecutorMissing(
+            "Java tasks need Linux on x86-64 or arm64, where the kernel can confine the JVM; leave Java out"
+        )
 
 
 @cache
@@ -151,19 +157,17 @@ def _supervise(job: dict[str, Any], folder: Path, seconds: float) -> Outcome:
 
 def _send(process: subprocess.Popen[bytes], job: bytes) -> None:
     assert process.stdin is not None
-    try:
+    with suppress(BrokenPipeError):  # it died at once; its output says why
         process.stdin.write(job)
         process.stdin.close()
-    except BrokenPipeError:
-        pass  # it died at once; its output says why
 
 
 def _listen(output: IO[bytes], report: IO[bytes], until: float) -> tuple[bytes, bytes, bool]:
     """Reads both pipes to their ends, or to the time ``until``: (output, report, whether time ran out)."""
     kept = {output: bytearray(), report: bytearray()}
     with selectors.DefaultSelector() as selector:
-        for pipe in kept:
-            selector.register(pipe, selectors.EVENT_READ)
+        for opened in kept:
+            selector.register(opened, selectors.EVENT_READ)
         while selector.get_map():
             left = until - time.monotonic()
             if left <= 0:
@@ -180,10 +184,8 @@ def _listen(output: IO[bytes], report: IO[bytes], until: float) -> tuple[bytes, 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ends whatever is left of the child and its group, and takes its exit status."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the second when only a zombie is left
         os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
-    except (ProcessLookupError, PermissionError):  # macOS says the second when only a zombie is left
-        pass
     process.wait()
     if process.stdout:
         process.stdout.close()
@@ -215,7 +217,8 @@ class BroadsheetRunner {
 
 
 def _run_java(program: str, folder: Path, seconds: float, memory: int) -> Outcome:
-    """Compiles (no code of the program runs then) and runs under the guard. A JVM's address space cannot be bounded: its heap is."""
+    """Compiles (no code of the program runs then) and runs under the guard. A JVM's address space cannot be bounded: its
+    heap is."""
     start = time.monotonic()
     public = re.search(r"\bpublic\s+(?:(?:final|abstract|strictfp)\s+)*(?:class|interface|enum|record)\s+(\w+)", program)
     files = {f"{public[1] if public else 'Program'}.java": program, "BroadsheetRunner.java": _RUNNER}
@@ -232,7 +235,9 @@ def _run_java(program: str, folder: Path, seconds: float, memory: int) -> Outcom
     if made.returncode:
         said = made.stderr.decode("utf-8", "replace")
         return Outcome("error", said.strip().partition("\n")[0][:500], said[-KEPT:], time.monotonic() - start)
-    classes = sorted(path.stem for path in folder.glob("*.class") if "$" not in path.stem and path.stem != "BroadsheetRunner")
+    classes = sorted(
+        path.stem for path in folder.glob("*.class") if "$" not in path.stem and path.stem != "BroadsheetRunner"
+    )
     nonce = secrets.token_hex(16)
     flags = ["-ea", f"-Xmx{memory >> 20}m", "-Xss4m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"]
     argv = [java, *flags, "-cp", str(folder), "BroadsheetRunner", nonce, *classes]

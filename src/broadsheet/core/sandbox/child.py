@@ -1,11 +1,12 @@
 """What runs in the sandbox's own process: it gives up what it could do harm with, and then runs the program.
 
-Started by `broadsheet.core.sandbox.run` as a script of its own, without the package and without site-packages. Takes the job
-on standard input, a literal: ``mode`` ("python": run ``source`` and then ``tests`` here; "exec": become ``argv``), ``guard``,
-``seconds``, ``memory`` in bytes or None, ``nonce``. The verdict goes to the file descriptor in its first argument, marked by the nonce: a
-program that merely ends, whatever its exit code, has not passed.
+Started by `broadsheet.core.sandbox.run` as a script of its own, without the package and without site-packages. Takes the
+job on standard input, a literal: ``mode`` ("python": run ``source`` and then ``tests`` here; "exec": become ``argv``),
+``guard``, ``seconds``, ``memory`` in bytes or None, ``nonce``. The verdict goes to the file descriptor in its first
+argument, marked by the nonce: a program that merely ends, whatever its exit code, has not passed.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -73,16 +74,16 @@ def seccomp_filter(machine, executes):
         rules.extend([(_JUMP_EQUAL, 0, len(then), number), *then])
 
     for names, answer in ((REFUSED + (() if executes else EXECUTE), _EPERM), (ABSENT, _ENOSYS)):
-        for call in names:
-            if call[column] is not None:
-                rule(call[column], (_RETURN, 0, 0, answer))
+        for name_and_numbers in names:
+            if name_and_numbers[column] is not None:
+                rule(name_and_numbers[column], (_RETURN, 0, 0, answer))
     allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)
     clone, kill, tgkill, openat, prlimit, setrlimit = {
         "x86_64": (56, 62, 234, 257, 302, 160), "aarch64": (220, 129, 131, 56, 261, 164),
     }[machine]  # fmt: skip
     rule(clone, (_LOAD, 0, 0, _argument(0)), (_JUMP_MASK, 0, 1, _CLONE_THREAD), allow, refuse)
-    for call in (kill, tgkill):  # to itself alone
-        rule(call, (_LOAD, 0, 0, _argument(0)), (_JUMP_EQUAL, 0, 1, os.getpid()), allow, refuse)
+    for signalling in (kill, tgkill):  # to itself alone
+        rule(signalling, (_LOAD, 0, 0, _argument(0)), (_JUMP_EQUAL, 0, 1, os.getpid()), allow, refuse)
     rule(openat, (_LOAD, 0, 0, _argument(2)), (_JUMP_MASK, 0, 1, _WRITING), refuse, allow)
     if machine == "x86_64":  # open(2)
         rule(2, (_LOAD, 0, 0, _argument(1)), (_JUMP_MASK, 0, 1, _WRITING), refuse, allow)
@@ -97,7 +98,8 @@ def seccomp_filter(machine, executes):
 
 
 def confine(executes):
-    """Gives up all capabilities and, by a seccomp filter, the calls above; for good. Raises OSError when it cannot be done."""
+    """Gives up all capabilities and, by a seccomp filter, the calls above; for good. Raises OSError when it cannot be
+    done."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
     code = b"".join(struct.pack("HBBI", *line) for line in seccomp_filter(os.uname().machine, executes))
@@ -180,10 +182,8 @@ def start():
     if job["mode"] == "exec":
         os.execve(job["argv"][0], job["argv"], {"LC_ALL": "C.UTF-8"})
     status, message = judge(job["source"], job["tests"])
-    try:
+    with contextlib.suppress(Exception):  # closed, or replaced by something of the program's
         sys.stdout.flush()
-    except Exception:  # closed, or replaced by something of the program's
-        pass
     os.write(report, f"{job['nonce']} {status} {message[:500]}".encode("utf-8", "replace"))
     os._exit(0)
 
