@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,7 +140,7 @@ class Study:
         for language in {task.language for task in self.tasks}:
             check_language(language)
 
-    @property
+    @cached_property
     def methods(self) -> dict[str, WeightMethod]:
         """The methods by name."""
         given = self.factors["method"]
