@@ -39,7 +39,7 @@ from broadsheet.core.texts import pieces
 from broadsheet.core.view import Quality, View
 
 from .base import Unreachable, WeightMethod, shapes, size
-from .quantiser import save
+from .quantiser import check_target, save
 
 BENCH = "weights"
 #: bits a weight that a budget leaves for scales, zeros and the like
@@ -274,12 +274,32 @@ def _runs(places: list[int], hit: list[bool]) -> tuple[bool, ...]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, method: WeightMethod, workload: Workload, budget: float | None = None) -> list[Record]:
+def at_size(method: WeightMethod, workload: Workload, nbytes: int) -> WeightMethod:
+    """The method's best within ``nbytes`` for all tensors of the workload's model. Raises ValueError with the least."""
+    model, *_ = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    held, layers = size(model), shapes(model)
+    rest = held.bytes - round(held.bits * held.weights / 8)  # embeddings, norms: what no method touches
+    try:
+        return method.at_budget(max(0.0, 8 * (nbytes - rest) / held.weights), layers)
+    except Unreachable as error:
+        least = rest + error.least * held.weights / 8
+        raise ValueError(
+            f"size must be at least {least / 1e6:.2f} MB with this method ({rest / 1e6:.2f} MB are embeddings, norms and "
+            f"what else it leaves alone), got {nbytes / 1e6:.2f} MB"
+        ) from None
+
+
+def measure(
+    name: str, method: WeightMethod, workload: Workload, budget: float | None = None, out: str | Path | None = None
+) -> list[Record]:
     """Compresses the model by one method and returns what was measured.
 
     ``budget``: bits a weight; None takes the method as it is. A budget that the method cannot reach gives a single record
-    ``reachable`` = 0 with the least bits in its setting.
+    ``reachable`` = 0 with the least bits in its setting. ``out``: a folder that keeps the compressed model with its
+    tokenizer.
     """
+    if out is not None:
+        check_target(Path(out))
     model, tokenizer, mark = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
     make = _Maker(name, method, workload, budget, mark)
     try:
@@ -287,7 +307,7 @@ def measure(name: str, method: WeightMethod, workload: Workload, budget: float |
     except Unreachable as error:
         return [make("reachable", 0.0, setting={"least": round(error.least, 4)})]
     make.method = fitted
-    return list(_measured(make, fitted, workload, model, tokenizer))
+    return list(_measured(make, fitted, workload, model, tokenizer, out))
 
 
 def _measured(
@@ -296,6 +316,7 @@ def _measured(
     workload: Workload,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    out: str | Path | None,
 ) -> Iterator[Record]:
     start = time.perf_counter()
     small = method.compress(copy.deepcopy(model), calibration(workload, tokenizer) if method.calibrated else None)
@@ -306,11 +327,11 @@ def _measured(
     yield make("held_bytes", held.bytes, unit="bytes of the whole model in memory")
     yield make("bytes_ratio", held.bytes / size(model).bytes, unit="of the bf16 model")
     yield make("compress", seconds, unit="s")
-    with tempfile.TemporaryDirectory() as folder:
-        save(small, Path(folder) / "model")
-        disk = sum(file.stat().st_size for file in (Path(folder) / "model").iterdir() if file.suffix != ".json")
-        yield make("disk_bytes", disk, unit="bytes of the weights' files")
-        wide: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save(small, out or Path(temporary) / "model", tokenizer if out else None)
+        names = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
+        yield make("disk_bytes", sum(file.stat().st_size for file in names), unit="bytes of the weights' files")
+        wide: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         wide.to(workload.device)
         reference = _reference(replace(workload, seed=0, samples=1, timing=False))
         results = score(wide.eval(), reference, evaluation(workload, tokenizer))
