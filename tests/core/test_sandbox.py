@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+
 from broadsheet.core import sandbox
 from broadsheet.core.sandbox import ExecutorMissing, Outcome, check_language, guard, run
 
