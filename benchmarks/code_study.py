@@ -7,8 +7,8 @@
 completions and another calibration set; calibrated methods are calibrated on code, mixed and random text. Arms that were
 measured before are kept under BROADSHEET_HOME.
 
-Written are, for every arm and seed, pass@1, true bits, bytes and perplexities, and each arm's difference from the 16-bit model,
-each calibration's from random text's, and each method's from round-to-nearest, with both tests.
+Written are, for every arm and seed, pass@1, true bits, bytes and perplexities, and the differences between each arm and the
+16-bit model, between calibrations and between methods, with both tests.
 """
 
 from __future__ import annotations

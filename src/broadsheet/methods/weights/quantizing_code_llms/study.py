@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -38,6 +38,8 @@ from .results import BASELINE, FACTORS, Arm, ArmResult, Results
 
 #: ``progress(arm, tasks done, tasks in all, arms done, arms in all)``
 Progress = Callable[[Arm, int, int, int, int], None]
+#: How the program of (task, completion) ended.
+Verdicts = dict[tuple[str, str], Future[str]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Study:
         """
         store = JsonLines(path or home() / "studies" / "code.jsonl")
         stored: dict[str, dict[str, Any]] = {}
+        verdicts: Verdicts = {}
         for row in () if fresh else store:
             if "arm" in row:
                 stored.setdefault(row["arm"], {}).update({row["task"]: row} if "task" in row else {"facts": row["facts"]})
@@ -129,7 +132,7 @@ class Study:
                 if progress:
                     progress(arm, count, len(self.tasks), index, len(arms))
 
-            done.append(self._arm(arm, store, stored.get(self._key(arm), {}), report))
+            done.append(self._arm(arm, store, stored.get(self._key(arm), {}), verdicts, report))
         return Results(tuple(self.tasks), tuple(done), self.n_samples, self.temperature, self.seed)
 
     def _key(self, arm: Arm) -> str:
@@ -145,7 +148,9 @@ class Study:
             source=source_digest("weights"),
         )
 
-    def _arm(self, arm: Arm, store: JsonLines, stored: dict[str, Any], report: Callable[[int], None]) -> ArmResult:
+    def _arm(
+        self, arm: Arm, store: JsonLines, stored: dict[str, Any], verdicts: Verdicts, report: Callable[[int], None]
+    ) -> ArmResult:
         """One arm: what is stored, and the rest."""
         key, digests = self._key(arm), [_digest(task) for task in self.tasks]
         missing = [task for task, digest in zip(self.tasks, digests, strict=True) if digest not in stored]
@@ -157,7 +162,8 @@ class Study:
                 facts = stored["facts"] = found
                 store.add({"arm": key, **asdict(arm), "facts": facts})
             if model is not None:
-                for row in self._completed(model, tokenizer, missing, lambda n: report(len(self.tasks) - len(missing) + n)):
+                before = len(self.tasks) - len(missing)
+                for row in self._completed(model, tokenizer, missing, verdicts, lambda n: report(before + n)):
                     stored[row["task"]] = row
                     store.add({"arm": key, **row})
         if "least" in facts:
@@ -222,9 +228,13 @@ class Study:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: Sequence[CodeTask],
+        verdicts: Verdicts,
         report: Callable[[int], None],
     ) -> Iterator[dict[str, Any]]:
-        """A row a task: its different completions, how each ended, and which of them every sample is."""
+        """A row a task: its different completions, how each ended, and which of them every sample is.
+
+        A program that another arm wrote too is run once: that saves most runs, and the same program never gets two verdicts.
+        """
         at_once = max(1, self.rows // self.n_samples)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for first in range(0, len(tasks), at_once):
@@ -239,19 +249,22 @@ class Study:
                     self.seed,
                     [task.stop_tokens for task in some],
                 )
-                jobs = []
-                for task, texts in zip(some, drawn, strict=True):
-                    cut = [truncate(task.prompt, text, task.language) for text in texts]
-                    different = list(dict.fromkeys(cut))
-                    ends = [pool.submit(self._execute, task, text) for text in different]
-                    jobs.append((task, cut, different, ends))
-                for count, (task, cut, different, ends) in enumerate(jobs):
+                cut = [
+                    [truncate(task.prompt, text, task.language) for text in texts]
+                    for task, texts in zip(some, drawn, strict=True)
+                ]
+                for task, texts in zip(some, cut, strict=True):
+                    for text in texts:
+                        if (task.name, text) not in verdicts:
+                            verdicts[task.name, text] = pool.submit(self._execute, task, text)
+                for count, (task, texts) in enumerate(zip(some, cut, strict=True)):
+                    different = list(dict.fromkeys(texts))
                     yield {
                         "task": _digest(task),
                         "name": task.name,
                         "completions": different,
-                        "statuses": [end.result() for end in ends],
-                        "drawn": [different.index(text) for text in cut],
+                        "statuses": [verdicts[task.name, text].result() for text in different],
+                        "drawn": [different.index(text) for text in texts],
                     }
                     report(first + count + 1)
 
