@@ -19,9 +19,9 @@ from broadsheet.methods.weights.quantizing_code_llms import study as module
 from broadsheet.methods.weights.rtn import RTN
 from broadsheet.methods.weights.uncompressed import Uncompressed
 
-TASKS = code.make_tasks(6)
+TASKS = code.make_tasks(5)
 FACTORS = {"model": ["pocket-code"], "method": ["rtn", "gptq"], "precision": [8, 2], "calibration": ["code", "random"]}
-SMALL = {"n_samples": 3, "max_new_tokens": 64, "samples": 16, "tokens": 128, "seconds": 20.0}
+SMALL = {"n_samples": 2, "max_new_tokens": 64, "samples": 12, "tokens": 96, "seconds": 20.0}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_design_is_crossed_and_has_its_baseline(results):
 
 def test_the_table_has_a_row_a_sample(results, tmp_path):
     rows = list(results.rows())
-    assert len(rows) == 7 * 6 * 3
+    assert len(rows) == 7 * 5 * 2
     assert {row["task"] for row in rows} == {task.name for task in TASKS}
     results.write(tmp_path / "t.csv")
     with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
@@ -61,7 +61,7 @@ def test_the_table_has_a_row_a_sample(results, tmp_path):
 def test_two_bits_hurt_and_eight_do_not(results):
     passed = {result.arm.label: results.pass_at_1(result, "python")[0] for result in results.arms}
     assert passed["bf16"] > 0.5
-    assert abs(passed["rtn 8 bits"] - passed["bf16"]) < 0.06
+    assert abs(passed["rtn 8 bits"] - passed["bf16"]) < 0.11
     assert passed["rtn 2 bits"] < passed["bf16"] - 0.3
     perplexity = {result.arm.label: result.facts["perplexity"] for result in results.arms}
     # Calibrated on one domain, a model keeps that one better.
@@ -85,11 +85,11 @@ def test_a_comparison_pairs_samples_and_adjusts(results):
     assert set(found) == {result.arm.label for result in results.arms} - {"bf16"}
     one = found["rtn 2 bits"]
     base, arm = (next(r for r in results.arms if r.arm.label == label) for label in ("bf16", "rtn 2 bits"))
-    assert one.p == mcnemar(arm.passed(range(6))[0], base.passed(range(6))[0])
+    assert one.p == mcnemar(arm.passed(range(5))[0], base.passed(range(5))[0])
     assert one.p_adjusted >= one.p
-    assert one.samples == 18
-    assert one.tasks == 6
-    assert one.only_baseline - one.only_arm == round(-18 * one.difference)
+    assert one.samples == 10
+    assert one.tasks == 5
+    assert one.only_baseline - one.only_arm == round(-10 * one.difference)
     assert one.interval[0] <= one.difference <= one.interval[1]
     raw = {one.arm.label: one for one in results.compare("bf16", correction="none")}
     assert raw["rtn 2 bits"].p_adjusted == one.p
@@ -117,7 +117,7 @@ def test_comparisons_that_cannot_be_made_are_refused(results):
         results.compare(test="t")
     with pytest.raises(ValueError, match="unknown correction"):
         results.compare(correction="holm")
-    short = replace(results.arms[1], statuses=tuple(row[:2] for row in results.arms[1].statuses))
+    short = replace(results.arms[1], statuses=tuple(row[:1] for row in results.arms[1].statuses))
     with pytest.raises(ValueError, match="unpaired results: rtn 8 bits and bf16 have other samples"):
         replace(results, arms=(results.arms[0], short)).compare()
 
@@ -160,9 +160,9 @@ def test_families_of_p_values_are_a_model_s_own():
 def test_completions_that_lead_nowhere_fail_and_stay():
     nothing = Study({**FACTORS, "method": ["rtn"], "precision": [8]}, TASKS[:2], **{**SMALL, "max_new_tokens": 1}).run()
     for result in nothing.arms:
-        assert [len(row) for row in result.statuses] == [3, 3]
+        assert [len(row) for row in result.statuses] == [2, 2]
         assert results_of(result) == {"error"} or "failed" in results_of(result)
-    assert nothing.compare()[0].samples == 6
+    assert nothing.compare()[0].samples == 4
 
 
 def results_of(result):
@@ -171,7 +171,7 @@ def results_of(result):
 
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, monkeypatch, results):
     path = tmp_path / "code.jsonl"
-    study = Study({**FACTORS, "method": ["rtn"]}, TASKS, **SMALL, rows=6)
+    study = Study({**FACTORS, "method": ["rtn"]}, TASKS, **SMALL, rows=4)
 
     def stop(arm, done, of, number, total):
         if arm.method == "rtn" and done == 2:
@@ -184,8 +184,8 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, monkeypatch, results):
         file.write('{"arm": "torn')
     seen = []
     whole = study.run(path, lambda arm, done, *rest: seen.append((arm.label, done)))
-    assert [label for label, done in seen if done == 6][:1] == ["bf16"]
-    assert min(done for label, done in seen if label == "rtn 8 bits") == sum("task" in row for row in kept) - 6
+    assert [label for label, done in seen if done == 5][:1] == ["bf16"]
+    assert min(done for label, done in seen if label == "rtn 8 bits") == sum("task" in row for row in kept) - 5
     for arm in whole.arms:  # the same as without a stop, and whatever the batches
         other = next(r for r in results.arms if r.arm == arm.arm)
         assert (arm.statuses, arm.completions) == (other.statuses, other.completions)
@@ -248,7 +248,7 @@ def test_unknown_methods_models_and_short_texts_are_refused(tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("too short")
     study = Study({**FACTORS, "method": ["gptq"], "calibration": ["mine"]}, TASKS[:1], texts={"mine": str(text)}, **SMALL)
-    with pytest.raises(ValueError, match="holds 0 pieces of 128 tokens"):
+    with pytest.raises(ValueError, match="holds 0 pieces of 96 tokens"):
         study.run()
 
 

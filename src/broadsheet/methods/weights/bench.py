@@ -111,7 +111,8 @@ class Workload:
     task, of ``context_tokens`` tokens and ``turns`` questions, of which the answers are scored; or, with ``text`` (a text
     file or a JSON list of texts), as many pieces of ``tokens`` tokens as ``sessions`` times the number of tasks, scored in
     full. Calibration pieces and evaluated ones are never the same. ``outliers``: multiply ``outlier_channels`` channels of
-    every norm's output by this factor first, in a way that leaves the function as it is.
+    every norm's output by this factor first, in a way that leaves the function as it is; ``outliers_adjacent``: in pairs of
+    neighbours.
     """
 
     model: str = "pocket-2m"
@@ -125,6 +126,7 @@ class Workload:
     turns: int = 5
     outliers: float = 1.0
     outlier_channels: int = 4
+    outliers_adjacent: bool = False
     device: str = "cpu"
     timing: bool = True
 
@@ -146,13 +148,20 @@ def workload_key(workload: Workload) -> dict[str, Any]:
 # --- the model, what it is calibrated on, what it is scored on ----------------------------------------------------
 
 
+def base_model(workload: Workload) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The 16-bit model that a workload compresses, its tokenizer, its fingerprint before outliers were put in."""
+    planted = (workload.outliers, workload.outlier_channels, workload.outliers_adjacent)
+    return _base_model(workload.model, workload.device, *planted)
+
+
 @lru_cache(maxsize=1)
-def _model(name: str, device: str, outliers: float, channels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The 16-bit model, its tokenizer, its fingerprint before outliers were put in."""
+def _base_model(
+    name: str, device: str, outliers: float, channels: int, adjacent: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     model, tokenizer = load(name, dtype=torch.bfloat16, device=device)
     mark = fingerprint(model)
     if outliers > 1:
-        inject_input_outliers(model, outliers, channels, same=True)
+        inject_input_outliers(model, outliers, channels, same=True, adjacent=adjacent)
     return model, tokenizer, mark
 
 
@@ -248,10 +257,14 @@ def _predictions(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
     return [row[scored].float().log_softmax(-1) for row, scored in zip(logits, marked)]
 
 
+def reference_of(workload: Workload) -> Reference:
+    """What the 16-bit model predicts, computed in float32: remembered where it is small, since every method needs it."""
+    return _reference(replace(workload, seed=0, samples=1, timing=False))
+
+
 @lru_cache(maxsize=1)
 def _reference(workload: Workload) -> Reference:
-    """What the 16-bit model predicts, computed in float32: remembered where it is small, since every method needs it."""
-    model, tokenizer, _ = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    model, tokenizer, _ = base_model(workload)
     model, batches = copy.deepcopy(model).float(), evaluation(workload, tokenizer)
     predictions = torch.inference_mode()(lambda number: _predictions(model, batches[number]))
     scored = sum(int((labels != IGNORE).sum()) for _, _, labels in batches)
@@ -276,7 +289,7 @@ def _runs(places: list[int], hit: list[bool]) -> tuple[bool, ...]:
 
 def at_size(method: WeightMethod, workload: Workload, nbytes: int) -> WeightMethod:
     """The method's best within ``nbytes`` for all tensors of the workload's model. Raises ValueError with the least."""
-    model, *_ = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    model, *_ = base_model(workload)
     held, layers = size(model), shapes(model)
     rest = held.bytes - round(held.bits * held.weights / 8)  # embeddings, norms: what no method touches
     try:
@@ -300,7 +313,7 @@ def measure(
     """
     if out is not None:
         check_target(Path(out))
-    model, tokenizer, mark = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    model, tokenizer, mark = base_model(workload)
     make = _Maker(name, method, workload, budget, mark)
     try:
         fitted = method if budget is None else method.at_budget(budget + ROOM, shapes(model))
@@ -333,8 +346,7 @@ def _measured(
         yield make("disk_bytes", sum(file.stat().st_size for file in names), unit="bytes of the weights' files")
         wide: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         wide.to(workload.device)
-        reference = _reference(replace(workload, seed=0, samples=1, timing=False))
-        results = score(wide.eval(), reference, evaluation(workload, tokenizer))
+        results = score(wide.eval(), reference_of(workload), evaluation(workload, tokenizer))
         del wide
     yield from _quality(make, results)
     if workload.timing:

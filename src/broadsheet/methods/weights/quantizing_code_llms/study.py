@@ -217,11 +217,7 @@ class Study:
         """Token ids [pieces, tokens] by name, the same for every arm and seed."""
         if self.perplexity:
             return {name: pieces(path, tokenizer, self.tokens)[:64] for name, path in self.perplexity.items()}
-        kinds = {"code": "code", "text": "random"}
-        return {
-            name: code.calibration(kind, 32, self.tokens, tokenizer, "perplexity", "evaluation")
-            for name, kind in kinds.items()
-        }
+        return _microworld_texts(tokenizer, self.tokens)
 
     def _completed(
         self,
@@ -276,6 +272,13 @@ class Study:
 def _original(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The 16-bit model."""
     return load(name, dtype=torch.bfloat16, device=device)
+
+
+@lru_cache(maxsize=1)
+def _microworld_texts(tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, torch.Tensor]:
+    """Functions that nothing was trained on, and general text: token ids [32, tokens]."""
+    kinds = {"code": "code", "text": "random"}
+    return {name: code.calibration(kind, 32, tokens, tokenizer, "perplexity", "evaluation") for name, kind in kinds.items()}
 
 
 def named(given: Any) -> tuple[str, WeightMethod]:
