@@ -11,6 +11,9 @@ from broadsheet.core.sandbox import run
 
 F = 'def f(x):\n    """Doc."""\n'
 BODY = "    return x + 1"
+NESTED = "    def g(y):\n        return y + 1\n    return g(x)"
+NESTED_LAST = "    return g()\n    def g():\n        pass"
+STRING = '    s = """\ndef g():\n"""\n    return s'
 
 #: (what it shows, prompt, completion, what is left; None: all of it)
 PYTHON = [
@@ -26,8 +29,8 @@ PYTHON = [
     ("an open string after it goes", F, BODY + '\n\nprint("it', BODY),
     ("an open docstring after it goes", F, BODY + '\n\ndef g():\n    """It', BODY),
     ("code fences after it go", F, BODY + "\n```\nThat is all.", BODY),
-    ("nested functions stay", F, "    def g(y):\n        return y + 1\n    return g(x)\nprint(1)", "    def g(y):\n        return y + 1\n    return g(x)"),
-    ("a nested function at its end stays", F, "    return g()\n    def g():\n        pass\nx = 1", "    return g()\n    def g():\n        pass"),
+    ("nested functions stay", F, NESTED + "\nprint(1)", NESTED),
+    ("a nested function at its end stays", F, NESTED_LAST + "\nx = 1", NESTED_LAST),
     ("a decorated function after it goes", F, BODY + "\n\n@cache\ndef g():\n    pass\n", BODY),
     ("a decorated function in the prompt", "@cache\n" + F, BODY + "\n\nprint(f(1))", BODY),
     ("an async function", "async def f(x):\n", BODY + "\n\nprint(1)", BODY),
@@ -35,7 +38,7 @@ PYTHON = [
     ("comments within stay", F, "    # add\n    return x\n# done\n", "    # add\n    return x"),
     ("a comment at the margin within", F, "    y = x\n# odd\n    return y\nprint(1)", "    y = x\n# odd\n    return y"),
     ("brackets over lines", F, "    return [\n1,\nx,\n]\nprint(1)", "    return [\n1,\nx,\n]"),
-    ("strings over lines", F, '    s = """\ndef g():\n"""\n    return s\nprint(1)', '    s = """\ndef g():\n"""\n    return s'),
+    ("strings over lines", F, STRING + "\nprint(1)", STRING),
     ("lines that go on", F, "    return x + \\\n1\nprint(1)", "    return x + \\\n1"),
     ("syntax errors within are kept raw", F, "    return x +\n\nprint(1)", None),
     ("a function that does not end is kept raw", F, "    return [x,", None),
@@ -49,7 +52,7 @@ PYTHON = [
     ("a signature that is open", "def f(x", "):\n    return x\nf(1)", "):\n    return x"),
     ("one line", "def f(x):", " return x\nf(1)", " return x"),
     ("a docstring without its newline", 'def f(x):\n    """Doc."""', "\n    return x\n\nf(1)", "\n    return x"),
-    ("semicolons and an if of one line", F, "    if x: return 1; \n    return 2\nf(1)", "    if x: return 1; \n    return 2"),
+    ("an if of one line", F, "    if x: return 1; \n    return 2\nf(1)", "    if x: return 1; \n    return 2"),
     ("letters beyond ASCII", F, "    return 'né'  # ü\nprint('ö')", "    return 'né'"),
 ]  # fmt: skip
 M = "class Problem {\n    /** {@code f} */\n    public static int f(int x)"
@@ -58,9 +61,9 @@ JAVA = [
     ("from the signature on", M, " {\n        return x;\n    }\n}", " {\n        return x;\n    }"),
     ("blocks within", M + " {", " if (x > 0) { return 1; } return 2; } }", " if (x > 0) { return 1; } return 2; }"),
     ("braces in strings", M + " {", " char c = '}'; String s = \"}\"; /* } */ return 1; // }\n } }", None),
-    ("an array before it", "class A {\n int f(int x)", " {\n int[] a = {1}; return a[0]; } int g", " {\n int[] a = {1}; return a[0]; }"),
+    ("an array within", M, " { int[] a = {1}; return a[0]; } int g", " { int[] a = {1}; return a[0]; }"),
     ("one that does not end", M + " {", " return (x;", None),
-    ("a local class", M + " {", " class B { int b() { return 1; } } return 2; } }", " class B { int b() { return 1; } } return 2; }"),
+    ("a local class", M + " {", " class B { int b() { return 1; } } } }", " class B { int b() { return 1; } } }"),
 ]  # fmt: skip
 
 
@@ -84,34 +87,73 @@ def test_the_first_stop_counts():
     assert first_stop("abc", ("\ndef",)) == 3
 
 
-#: McEval's form, two tasks a language, with solutions and what is wrong with them when changed.
+def mceval(task_id, entry_point, prompt, solution, test):
+    """A record in McEval's form."""
+    return {
+        "task_id": task_id,
+        "prompt": prompt.strip("\n"),
+        "canonical_solution": solution,
+        "test": test.strip("\n"),
+        "entry_point": entry_point,
+    }
+
+
 MCEVAL = {
     "Python": [
-        {
-            "task_id": "Python/1",
-            "prompt": 'from typing import List\n\ndef spread(xs: List[int]) -> int:\n    """ How far apart the ends are.\n    >>> spread([3, 1])\n    2\n    """',
-            "canonical_solution": "    return max(xs) - min(xs)",
-            "test": "def check(spread):\n    assert spread([3, 1]) == 2\n    assert spread([-1, 5, 2]) == 6\n\ncheck(spread)",
-            "entry_point": "spread",
-        },
-        {
-            "task_id": "Python/2",
-            "prompt": 'def evens(n: int) -> list:\n    """ Even numbers below n. """',
-            "canonical_solution": "    return [i for i in range(n) if i % 2 == 0]",
-            "test": "def check_evens():\n    assert evens(5) == [0, 2, 4]\n    assert evens(0) == []\n\ncheck_evens()",
-            "entry_point": "evens",
-        },
+        mceval(
+            *("Python/1", "spread"),
+            '''
+from typing import List
+
+def spread(xs: List[int]) -> int:
+    """ How far apart the ends are.
+    >>> spread([3, 1])
+    2
+    """
+''',
+            "    return max(xs) - min(xs)",
+            """
+def check(spread):
+    assert spread([3, 1]) == 2
+    assert spread([-1, 5, 2]) == 6
+
+check(spread)
+""",
+        ),
+        mceval(
+            *("Python/2", "evens"),
+            'def evens(n: int) -> list:\n    """ Even numbers below n. """',
+            "    return [i for i in range(n) if i % 2 == 0]",
+            """
+def check_evens():
+    assert evens(5) == [0, 2, 4]
+    assert evens(0) == []
+
+check_evens()
+""",
+        ),
     ],
     "Java": [
-        {
-            "task_id": "Java/1",
-            "prompt": "import java.util.*;\n\nclass Solution {\n    /** The sum. */\n    public static int total(List<Integer> xs)",
-            "canonical_solution": "    {\n        int sum = 0;\n        for (int x : xs) { sum += x; }\n        return sum;\n    }",
-            "test": "    public static void main(String[] args) {\n        assert total(Arrays.asList(1, 2, 3)) == 6;\n    }\n}",
-            "entry_point": "total",
-        },
+        mceval(
+            *("Java/1", "total"),
+            """
+import java.util.*;
+
+class Solution {
+    /** The sum. */
+    public static int total(List<Integer> xs)
+""",
+            "    {\n        int sum = 0;\n        for (int x : xs) { sum += x; }\n        return sum;\n    }",
+            """
+    public static void main(String[] args) {
+        assert total(Arrays.asList(1, 2, 3)) == 6;
+    }
+}
+""",
+        ),
     ],
-}  # fmt: skip
+}
+#: The first that fits makes a right solution wrong.
 MUTATIONS = (("min(", "max("), ("== 0", "== 1"), ("sum += x", "sum -= x"), ("return", "return -"))
 
 

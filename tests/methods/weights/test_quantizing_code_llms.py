@@ -10,9 +10,12 @@ from tiny import tiny
 
 from broadsheet.core.codetasks import CodeTask
 from broadsheet.core.microworld import code
+from broadsheet.core.records import Record
 from broadsheet.core.stats import mcnemar
+from broadsheet.core.verdicts import DIRECTION, FAILS, HOLDS
 from broadsheet.lab.code_study import picture, tables
 from broadsheet.lab.plots import svg
+from broadsheet.methods.weights import claims
 from broadsheet.methods.weights.gptq import GPTQ
 from broadsheet.methods.weights.quantizing_code_llms import Arm, ArmResult, Results, Study
 from broadsheet.methods.weights.quantizing_code_llms import study as module
@@ -54,7 +57,7 @@ def test_the_table_has_a_row_a_sample(results, tmp_path):
 
     results.write(tmp_path / "t.parquet")
     assert parquet.read_table(tmp_path / "t.parquet").to_pylist() == rows
-    with pytest.raises(ValueError, match="written as .csv or .parquet"):
+    with pytest.raises(ValueError, match="a table is written as"):
         results.write(tmp_path / "t.xlsx")
 
 
@@ -286,3 +289,49 @@ def test_tables_and_picture_show_every_arm(results):
         "pass@1_difference",
     }
     assert all(json.loads(json.dumps(record.to_json())) for record in records)
+
+
+def _difference(question, budget, calibration, value, p, seed, against="", method="gptq"):
+    setting = {"question": question, "budget": budget, "calibration": calibration, "bits": budget + 0.25, "p_tasks": p}
+    return Record(
+        *("quantizing-code-llms", method, "code-study", "pass@1_difference", value),
+        seed=seed,
+        setting={**setting, "against": {"method": method, "calibration": against}},
+    )
+
+
+def _found(three_bits=0.001, four_bits=0.5, gain=0.3, method="gptq"):
+    """Differences as a study of three seeds writes them."""
+    for seed in range(3):
+        for budget, value, p in ((8.0, 0.0, 0.9), (4.0, -0.003, four_bits), (3.0, -0.05, three_bits), (2.0, -0.3, 0.001)):
+            yield _difference("precision", budget, "code", value, p, seed, method=method)
+        yield _difference("calibration", 2.0, "random", -gain, 0.001, seed, "code", method)
+        yield _difference("calibration", 2.0, "random", 0.5, 0.9, seed, "mixed", method)  # not what is asked
+        yield _difference("calibration", 4.0, "random", 0.0, four_bits, seed, "code", method)
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "verdict"),
+    [
+        (claims.code_four_bits, {}, HOLDS),
+        (claims.code_four_bits, {"four_bits": 0.01}, FAILS),
+        (claims.code_bits, {}, HOLDS),
+        (claims.code_bits, {"three_bits": 0.2}, DIRECTION),
+        (claims.code_bits, {"four_bits": 0.01}, FAILS),
+        (claims.code_calibration, {}, HOLDS),
+        (claims.code_calibration, {"four_bits": 0.01}, DIRECTION),
+        (claims.code_calibration, {"gain": -0.3}, FAILS),
+    ],
+)
+def test_claims_are_judged_by_the_records(check, changes, verdict):
+    found = check(tuple(_found(**changes)))
+    assert found is not None
+    assert found[0] == verdict
+    assert check(()) is None
+
+
+def test_the_paper_s_own_quantiser_is_judged_where_it_was_run():
+    found = claims.code_four_bits((*_found(four_bits=0.01), *_found(method="aqlm")))
+    assert found is not None
+    assert found[0] == HOLDS
+    assert found[1].startswith("aqlm at 4.25 bits: -0.3 points")

@@ -158,6 +158,8 @@ class Results:
     def write(self, path: str | Path) -> None:
         """Writes the tidy table as ``.csv`` or ``.parquet``. Raises ValueError for another ending, or without pyarrow."""
         path, rows = Path(path), list(self.rows())
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
         if path.suffix == ".csv":
             with open(path, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]))

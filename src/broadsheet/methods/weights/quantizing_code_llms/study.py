@@ -94,6 +94,7 @@ class Study:
             raise ValueError("n_samples and max_new_tokens must be at least 1, the temperature at least 0")
         for language in {task.language for task in self.tasks}:
             check_language(language)
+        self.arms()  # unknown methods are told before anything runs
 
     @cached_property
     def methods(self) -> dict[str, WeightMethod]:
