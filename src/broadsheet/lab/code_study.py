@@ -70,11 +70,15 @@ def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
             f"{100 * one.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
             f"{one.only_baseline}:{one.only_arm}",
             f"{one.odds_ratio:.2f}",
-            f"{one.p_adjusted:.2g}",
-            f"{one.p_tasks_adjusted:.2g}",
+            _p(one.p_adjusted),
+            _p(one.p_tasks_adjusted),
             verdict(one),
         )
     return table
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-99 else "<1e-99"
 
 
 def verdict(one: Comparison) -> str:
