@@ -24,7 +24,7 @@ from broadsheet.methods.weights.uncompressed import Uncompressed
 
 TASKS = code.make_tasks(5)
 FACTORS = {"model": ["pocket-code"], "method": ["rtn", "gptq"], "precision": [8, 2], "calibration": ["code", "random"]}
-SMALL = {"n_samples": 2, "max_new_tokens": 64, "samples": 12, "tokens": 96, "seconds": 20.0}
+SMALL = {"n_samples": 2, "max_new_tokens": 64, "samples": 12, "tokens": 96, "scored": 4, "seconds": 20.0}
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,8 @@ class Study:
 
     ``tasks``: what is completed, see `broadsheet.core.codetasks`. ``texts``: name -> a file of text to calibrate on.
     ``samples`` pieces of ``tokens`` tokens calibrate. ``perplexity``: name -> a file of text; general text and functions of
-    the microworld when empty. ``seed`` draws the calibration set and the samples. ``seconds`` and ``memory`` bound a
-    program. ``rows``: how many samples are generated at a time.
+    the microworld when empty; ``scored`` pieces of each count. ``seed`` draws the calibration set and the samples.
+    ``seconds`` and ``memory`` bound a program. ``rows``: how many samples are generated at a time.
     """
 
     factors: Mapping[str, Any]
@@ -66,6 +66,7 @@ class Study:
     tokens: int = 256
     texts: Mapping[str, str] = field(default_factory=dict)
     perplexity: Mapping[str, str] = field(default_factory=dict)
+    scored: int = 32
     seconds: float = 2.0
     memory: int = 512 << 20
     device: str = "cpu"
@@ -143,7 +144,7 @@ class Study:
             method=repr(self.methods.get(arm.method, BASELINE)),
             model=identity(arm.model),
             text=[self.texts.get(arm.calibration), self.samples, self.tokens] if arm.calibration else None,
-            perplexity=dict(self.perplexity),
+            perplexity=[dict(self.perplexity), self.scored, self.tokens],
             drawn=[self.n_samples, self.temperature, self.seed, self.max_new_tokens],
             bounds=[self.seconds, self.memory],
             source=source_digest("weights"),
@@ -217,8 +218,8 @@ class Study:
     def _perplexity_texts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
         """Token ids [pieces, tokens] by name, the same for every arm and seed."""
         if self.perplexity:
-            return {name: pieces(path, tokenizer, self.tokens)[:64] for name, path in self.perplexity.items()}
-        return _microworld_texts(tokenizer, self.tokens)
+            return {name: pieces(path, tokenizer, self.tokens)[: self.scored] for name, path in self.perplexity.items()}
+        return _microworld_texts(tokenizer, self.scored, self.tokens)
 
     def _completed(
         self,
@@ -276,10 +277,12 @@ def _original(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 @lru_cache(maxsize=1)
-def _microworld_texts(tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, torch.Tensor]:
-    """Functions that nothing was trained on, and general text: token ids [32, tokens]."""
+def _microworld_texts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Functions that nothing was trained on, and general text: token ids [count, tokens]."""
     kinds = {"code": "code", "text": "random"}
-    return {name: code.calibration(kind, 32, tokens, tokenizer, "perplexity", "evaluation") for name, kind in kinds.items()}
+    return {
+        name: code.calibration(kind, count, tokens, tokenizer, "perplexity", "evaluation") for name, kind in kinds.items()
+    }
 
 
 def named(given: Any) -> tuple[str, WeightMethod]:
