@@ -46,6 +46,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/group_matmul.py
 	$(BIN)/python benchmarks/olive_kernel.py
 	$(BIN)/python benchmarks/dfloat11_decode.py
+	$(BIN)/python benchmarks/code_study.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/broadsheet claims --write
 
