@@ -36,10 +36,9 @@ def sessions_of(task: str, size: int, count: int):
 
 def measure_code(name: str, sessions: int) -> list[Record]:
     """pass@1 on functions that it was not trained on: 5 tasks a session, 20 samples a task."""
-    results = Study(
-        {"model": [name], "method": ["bf16"], "precision": [16]}, make_tasks(5 * sessions), max_new_tokens=96
-    ).run()
-    return results.records()
+    factors = {"model": [name], "method": ["bf16"], "precision": [16]}
+    records = Study(factors, make_tasks(5 * sessions), max_new_tokens=96).run().records()
+    return [replace(record, paper="", bench="pocket-card") for record in records]
 
 
 def code_card(name: str, records: list[Record]) -> str:
