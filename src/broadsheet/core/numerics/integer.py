@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from .packing import pack, unpack
@@ -24,7 +25,7 @@ from .packing import pack, unpack
 LEAST = 1e-5
 #: rows of activations up to which the compiled kernel is the faster one
 FEW = 16
-#: rows of the weight that are widened to float32 together
+#: rows of the weight that are unpacked together
 TILE = 256
 
 
@@ -105,24 +106,37 @@ def _piece(bits: int, x_bits: int) -> int:
 
 
 def _few(x: torch.Tensor, stored: torch.Tensor, bits: int) -> torch.Tensor:
-    from .jit import split
+    from .jit import split  # numba is heavy
 
-    dot, _ = _kernels(bits)
     product = torch.empty(x.shape[0], stored.shape[0], dtype=torch.int32)
     codes, weight, out = x.to(torch.int16).contiguous().numpy(), stored.numpy(), product.numpy()
-    split(lambda first, last: dot(codes, weight, out, first, last), stored.shape[0], 16)
+    dot, unpack_rows = _dot(), _unpack(bits) if bits < 8 else None
+
+    def work(first: int, last: int) -> None:
+        if unpack_rows is None:
+            dot(codes, weight[first:last], out[:, first:last])
+            return
+        tile = torch.empty(min(TILE, last - first), x.shape[1], dtype=torch.int8).numpy()
+        for row in range(first, last, TILE):
+            end = min(row + TILE, last)
+            unpack_rows(weight[row:end], tile)
+            dot(codes, tile[: end - row], out[:, row:end])
+
+    split(work, stored.shape[0], 16)
     return product
 
 
 def _many(x: torch.Tensor, stored: torch.Tensor, bits: int, x_bits: int) -> torch.Tensor:
-    _, widen = _kernels(bits)
     (count, columns), rows = x.shape, stored.shape[0]
     x, piece = x.float(), _piece(bits, x_bits)
     product = torch.empty(count, rows, dtype=torch.int32)
     wide = torch.empty(min(TILE, rows), columns)
     for first in range(0, rows, TILE):
-        tile = wide[: min(TILE, rows - first)]
-        widen(stored[first : first + TILE].numpy(), tile.numpy())
+        tile, codes = wide[: min(TILE, rows - first)], stored[first : first + TILE]
+        if bits == 8:
+            tile.copy_(codes)
+        else:
+            _unpack(bits)(codes.numpy(), tile.numpy())
         product[:, first : first + TILE] = _pieces(x, tile, piece)
     return product
 
@@ -143,64 +157,43 @@ def _pieces(x: torch.Tensor, weight: torch.Tensor, piece: int) -> torch.Tensor:
 
 
 @cache
-def _kernels(bits: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The compiled kernels for weights of ``bits`` bits; numba is imported at the first use, since it is heavy."""
-    import numpy as np
-    from numba import njit
-
+def _dot() -> Callable[..., None]:
     from .jit import compiled
 
-    middle, mask = 2 ** (bits - 1), np.uint64(2**bits - 1)
-
-    @njit(inline="always")
-    def unpack_row(packed: Any, out: Any) -> None:
-        """The codes of one row, ``middle`` taken off; eight of them lie in ``bits`` bytes."""
-        columns = out.shape[0]
-        whole = columns // 8
-        for group in range(whole):
-            word = np.uint64(0)
-            for byte in range(bits):
-                word |= np.uint64(packed[group * bits + byte]) << np.uint64(8 * byte)
-            for place in range(8):
-                out[group * 8 + place] = np.int32((word >> np.uint64(place * bits)) & mask) - middle
-        for column in range(whole * 8, columns):
-            byte, shift = column * bits // 8, column * bits % 8
-            both = np.uint64(packed[byte])
-            if shift + bits > 8:
-                both |= np.uint64(packed[byte + 1]) << np.uint64(8)
-            out[column] = np.int32((both >> np.uint64(shift)) & mask) - middle
-
-    def dot(x: Any, weight: Any, out: Any, first: int, last: int) -> None:
-        """out [tokens, rows] from x int16 [tokens, columns] and weight int8 [rows, columns], rows ``first`` to ``last``."""
-        for row in range(first, last):
+    def dot(x: Any, weight: Any, out: Any) -> None:
+        """out [tokens, rows] = x int16 [tokens, columns] times weight int8 [rows, columns] transposed."""
+        for row in range(weight.shape[0]):
             for token in range(x.shape[0]):
                 total = np.int32(0)
                 for column in range(x.shape[1]):
                     total += np.int32(x[token, column]) * np.int32(weight[row, column])
                 out[token, row] = total
 
-    def dot_packed(x: Any, packed: Any, out: Any, first: int, last: int) -> None:
-        """As `dot`, from packed rows."""
-        codes = np.empty(x.shape[1], np.int16)
-        for row in range(first, last):
-            unpack_row(packed[row], codes)
-            for token in range(x.shape[0]):
-                total = np.int32(0)
-                for column in range(x.shape[1]):
-                    total += np.int32(x[token, column]) * np.int32(codes[column])
-                out[token, row] = total
+    return compiled(dot)
 
-    def widen(weight: Any, out: Any) -> None:
-        """Rows of int8 codes as float32 ``out`` [rows, columns]."""
-        for row in range(out.shape[0]):
-            for column in range(out.shape[1]):
-                out[row, column] = weight[row, column]
 
-    def widen_packed(packed: Any, out: Any) -> None:
-        """As `widen`, from packed rows."""
-        for row in range(out.shape[0]):
-            unpack_row(packed[row], out[row])
+@cache
+def _unpack(bits: int) -> Callable[..., None]:
+    """The compiled `unpack_codes` of so many bits, into a tensor of any dtype."""
+    from .jit import compiled
 
-    if bits == 8:
-        return compiled(dot), compiled(widen)
-    return compiled(dot_packed), compiled(widen_packed)
+    middle, mask = 2 ** (bits - 1), np.uint64(2**bits - 1)
+
+    def unpack_rows(packed: Any, out: Any) -> None:
+        """``packed`` [rows, bytes] into ``out`` [rows, columns]; eight codes lie in ``bits`` bytes."""
+        whole = out.shape[1] // 8
+        for row in range(packed.shape[0]):
+            for group in range(whole):
+                word = np.uint64(0)
+                for byte in range(bits):
+                    word |= np.uint64(packed[row, group * bits + byte]) << np.uint64(8 * byte)
+                for place in range(8):
+                    out[row, group * 8 + place] = np.int32((word >> np.uint64(place * bits)) & mask) - middle
+            for column in range(whole * 8, out.shape[1]):
+                byte, shift = column * bits // 8, column * bits % 8
+                word = np.uint64(packed[row, byte])
+                if shift + bits > 8:
+                    word |= np.uint64(packed[row, byte + 1]) << np.uint64(8)
+                out[row, column] = np.int32((word >> np.uint64(shift)) & mask) - middle
+
+    return compiled(unpack_rows)
