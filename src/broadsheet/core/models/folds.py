@@ -8,7 +8,7 @@ stand on it. Arithmetic is in float32 (float64 for float64 models), whatever the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,8 +65,7 @@ def norm_folds(block: Block) -> list[Fold]:
         elif isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(enters(name)))
     try:
-        with torch.no_grad():
-            block.module(block.passes[0].hidden, **block.passes[0].arguments)
+        replace(block, passes=block.passes[:1]).run()
     finally:
         for handle in handles:
             handle.remove()
