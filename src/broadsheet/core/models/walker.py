@@ -103,7 +103,9 @@ def _wide(value: Any) -> Any:
 @contextmanager
 def _widened(module: nn.Module) -> Iterator[None]:
     """``module`` with its 16-bit tensors in float32 for a while. What is packed stays as it is."""
-    tensors = [t for m in module.modules() if not isinstance(m, Packed) for t in [*m._parameters.values(), *m._buffers.values()]]
+    tensors = [
+        t for m in module.modules() if not isinstance(m, Packed) for t in [*m._parameters.values(), *m._buffers.values()]
+    ]
     held = {tensor: tensor.data for tensor in tensors if tensor is not None}
     try:
         for tensor, data in held.items():
