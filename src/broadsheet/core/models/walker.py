@@ -54,7 +54,7 @@ class Block:
     def run(self) -> list[torch.Tensor]:
         """The block's outputs, a tensor [batch, tokens, hidden_size] a batch."""
         outputs = []
-        with _widened(self.module):
+        with widened(self.module):
             for step in self.passes:
                 self.running = step
                 outputs.append(self.module(_wide(step.hidden), **_wide(step.arguments)))
@@ -101,8 +101,11 @@ def _wide(value: Any) -> Any:
 
 
 @contextmanager
-def _widened(module: nn.Module) -> Iterator[None]:
-    """``module`` with its 16-bit tensors in float32 for a while. What is packed stays as it is."""
+def widened(module: nn.Module) -> Iterator[None]:
+    """On a CPU, ``module`` with its 16-bit tensors in float32 for a while. What is packed stays as it is.
+
+    After it the tensors are what they were: changes that were made to them in place are gone.
+    """
     tensors = [
         t for m in module.modules() if not isinstance(m, Packed) for t in [*m._parameters.values(), *m._buffers.values()]
     ]
