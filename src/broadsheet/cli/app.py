@@ -10,6 +10,7 @@ import typer
 
 from broadsheet import catalogue
 
+from .crash import crash
 from .weights import bitstack, dfloat11
 
 if TYPE_CHECKING:
@@ -298,6 +299,7 @@ def calibrate(
 
 app.add_typer(dfloat11, name="dfloat11")
 app.add_typer(bitstack, name="bitstack")
+app.add_typer(crash, name="crash")
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ class Recipe:
     warmup: int = 50
     looks_back: int = 2  #: heads of the first layer that look 1, 2, ... tokens back
     seed: int = 0
+    without: tuple[str, ...] = ()  #: tasks that are left out
     stages: tuple[Stage, ...] = ()
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -193,7 +194,8 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
             tasks.append(stage.name)
             rows.append(_repeats(rng, length, vocabulary))
         else:
-            session = _draw(rng, length, {**_WEIGHTS, "arithmetic": stage.arithmetic}, stage.tail)
+            weights = {**_WEIGHTS, "arithmetic": stage.arithmetic, **dict.fromkeys(recipe.without, 0.0)}
+            session = _draw(rng, length, weights, stage.tail)
             tasks.append(session.task)
             ids, labels = encode_session(session, tokenizer)
             rows.append((ids[: length + 64], labels[: length + 64]))
