@@ -4,8 +4,8 @@
 
 Outliers are put into 6 channels of what every norm makes, in a way that leaves the function as it is: "none"; "scaled", 30
 times as large; "shifted", 3 times as large and 40 up or down (the norms get a bias for it, as those of OPT have one). All
-are quantised to 8 (fewer variants) and to 6 bits, weights and activations. Clip rates are of static scales, on text of the calibration's
-kind (another seed) and on random tokens.
+are quantised to 8 (fewer variants) and to 6 bits, weights and activations. Clip rates are of static scales, on text of the
+calibration's kind (another seed) and on random tokens.
 """
 
 from __future__ import annotations
