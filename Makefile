@@ -45,6 +45,8 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/bitstack_resize.py
 	$(BIN)/python benchmarks/group_matmul.py
 	$(BIN)/python benchmarks/olive_kernel.py
+	$(BIN)/python benchmarks/outliertune_study.py
+	$(BIN)/python benchmarks/integer_linear.py
 	$(BIN)/python benchmarks/dfloat11_decode.py
 	$(BIN)/python benchmarks/code_study.py
 	$(BIN)/python benchmarks/pictures.py

@@ -200,3 +200,57 @@ def code_calibration(records: Sequence[Record]) -> Verdict:
     text = f"{against[2.0][0].method}, points that code gains over random text: {parts}; "
     text += f"{sum(wins)} of {len(wins)} seeds won at 2 bits"
     return graded([all(wins), same], [gains[2.0] > 0]), text
+
+
+# --- OutlierTune --------------------------------------------------------------------------------------------------------
+
+
+def _study(records: Sequence[Record], method: str, metric: str, outliers: str, codes: int) -> float | None:
+    found = find(records, bench="outliertune-study", method=method, metric=metric, outliers=outliers, codes=codes)
+    return mean([record.value for record in found])
+
+
+def outliertune_parity(records: Sequence[Record]) -> Verdict:
+    """Points of accuracy and KL lost at 6 and 8 bits where outlier channels are shifted."""
+    full = mean([r.value for r in find(records, bench="outliertune-study", method="bf16", metric="accuracy")])
+    found = {bits: _study(records, "outliertune", "accuracy", "shifted", bits) for bits in (8, 6)}
+    eight, six = found[8], found[6]
+    if full is None or eight is None or six is None:
+        return None
+    lost = {8: 100 * (full - eight), 6: 100 * (full - six)}
+    text = f"{lost[8]:.1f} points lost at 8 bits, {lost[6]:.1f} at 6"
+    return graded([lost[8] <= 1, lost[6] <= 1], [lost[8] <= 1]), text
+
+
+def outliertune_memory(records: Sequence[Record]) -> Verdict:
+    """Integer weights and their scales, and whole blocks, over the 16-bit model's."""
+    found = find(records, bench="outliertune-study", metric="block_bytes", codes=8)
+    if not found:
+        return None
+    stored, blocks = found[0].setting["stored"], max(record.value for record in found)
+    return graded([stored <= 0.52], [blocks < 0.55]), f"{stored:.3f} (with norms and biases {blocks:.3f})"
+
+
+def outliertune_ranking(records: Sequence[Record]) -> Verdict:
+    """KL over SmoothQuant's at 6 bits, with outliers of every kind."""
+    ratios = {}
+    for outliers in ("shifted", "scaled", "none"):
+        ours, theirs = (_study(records, name, "kl", outliers, 6) for name in ("outliertune", "smoothquant"))
+        if ours is None or theirs is None:
+            return None
+        ratios[outliers] = ours / theirs
+    text = ", ".join(f"{ratio:.2f}× ({outliers})" for outliers, ratio in ratios.items())
+    holds = [ratios["shifted"] <= 0.5, ratios["scaled"] <= 0.5]
+    return graded(holds, [ratios["shifted"] < 1]), f"SmoothQuant's KL times {text}"
+
+
+def outliertune_centring(records: Sequence[Record]) -> Verdict:
+    """Nats a token saved by centring at 6 bits where outlier channels are shifted."""
+    wanted = {"metric": "loss_saved", "against": "no symmetrisation", "outliers": "shifted", "codes": 6}
+    found = find(records, bench="outliertune-study", **wanted)
+    with_, without = (_study(records, name, "kl", "shifted", 6) for name in ("outliertune", "no symmetrisation"))
+    if not found or with_ is None or without is None:
+        return None
+    certain = [record.ci is not None and min(record.ci) > 0 for record in found]
+    saved = mean([record.value for record in found]) or 0.0
+    return graded(certain, [with_ < without]), f"KL {with_:.4f} against {without:.4f}, {saved:+.4f} nats a token saved"
