@@ -179,21 +179,28 @@ class AccLLM(WeightMethod):
         with torch.enable_grad():
             clips = {name: Clip(values, self.bits, group) for name, values in kept.items()}
             self.train(block, masks, clips, target)
+        if self.weight_learning_rate:
+            for name, linear in block.linears.items():
+                linear.weight.masked_scatter_(masks[name], clips[name].values.to(linear.weight.dtype))
         return {name: clip.grid() for name, clip in clips.items()}
 
     def train(
         self, block: Block, masks: dict[str, torch.Tensor], clips: dict[str, Clip], target: list[torch.Tensor]
     ) -> None:
         ranges = [part for clip in clips.values() for part in (clip.gamma, clip.beta)]
-        optimiser = torch.optim.Adam(ranges, lr=self.learning_rate)
+        learned: list[dict[str, Any]] = [{"params": ranges, "lr": self.learning_rate}]
+        if self.weight_learning_rate:
+            weights = [clip.grouped.requires_grad_() for clip in clips.values()]
+            learned.append({"params": weights, "lr": self.weight_learning_rate})
+        optimiser = torch.optim.Adam(learned)
         for _ in range(self.epochs):
             for step, wanted in zip(block.passes, target, strict=True):
-                weights = {}
+                rounded = {}
                 for name, clip in clips.items():
                     linear = block.linears[name]
                     dense = torch.zeros_like(linear.weight, dtype=torch.float32).masked_scatter(masks[name], clip.rounded())
-                    weights[name.removeprefix(block.name + ".") + ".weight"] = dense.to(linear.weight.dtype)
-                output = functional_call(block.module, weights, (step.hidden,), step.arguments)
+                    rounded[name.removeprefix(block.name + ".") + ".weight"] = dense.to(linear.weight.dtype)
+                output = functional_call(block.module, rounded, (step.hidden,), step.arguments)
                 output = output[0] if isinstance(output, tuple) else output
                 loss = F.mse_loss(output.float(), wanted.float())
                 optimiser.zero_grad()

@@ -53,7 +53,7 @@ class Clip:
     """The learnable range of one weight: ``gamma`` and ``beta`` logits [rows, groups].
 
     ``values``: the weights that stay, [rows, kept]; ``group``: how many of them share a range (the last group of a row may
-    have fewer).
+    have fewer). ``grouped``, these weights by group, can be learned too.
     """
 
     def __init__(self, values: torch.Tensor, bits: int, group: int, start: float = START):
@@ -79,6 +79,11 @@ class Clip:
         codes = (self.grouped - low) / torch.where(scale > 0, scale, 1.0)
         codes = (codes + (codes.round() - codes).detach()).clamp(0, 2**self.bits - 1)
         return (low + scale * codes).flatten(-2)[..., : self.kept]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The weights that stay, as they are now, [rows, kept]."""
+        return self.grouped.detach().flatten(-2)[..., : self.kept]
 
     @torch.no_grad()
     def grid(self) -> Grid:
