@@ -159,7 +159,7 @@ def test_text_gives_perplexity_and_kl(folder, tmp_path):
 BAD = [
     (("compare", "caches", "--model", "no-such-model"), "no model 'no-such-model'"),
     (("compare", "cache"), "no family 'cache'"),
-    (("compare", "data"), "has no bench yet"),
+    (("compare", "tuning"), "has no bench yet"),
     (("compare", "caches", "--methods", "magic"), "unknown method 'magic'"),
     (("compare", "caches", "--budgets", "0"), "a budget is a fraction"),
     (("compare", "caches", "--budgets", "1.5"), "a budget is a fraction"),

@@ -15,8 +15,8 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +44,8 @@ from .quantiser import save
 BENCH = "weights"
 #: bits a weight that a budget leaves for scales, zeros and the like
 ROOM = 0.25
+#: bytes that the reference's predictions may take, else they are computed again for every method
+REMEMBERED = 2**29
 
 VIEW = View(
     reference="bf16",
@@ -188,9 +190,15 @@ def _text(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> torch.Tenso
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 
-def evaluation(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Batches of (task, ids, labels), both [rows, tokens]; the same for every seed."""
-    batches = []
+#: task, token ids and labels, both [rows, tokens]
+Batch = tuple[str, torch.Tensor, torch.Tensor]
+#: by the number of a batch the log-probabilities [scored tokens, vocabulary] of each of its rows
+Reference = Callable[[int], list[torch.Tensor]]
+
+
+def evaluation(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    """What is scored, in batches; the same for every seed."""
+    batches: list[Batch] = []
     if workload.text:
         ids = _text(workload, tokenizer)[: _evaluated(workload)]
         labels = ids.clone()
@@ -217,25 +225,39 @@ class Scored:
 
 
 @torch.inference_mode()
-def score(
-    model: PreTrainedModel, reference: PreTrainedModel, batches: list[tuple[str, torch.Tensor, torch.Tensor]]
-) -> list[Scored]:
+def score(model: PreTrainedModel, reference: Reference, batches: list[Batch]) -> list[Scored]:
     """Every sequence of ``batches`` under ``model``, beside ``reference``."""
     results = []
-    for task, ids, labels in batches:
-        ids, labels = ids.to(model.device), labels.to(model.device)
-        ours = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        theirs = reference(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        wanted = labels[:, 1:]
-        for row in range(len(ids)):
-            marked = (wanted[row] != IGNORE).nonzero().flatten()
-            some, true = ours[row, marked], theirs[row, marked]
-            nll = F.nll_loss(some, wanted[row, marked])
+    for number, (task, _, labels) in enumerate(batches):
+        theirs = iter(reference(number))
+        for some, wanted in zip(_predictions(model, batches[number]), labels[:, 1:]):
+            places = (wanted != IGNORE).nonzero().flatten()
+            true, target = next(theirs), wanted[places].to(some.device)
             kl = (true.exp() * (true - some)).sum(-1).mean()
-            hit = (some.argmax(-1) == wanted[row, marked]).tolist()
-            answers = _runs(marked.tolist(), hit) if task != "text" else ()
-            results.append(Scored(task, float(nll), float(kl), len(marked), answers))
+            hit = (some.argmax(-1) == target).tolist()
+            answers = _runs(places.tolist(), hit) if task != "text" else ()
+            results.append(Scored(task, float(F.nll_loss(some, target)), float(kl), len(places), answers))
     return results
+
+
+def _predictions(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
+    """Log-probabilities [scored tokens, vocabulary] before each scored token, of every row."""
+    _, ids, labels = batch
+    logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
+    marked = (labels[:, 1:] != IGNORE).to(model.device)
+    return [row[scored].float().log_softmax(-1) for row, scored in zip(logits, marked)]
+
+
+@lru_cache(maxsize=1)
+def _reference(workload: Workload) -> Reference:
+    """What the 16-bit model predicts, computed in float32: remembered where it is small, since every method needs it."""
+    model, tokenizer, _ = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    model, batches = copy.deepcopy(model).float(), evaluation(workload, tokenizer)
+    predictions = torch.inference_mode()(lambda number: _predictions(model, batches[number]))
+    scored = sum(int((labels != IGNORE).sum()) for _, _, labels in batches)
+    if scored * model.config.get_text_config().vocab_size * 4 > REMEMBERED:
+        return predictions
+    return [predictions(number) for number in range(len(batches))].__getitem__
 
 
 def _runs(places: list[int], hit: list[bool]) -> tuple[bool, ...]:
@@ -290,7 +312,7 @@ def _measured(
         yield make("disk_bytes", disk, unit="bytes of the weights' files")
         wide: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
         wide.to(workload.device)
-        reference = copy.deepcopy(model).float()
+        reference = _reference(replace(workload, seed=0, samples=1, timing=False))
         results = score(wide.eval(), reference, evaluation(workload, tokenizer))
         del wide
     yield from _quality(make, results)

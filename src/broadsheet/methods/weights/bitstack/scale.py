@@ -58,14 +58,14 @@ def apply_scales(block: Block, scales: Scales) -> None:
 def _check(block: Block, scales: Scales, output: torch.Tensor) -> None:
     """Raises ValueError unless a scaled copy of the block answers its first batch as the block does.
 
-    The tolerance is the square root of the dtype's precision, relative to what the block adds to its input: far above
+    The tolerance is the square root of the weights' precision, relative to what the block adds to its input: far above
     rounding, far below what a wrong fold does.
     """
     first = block.passes[0]
     twin = replace(block, module=deepcopy(block.module), passes=[first])
     apply_scales(twin, scales)
     off = (twin.run()[0].float() - output.float()).norm() / (output.float() - first.hidden.float()).norm()
-    if not off <= torch.finfo(output.dtype).eps ** 0.5:
+    if not off <= torch.finfo(next(block.module.parameters()).dtype).eps ** 0.5:
         raise ValueError(
             f"scaling changes what {block.name} computes (by {float(off):.2g} of its update); compress with scale=False"
         )
