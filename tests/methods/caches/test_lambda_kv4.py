@@ -55,7 +55,8 @@ def brute_force(model, ids, sink, window):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sink", "window"), [("gqa", 4, 20), ("gqa", 0, 7), ("mha", 1, 32), ("qwen2", 4, 9), ("qwen3", 4, 12), ("neox", 2, 12)]
+    ("kind", "sink", "window"),
+    [("gqa", 4, 20), ("gqa", 0, 7), ("mha", 1, 32), ("qwen2", 4, 9), ("qwen3", 4, 12), ("neox", 2, 12)],
 )
 @torch.no_grad()
 def test_acceptance_3_equals_a_masked_reference_with_clamped_distances(kind, sink, window):
@@ -198,7 +199,10 @@ def test_acceptance_4_four_bits_keep_the_output_and_take_less_than_three_tenths(
         # The same tokens in both: the coded one may hold up to a group more.
         theirs, ours = (x.slots() for x in (true, coded))
         count = theirs.keys.shape[2] - 4
-        pick = [torch.cat([x[:, :, :4], x[:, :, -count:]], 2).float() for x in (theirs.keys, theirs.values, ours.keys, ours.values)]
+        pick = [
+            torch.cat([x[:, :, :4], x[:, :, -count:]], 2).float()
+            for x in (theirs.keys, theirs.values, ours.keys, ours.values)
+        ]
         some = queries[layer].queries[:, :, -50:].float()
         a, b = attended(some, *pick[:2]), attended(some, *pick[2:])
         assert torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() >= 0.99

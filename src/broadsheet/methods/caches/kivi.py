@@ -159,11 +159,10 @@ class Stream:
         coded = smaller(counts, quantised)
         unit = packed.group_size if isinstance(packed, KeyCodes) else 1
         lengths = None if isinstance(quantised, int) else quantised // unit
-        left = {
-            name: Rows(getattr(packed, name), lengths).split(coded // unit)[1] for name in ("codes", "scale", "zero")
-        }
+        left = {name: Rows(getattr(packed, name), lengths).split(coded // unit)[1] for name in ("codes", "scale", "zero")}
         after = left["codes"].lengths
-        packed = replace(packed, **{name: rows.states for name, rows in left.items()})
+        parts: dict[str, Any] = {name: rows.states for name, rows in left.items()}
+        packed = replace(packed, **parts)
         return Stream(self.recent.split(counts - coded)[1], packed, None if after is None else after * unit)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:

@@ -1,19 +1,20 @@
 """Lambda-shaped attention over a bounded 4-bit cache (AccLLM: Liang et al. 2026, arXiv 2505.03745).
 
-A token attends to the first ``sink`` tokens and to the ``window`` newest ones, itself included, and to nothing else
-(LM-Infinite, arXiv 2308.16137; StreamingLLM, arXiv 2309.17453). What lies between is freed, so memory and time a token do not
+A token attends to the first ``sink`` tokens and to the ``window`` newest ones, itself included, and to nothing else (LM-
+Infinite, arXiv 2308.16137; StreamingLLM, arXiv 2309.17453). What lies between is freed, so memory and time a token do not
 grow with the context. Distances stay true, but a first token is never seen as farther than ``window`` (LM-Infinite's bound;
 not StreamingLLM's numbering of slots). Keys are therefore kept before rotation and rotated when they are read.
 
-Keys are quantised per channel, in groups of ``group_size`` neighbouring tokens, values per token in groups of channels (KIVI);
-the first tokens and the newest keys, whose group is not full, stay in 16 bits. A group of keys goes when all of its tokens are
-out of every later token's sight, so up to ``group_size`` - 1 tokens more than the window are held. Tokens of one pass attend to
-each other exactly and to the stored ones as stored; a prompt in chunks is stored chunk by chunk.
+Keys are quantised per channel, in groups of ``group_size`` neighbouring tokens, values per token in groups of channels
+(KIVI); the first tokens and the newest keys, whose group is not full, stay in 16 bits. A group of keys goes when all of its
+tokens are out of every later token's sight, so up to ``group_size`` - 1 tokens more than the window are held. Tokens of one
+pass attend to each other exactly and to the stored ones as stored; a prompt in chunks is stored chunk by chunk.
 
-Positions within the cache are counted from the window's edge, so they never outgrow the trained range; a stream may be of any
-length. A pass works on some queries at a time: time is O(tokens * window), not O(tokens^2).
+Positions within the cache are counted from the window's edge, so they never outgrow the trained range; a stream may be of
+any length. A pass works on some queries at a time: time is O(tokens * window), not O(tokens^2).
 
-The paper names a Lambda shape and 4 bits; numbers of sinks, distances and the layout of groups are those of the works above.
+The paper names a Lambda shape and 4 bits; numbers of sinks, distances and the layout of groups are those of the works
+above.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def lambda_attention(
     of which the ``window`` newest up to a query are attended to. ``heads``: of keys. ``rotation``: cosines and sines of
     positions [batch, tokens].
     """
-    batch, query_heads, count, dim = queries.shape
+    batch, _, count, dim = queries.shape
     begin = by_row(first, queries)
     outputs = []
     for start in range(0, count, QUERIES):
@@ -127,7 +128,9 @@ class LambdaLayer(QuantisedLayer):
         self.kv_heads = new.keys.shape[1]
         if self.sink_keys is not None and len(self.sink_keys.states) != len(new.keys):
             held = len(self.sink_keys.states)
-            raise ValueError(f"this cache holds a batch of {held}, and {len(new.keys)} rows came; reset() it or make a new one")
+            raise ValueError(
+                f"this cache holds a batch of {held}, and {len(new.keys)} rows came; reset() it or make a new one"
+            )
         if self.sink_keys is None and new.count <= self.method.reach:  # everything is in sight, at its true distance
             output = sdpa(module, new.queries, new.keys, new.values, mask, scaling)
             self.seen += new.count
@@ -274,8 +277,8 @@ class LambdaKV4(CacheMethod):
     """Sinks and a window, in few bits.
 
     Parameters: ``sink`` first tokens (paper of StreamingLLM: 4; 0: a sliding window alone) and ``window`` newest ones, by
-    default as many as the model was trained for less the sinks; ``key_bits``, ``value_bits`` 1 to 8, or 16 for no
-    quantisation; ``group_size``: tokens of a key group, channels of a value group (a token with fewer channels is one group).
+    default as many as the model was trained for less the sinks; ``key_bits``, ``value_bits`` 1 to 8, or 16 for none;
+    ``group_size``: tokens of a key group, channels of a value group (a token with fewer channels is one group).
 
     Raises ValueError for values outside these, when sinks and window are more than the positions that the model was trained
     for, and for rotations that change with the length of the context.
@@ -328,7 +331,9 @@ class LambdaKV4(CacheMethod):
             )
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if kind in ("dynamic", "longrope"):
-            raise ValueError(f"rotations of type '{kind}' change with the context's length; a bounded window needs fixed ones")
+            raise ValueError(
+                f"rotations of type '{kind}' change with the context's length; a bounded window needs fixed ones"
+            )
         return super().cache(model, chunked, dtype)
 
     def check(self, geometry: Geometry) -> None:
@@ -343,11 +348,13 @@ class LambdaKV4(CacheMethod):
         channels, group = geometry.kv_heads * geometry.head_dim, self.group_size
         sinks = min(self.sink, tokens)
         held = tokens - sinks
-        held -= self.over(held)  # type: ignore[operator]  # a number gives a number
+        held -= longest(self.over(held))
         coded = held // group * group if self.key_bits < 16 else 0
         size = 2 * channels * (held - coded) + coded // group * channels * (packed_size(group, self.key_bits % 16) + 4)
         wide = self.value_group(channels)
-        size += held * (2 * channels if self.value_bits == 16 else channels // wide * (packed_size(wide, self.value_bits) + 4))
+        size += held * (
+            2 * channels if self.value_bits == 16 else channels // wide * (packed_size(wide, self.value_bits) + 4)
+        )
         return geometry.layers * (size + 4 * channels * sinks)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:

@@ -1,7 +1,7 @@
 """AccLLM, the weights: 2:4 pruning and 2-bit codes with a learned range (Liang et al. 2026, arXiv 2505.03745).
 
-The paper prunes weights 2:4, quantises them to 2 bits, activations to 8 and the cache to 4, and attends to a few first tokens
-and a recent window. This package is what is done to the model; the cache is `broadsheet.methods.caches.lambda_kv4`, and
+The paper prunes weights 2:4, quantises them to 2 bits, activations to 8 and the cache to 4, and attends to a few first
+tokens and a recent window. This package is what is done to the model; the cache is `broadsheet.methods.caches.lambda_kv4`, and
 `broadsheet.lab.recipes.accllm` chains the two.
 
 - `sparsity`: which weights stay, and where they stand; `clipping`: rounding what stays, with a learned range
@@ -23,12 +23,13 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from broadsheet.core.models.observers import Gram, Norms
+from broadsheet.core.models import folds
+from broadsheet.core.models.observers import Gram, Norms, Range
 from broadsheet.core.models.walker import Block, Pass, blocks, walk
+from broadsheet.core.numerics.integer import LEAST
 
 from ..base import Shape, Unreachable, WeightMethod, check_model
 from .clipping import Clip, Grid, plain_grid, stored_bytes
@@ -37,7 +38,7 @@ from .sparsity import PLACES, Sparsity, mask_nm, sparsegpt, wanda_score
 
 __all__ = ["CLIPS", "ORDERS", "PLACES", "SCORES", "AccLLM", "SparseLinear", "Sparsity", "prune_nm"]
 
-SCORES = ("wanda", "sparsegpt", "magnitude", "given", "none")
+SCORES = ("sparsegpt", "wanda", "magnitude", "given", "none")
 CLIPS = ("learned", "none")
 ORDERS = ("prune first", "quantise first")
 
@@ -46,15 +47,20 @@ ORDERS = ("prune first", "quantise first")
 class AccLLM(WeightMethod):
     """Linear layers with n of every m weights in ``bits`` bits.
 
-    Pruning: ``n``, ``m``; ``score`` "wanda", "sparsegpt" (which also makes losses good, with ``damping``), "magnitude",
+    Pruning: ``n``, ``m``; ``score`` "sparsegpt" (which also makes losses good, with ``damping``), "wanda", "magnitude",
     "given" (the model is n:m sparse already; its zeros are pruned), "none" (dense); ``places``, how places are stored:
     "patterns" (1.75 bits a weight for 2:4 with two bits) or "indices" (2.0).
 
     Rounding: ``bits`` 1 to 8, or 16 for none; ``group_size`` weights of a row, pruned ones counted, share a range (a shorter
     row is one group); ``clip`` "learned" trains it block after block, so that the block's output becomes that of the
     uncompressed block in the uncompressed model: Adam, ``epochs`` times over the calibration set in batches of 8 samples,
-    ``learning_rate``; "none" is round to nearest. ``weight_learning_rate``: above 0, the weights that stay are trained with it (recovery, an
-    extension). ``order`` "quantise first" rounds all weights and prunes the rounded ones: the paper's order turned round.
+    ``learning_rate``; "none" is round to nearest. ``weight_learning_rate``: above 0, the weights that stay are trained with
+    it (recovery, an extension). ``order`` "quantise first" rounds all weights and prunes the rounded ones: the paper's order
+    turned round.
+
+    Activations: ``activation_bits`` 8 rounds each token's input of every layer (0: not), in the compressed model; while
+    ranges are learned it is as it comes. ``smooth``, with it: SmoothQuant's alpha; channels of what the norms make are
+    divided by max |x|^alpha / max |w|^(1 - alpha) and weights multiplied by it, before anything is scored (0: not).
 
     Blocks are done one after the other; each gets the inputs that the compressed ones before it give. Within a block all
     layers are scored on the block as it comes. Memory beside the model: one block's inputs twice.
@@ -64,7 +70,7 @@ class AccLLM(WeightMethod):
 
     n: int = 2
     m: int = 4
-    score: str = "wanda"
+    score: str = "sparsegpt"
     places: str = "patterns"
     bits: int = 2
     group_size: int = 128
@@ -74,6 +80,8 @@ class AccLLM(WeightMethod):
     learning_rate: float = 0.01
     weight_learning_rate: float = 0.0
     damping: float = 0.01
+    activation_bits: int = 8
+    smooth: float = 0.5
 
     def __post_init__(self) -> None:
         known = (("score", SCORES), ("places", PLACES), ("clip", CLIPS), ("order", ORDERS))
@@ -87,16 +95,24 @@ class AccLLM(WeightMethod):
             raise ValueError(f"group_size must be a multiple of {self.layout.m}, got {self.group_size}")
         if self.epochs < 1 or self.learning_rate <= 0 or self.weight_learning_rate < 0 or self.damping <= 0:
             raise ValueError("epochs, learning_rate and damping must be above 0, weight_learning_rate not below 0")
+        if self.activation_bits not in (0, 8):
+            raise ValueError(f"activation_bits must be 8, or 0 for activations as they are, got {self.activation_bits}")
+        if not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth must be between 0 and 1, got {self.smooth}")
         if self.order == "quantise first" and self.score == "sparsegpt":
             raise ValueError("sparsegpt changes the weights that stay, so they cannot have been rounded; prune first")
 
     @property
     def calibrated(self) -> bool:  # type: ignore[override]  # magnitudes and plain ranges need no data
-        return self.score in ("wanda", "sparsegpt") or self.learns
+        return self.score in ("wanda", "sparsegpt") or self.learns or self.smooths
 
     @property
     def learns(self) -> bool:
         return self.bits < 16 and self.clip == "learned"
+
+    @property
+    def smooths(self) -> bool:
+        return self.activation_bits > 0 and self.smooth > 0
 
     @property
     def layout(self) -> Sparsity:
@@ -122,6 +138,8 @@ class AccLLM(WeightMethod):
 
     def compress_with(self, block: Block, target: list[torch.Tensor] | None) -> None:
         """Compresses one block, whose outputs should be ``target`` [batch, tokens, hidden_size] for each of its passes."""
+        if self.smooths:
+            smooth(block, self.smooth)
         masks = None
         if self.order == "prune first":
             masks = self.prune(block)
@@ -130,7 +148,7 @@ class AccLLM(WeightMethod):
         if masks is None:
             masks = self.prune_rounded(block, grids)
         for name, linear in block.linears.items():
-            block.replace(name, SparseLinear.of(linear, masks[name], self.layout, grids.get(name)))
+            block.replace(name, SparseLinear.of(linear, masks[name], self.layout, grids.get(name), self.activation_bits))
 
     def prune(self, block: Block) -> dict[str, torch.Tensor]:
         """Sets the pruned weights of the block to zero, in place; returns what stays, by layer."""
@@ -167,13 +185,14 @@ class AccLLM(WeightMethod):
                 grids[name] = replace(grids[name], group=grids[name].group // self.layout.m * self.layout.n)
         return self.prune(block)
 
-    def fit(
-        self, block: Block, masks: dict[str, torch.Tensor], target: list[torch.Tensor] | None
-    ) -> dict[str, Grid]:
+    def fit(self, block: Block, masks: dict[str, torch.Tensor], target: list[torch.Tensor] | None) -> dict[str, Grid]:
         """The ranges of all layers. With `weight_learning_rate` the weights that stay are changed in place."""
         share = next(iter(masks.values())).float().mean().item()  # n / m, or 1 where nothing is pruned yet
         group = round(self.group_size * share)
-        kept = {name: linear.weight.detach()[masks[name]].view(linear.out_features, -1).float() for name, linear in block.linears.items()}
+        kept = {
+            name: linear.weight.detach()[masks[name]].view(linear.out_features, -1).float()
+            for name, linear in block.linears.items()
+        }
         if not self.learns or target is None:
             return {name: plain_grid(values, self.bits, group) for name, values in kept.items()}
         with torch.enable_grad():
@@ -230,6 +249,20 @@ class AccLLM(WeightMethod):
         return 8 * held / weights
 
 
+def smooth(block: Block, alpha: float) -> None:
+    """Divides the channels of what the block's norms make by s and multiplies the weights that read them, in place.
+
+    s_j = max |x_j|^alpha / max |w_j|^(1 - alpha) over calibration tokens and all readers' rows (SmoothQuant: Xiao et al.
+    2023, arXiv 2211.10438, equation 4). The block computes what it did; its inputs' outliers have moved to the weights.
+    """
+    for fold in folds.norm_folds(block):
+        seen = Range()
+        block.observe({fold.readers[0]: seen})
+        weights = torch.stack([block.get(name).weight.float().abs().amax(0) for name in fold.readers]).amax(0)
+        scale = seen.largest.clamp(min=LEAST) ** alpha / weights.clamp(min=LEAST) ** (1 - alpha)
+        folds.scale(block, fold, scale)
+
+
 def _with(passes: list[Pass], hidden: list[torch.Tensor]) -> list[Pass]:
     return [replace(step, hidden=states) for step, states in zip(passes, hidden, strict=True)]
 
@@ -240,7 +273,7 @@ def prune_nm(
     calibration: torch.Tensor | None = None,
     n: int = 2,
     m: int = 4,
-    score: str = "wanda",
+    score: str = "sparsegpt",
     damping: float = 0.01,
 ) -> PreTrainedModel:
     """Sets m - n of every m weights of the decoder blocks' linear layers to zero, in place; the model stays an ordinary one.
@@ -248,7 +281,7 @@ def prune_nm(
     ``calibration``: token ids [samples, tokens], for "wanda" and "sparsegpt". `AccLLM` with ``score`` "given" then packs it,
     with other tools' fine-tuning between the two if wanted.
     """
-    method = AccLLM(n=n, m=m, score=score, damping=damping, clip="none", bits=16)
+    method = AccLLM(n=n, m=m, score=score, damping=damping, clip="none", bits=16, activation_bits=0)
     check_model(model)
     if method.calibrated and calibration is None:
         raise ValueError(f"the score '{score}' needs calibration: token ids of shape [samples, tokens]")

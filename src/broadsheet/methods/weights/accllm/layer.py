@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from broadsheet.core.numerics.integer import quantise_per_token
 from broadsheet.core.numerics.packed import PackedLinear, bias_of
 
 from .clipping import Grid
@@ -21,6 +23,8 @@ class SparseLinear(PackedLinear):
     ``bits`` 1 to 8: ``values`` uint8 [out_features, bytes] are codes, ``scale`` and ``zero`` float16 [out_features, groups]
     belong to ``group_size`` neighbouring columns each, pruned ones counted (see `Grid`). ``bits`` 16: ``values``
     [out_features, kept] are the weights themselves. ``positions`` uint8 [out_features, bytes], see `Sparsity`.
+    ``activation_bits`` 8: each token's input is rounded to codes of -128 to 127 with the scale of its largest |x|, and these
+    codes are multiplied; 0: the input is taken as it is.
     """
 
     values: torch.Tensor
@@ -31,9 +35,12 @@ class SparseLinear(PackedLinear):
     n: int
     m: int
     places: str
+    activation_bits: int
 
     @classmethod
-    def of(cls, linear: nn.Linear, mask: torch.Tensor, layout: Sparsity, grid: Grid | None = None) -> Self:
+    def of(
+        cls, linear: nn.Linear, mask: torch.Tensor, layout: Sparsity, grid: Grid | None = None, activation_bits: int = 0
+    ) -> Self:
         """What ``mask`` bool [out_features, in_features] keeps of ``linear``, rounded to ``grid`` if there is one."""
         kept = linear.weight.detach()[mask].view(linear.out_features, -1)
         tensors = bias_of(linear)
@@ -52,6 +59,7 @@ class SparseLinear(PackedLinear):
             n=layout.n,
             m=layout.m,
             places=layout.places,
+            activation_bits=activation_bits,
         )
 
     @property
@@ -79,16 +87,27 @@ class SparseLinear(PackedLinear):
         return weight.scatter_(1, self.layout.decode(self.tensors["positions"], self.in_features), values.to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + bias; on a CPU without gradients straight from the codes, computed in float32."""
+        """x W^T + bias, computed in float32; an input in codes carries no gradient."""
         learns = torch.is_grad_enabled() and x.requires_grad
-        kernel: Any = _kernel() if self.bits <= 8 and x.device.type == "cpu" and not learns else None
-        if kernel is None:
+        if not self.activation_bits and (learns or self.bits == 16):
             return super().forward(x)
-        rows = x.detach().reshape(-1, self.in_features).float()
-        y = kernel.forward(rows, self.values, self.tensors.get("positions"), self.grid, self.layout)
+        rows, scale = x.detach().reshape(-1, self.in_features).float(), None
+        if self.activation_bits:
+            codes, scale = quantise_per_token(rows, self.activation_bits)
+            rows = codes.float()
+        y = self.product(rows)
+        if scale is not None:
+            y = y * scale
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` float32 [tokens, in_features] times W^T; on a CPU straight from the codes, see `kernel`."""
+        kernel: Any = _kernel() if self.bits <= 8 and rows.device.type == "cpu" else None
+        if kernel is None:
+            return F.linear(rows, self.weight())
+        return kernel.forward(rows, self.values, self.tensors.get("positions"), self.grid, self.layout)
 
 
 @cache
