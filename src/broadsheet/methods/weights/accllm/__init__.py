@@ -1,8 +1,8 @@
 """AccLLM, the weights: 2:4 pruning and 2-bit codes with a learned range (Liang et al. 2026, arXiv 2505.03745).
 
 The paper prunes weights 2:4, quantises them to 2 bits, activations to 8 and the cache to 4, and attends to a few first
-tokens and a recent window. This package is what is done to the model; the cache is `broadsheet.methods.caches.lambda_kv4`, and
-`broadsheet.lab.recipes.accllm` chains the two.
+tokens and a recent window. This package is what is done to the model; the cache is `broadsheet.methods.caches.lambda_kv4`,
+and `broadsheet.lab.recipes.accllm` chains the two.
 
 - `sparsity`: which weights stay, and where they stand; `clipping`: rounding what stays, with a learned range
 - `layer`, `kernel`: what is stored and multiplied
@@ -54,9 +54,9 @@ class AccLLM(WeightMethod):
     Rounding: ``bits`` 1 to 8, or 16 for none; ``group_size`` weights of a row, pruned ones counted, share a range (a shorter
     row is one group); ``clip`` "learned" trains it block after block, so that the block's output becomes that of the
     uncompressed block in the uncompressed model: Adam, ``epochs`` times over the calibration set in batches of 8 samples,
-    ``learning_rate``; "none" is round to nearest. ``weight_learning_rate``: above 0, the weights that stay are trained with
-    it (recovery, an extension). ``order`` "quantise first" rounds all weights and prunes the rounded ones: the paper's order
-    turned round.
+    ``learning_rate`` (OmniQuant's is 0.01, for eight times as many steps); "none" is round to nearest.
+    ``weight_learning_rate``: above 0, the weights that stay are trained with it (recovery, an extension). ``order``
+    "quantise first" rounds all weights and prunes the rounded ones: the paper's order turned round.
 
     Activations: ``activation_bits`` 8 rounds each token's input of every layer (0: not), in the compressed model; while
     ranges are learned it is as it comes. ``smooth``, with it: SmoothQuant's alpha; channels of what the norms make are
@@ -77,7 +77,7 @@ class AccLLM(WeightMethod):
     clip: str = "learned"
     order: str = "prune first"
     epochs: int = 20
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     weight_learning_rate: float = 0.0
     damping: float = 0.01
     activation_bits: int = 8

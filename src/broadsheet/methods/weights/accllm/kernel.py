@@ -1,13 +1,11 @@
 """x W^T of sparse codes on the CPU, without ever holding all of W.
 
 A tile of rows is read from codes and places as they are packed and multiplied while it is in the processor's cache; the next
-tile takes its memory. `SparseLinear.weight` is the reference. Compiled by numba at the first use of a format and cached on
-disk.
+tile takes its memory. `SparseLinear.weight` is the reference. Compiled by numba at the first use and cached on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -30,7 +28,7 @@ def forward(x: torch.Tensor, codes: torch.Tensor, places: torch.Tensor | None, g
     """
     rows, columns = codes.shape[0], x.shape[1]
     y = x.new_empty(len(x), rows)
-    read = _kernel(layout, grid.bits)
+    form = (grid.group, grid.bits, layout.bits, _table(layout), layout.n, layout.m)
     packed, where = codes.numpy(), (codes[:, :0] if places is None else places).numpy()
     scale, zero = grid.scale.float().numpy(), grid.zero.float().numpy()
 
@@ -38,22 +36,31 @@ def forward(x: torch.Tensor, codes: torch.Tensor, places: torch.Tensor | None, g
         tile = x.new_empty(min(TILE, last - first), columns)
         for start in range(first, last, TILE):
             count = min(TILE, last - start)
-            read(tile.numpy(), packed, where, scale, zero, grid.group, start, count)
+            _read(tile.numpy(), packed, where, scale, zero, *form, start, count)
             y[:, start : start + count] = x @ tile[:count].T
 
     split(work, rows, TILE)
     return y
 
 
-def _unpack(packed: Any, bits: int, out: Any) -> None:
+@cache
+def _table(layout: Sparsity) -> np.ndarray:
+    """The places that a stored number stands for, uint64 [numbers, places of one]."""
+    found = patterns(layout.n, layout.m) if layout.places == "patterns" else [(place,) for place in range(layout.m)]
+    return np.array(found, dtype=np.uint64)
+
+
+def _unpack_row(packed: Any, bits: int, out: Any) -> None:
     """Numbers of ``bits`` bits, least significant first, into all of ``out`` uint8."""
     whole = packed.shape[0] // bits
+    mask, width = np.uint64((1 << bits) - 1), np.uint64(bits)
     for chunk in range(whole):  # eight numbers are ``bits`` bytes
         word = np.uint64(0)
         for byte in range(bits):
             word |= np.uint64(packed[chunk * bits + byte]) << np.uint64(8 * byte)
         for number in range(8):
-            out[chunk * 8 + number] = (word >> np.uint64(number * bits)) & np.uint64((1 << bits) - 1)
+            out[chunk * 8 + number] = word & mask
+            word >>= width
     for number in range(whole * 8, out.shape[0]):  # what does not fill these
         word = np.uint64(0)
         for bit in range(bits):
@@ -62,37 +69,37 @@ def _unpack(packed: Any, bits: int, out: Any) -> None:
         out[number] = word
 
 
-@cache
-def _kernel(layout: Sparsity, bits: int) -> Callable[..., None]:
-    """Reads rows of this format: ``read(tile, codes, places, scale, zero, group, start, count)``."""
-    n, m, dense, place_bits, numbers = layout.n, layout.m, layout.dense, layout.bits, layout.numbers
-    found = patterns(n, m) if layout.places == "patterns" else [(place,) for place in range(m)]
-    table, of_number = np.array(found, dtype=np.uint64).reshape(-1), len(found[0])
-    unpack = compiled(_unpack, inline="always")  # so that the widths are constants
+_unpack = compiled(_unpack_row, inline="always")
 
-    def read(tile, codes, places, scale, zero, group, start, count):
-        columns = tile.shape[1]
-        blocks, kept = columns // m, columns // m * n
-        code = np.empty(kept, np.uint8)
-        where = np.empty(blocks * numbers, np.uint8)
-        value = np.empty(kept, np.float32)
-        for row in range(start, start + count):
-            target = tile[row - start]
-            unpack(codes[row], bits, code)
-            for share in range(scale.shape[1]):
-                step, low = scale[row, share], zero[row, share]
-                for index in range(share * group, min(share * group + group, kept)):
-                    value[index] = low + step * np.float32(code[index])
-            if dense:
-                target[:] = value
-                continue
-            target[:] = 0
-            unpack(places[row], place_bits, where)
-            for block in range(blocks):
-                for number in range(numbers):
-                    entry = np.uint64(where[block * numbers + number])
-                    for place in range(of_number):
-                        column = np.uint64(block * m) + table[entry * np.uint64(of_number) + np.uint64(place)]
-                        target[column] = value[block * n + number * of_number + place]
 
-    return compiled(read)
+def _read_rows(
+    tile: Any, codes: Any, places: Any, scale: Any, zero: Any, group: int, bits: int, place_bits: int, table: Any,
+    n: int, m: int, start: int, count: int,
+) -> None:  # fmt: skip
+    """Writes rows ``start`` and on of the weight into ``tile`` [rows, columns]."""
+    columns, of_number = tile.shape[1], table.shape[1]
+    numbers, kept = n // of_number, columns // m * n
+    code, value = np.empty(kept, np.uint8), np.empty(kept, np.float32)
+    where = np.empty(columns // m * numbers, np.uint8)
+    for row in range(start, start + count):
+        target = tile[row - start]
+        _unpack(codes[row], bits, code)
+        for share in range(scale.shape[1]):
+            step, low = scale[row, share], zero[row, share]
+            for index in range(share * group, min(share * group + group, kept)):
+                value[index] = low + step * np.float32(code[index])
+        if n == m:
+            target[:] = value
+            continue
+        target[:] = 0
+        _unpack(places[row], place_bits, where)
+        index = np.uint64(0)
+        for block in range(columns // m):
+            for number in range(numbers):
+                entry = np.uint64(where[block * numbers + number])
+                for place in range(of_number):
+                    target[np.uint64(block * m) + table[entry, np.uint64(place)]] = value[index]
+                    index += np.uint64(1)
+
+
+_read = compiled(_read_rows)
