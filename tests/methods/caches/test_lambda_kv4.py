@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tiny import positions, random_ids, shared_tiny, tiny
 
 from broadsheet.core.microworld.encoding import encode_session
@@ -100,6 +102,20 @@ def test_a_sink_is_never_seen_as_farther_than_the_window():
     for t in (8, 9, 100, 10_000):
         assert weight(t) == pytest.approx(share(8), abs=1e-6)
     assert abs(share(8) - share(5)) > 1e-3
+
+
+def test_attention_is_that_of_the_official_lm_infinite():
+    golden = load_file(Path(__file__).parents[2] / "golden" / "accllm_official.safetensors")
+    q, k, v = (golden[f"lambda.{name}"] for name in "qkv")
+
+    def rotation(at):
+        angles = at[..., None] / 10_000 ** (torch.arange(0, 16, 2) / 16)
+        return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+
+    keys, values = (x.transpose(1, 2).flatten(2) for x in (k, v))
+    sinks, near = Near(keys[:, :3], values[:, :3], 3, 0), Near(keys[:, 3:], values[:, 3:], 58, 3)
+    ours = lambda_attention(q, 0, sinks, near, 8, 2, 0.25, rotation)
+    assert torch.allclose(ours, golden["lambda.out"], atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -22,9 +22,9 @@ class SparseLinear(PackedLinear):
 
     ``bits`` 1 to 8: ``values`` uint8 [out_features, bytes] are codes, ``scale`` and ``zero`` float16 [out_features, groups]
     belong to ``group_size`` neighbouring columns each, pruned ones counted (see `Grid`). ``bits`` 16: ``values``
-    [out_features, kept] are the weights themselves. ``positions`` uint8 [out_features, bytes], see `Sparsity`.
-    ``activation_bits`` 8: each token's input is rounded to codes of -128 to 127 with the scale of its largest |x|, and these
-    codes are multiplied; 0: the input is taken as it is.
+    [out_features, kept] are the weights themselves, in float16 if they had more bits. ``positions`` uint8 [out_features,
+    bytes]: see `Sparsity`. ``activation_bits`` 8: each token's input is rounded to codes of -128 to 127 with the scale of its
+    largest |x|, and these codes are multiplied; 0: the input is taken as it is.
     """
 
     values: torch.Tensor
@@ -47,7 +47,8 @@ class SparseLinear(PackedLinear):
         if not layout.dense:
             tensors["positions"] = layout.encode(mask)
         if grid is None:
-            tensors["values"] = kept.clone()
+            narrow = torch.float16 if kept.dtype.itemsize > 2 else kept.dtype
+            tensors["values"] = kept.to(narrow, copy=True)
         else:
             tensors |= {"values": grid.encode(kept.float()), "scale": grid.scale, "zero": grid.zero}
         return cls(
