@@ -23,8 +23,8 @@ class SparseLinear(PackedLinear):
     ``bits`` 1 to 8: ``values`` uint8 [out_features, bytes] are codes, ``scale`` and ``zero`` float16 [out_features, groups]
     belong to ``group_size`` neighbouring columns each, pruned ones counted (see `Grid`). ``bits`` 16: ``values``
     [out_features, kept] are the weights themselves, in float16 if they had more bits. ``positions`` uint8 [out_features,
-    bytes]: see `Sparsity`. ``activation_bits`` 8: each token's input is rounded to codes of -128 to 127 with the scale of its
-    largest |x|, and these codes are multiplied; 0: the input is taken as it is.
+    bytes]: see `Sparsity`. ``activation_bits`` 8: each token's input is rounded to codes of -128 to 127 with the scale of
+    its largest |x|, and these codes are multiplied; 0: the input is taken as it is.
     """
 
     values: torch.Tensor
