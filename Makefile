@@ -43,6 +43,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/bfp_study.py
 	$(BIN)/python benchmarks/decode_kernel.py
 	$(BIN)/python benchmarks/bitstack_resize.py
+	$(BIN)/python benchmarks/group_matmul.py
 	$(BIN)/python benchmarks/olive_kernel.py
 	$(BIN)/python benchmarks/dfloat11_decode.py
 	$(BIN)/python benchmarks/accllm_ladder.py

@@ -1,6 +1,5 @@
 """The command line's contract: names, JSON, one-line errors, resume, speed."""
 
-import io
 import json
 import os
 import shutil
@@ -8,15 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from unittest.mock import patch
 
 import pytest
-from tiny import tiny
+from command import broadsheet
 
-from broadsheet.cli import main
-from broadsheet.core.microworld.tokenizer import train_tokenizer
 from broadsheet.core.models import load_config
 from broadsheet.methods.caches import mpc_prices
 from broadsheet.methods.caches.mpc_cost import Network, mpc_cost
@@ -27,37 +21,6 @@ RECORD_FIELDS = {
     "paper", "method", "parameters", "bench", "metric", "value", "ci", "unit", "n", "seed", "model", "device", "versions",
     "revision", "time",
 }  # fmt: skip
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def broadsheet(*arguments, check=True):
-    """Runs the command in this process (importing torch anew for each would take most of the time)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["broadsheet", *arguments]):
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    done = Done(code, out.getvalue(), err.getvalue())
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A saved random model that speaks the microworld's tokens."""
-    path = tmp_path_factory.mktemp("model")
-    model = tiny("gqa", vocab_size=2048, max_position_embeddings=2048)
-    model.save_pretrained(path)
-    train_tokenizer().save_pretrained(path)
-    return str(path)
 
 
 QUICK = ("--tasks", "kv", "--modes", "multi-turn", "--sessions", "2", "--context", "128", "--turns", "2", "--no-timing")

@@ -10,6 +10,8 @@ import typer
 
 from broadsheet import catalogue
 
+from .weights import bitstack, dfloat11
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -181,21 +183,31 @@ def run(
     ] = None,
     model: MODEL = "pocket-2m",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the compressed model goes (weights).")] = "",
     as_json: JSON = None,
 ) -> None:
     """Run one paper's method beside its reference, with its own parameters.
 
-    Example: broadsheet run gear -o bits=4 -o rank_prefill=2 -o sessions=16
+    Methods of the weights family take -o size=BYTES, and --out keeps the model: a folder that
+    AutoModelForCausalLM.from_pretrained loads after ``import broadsheet``.
+
+    Examples:
+
+      broadsheet run gear -o bits=4 -o rank_prefill=2 -o sessions=16
+
+      broadsheet run bitstack --model ./my-llama -o size=120MB -o text=wiki.txt --out ./my-llama-120MB
     """
     from broadsheet.core.records import write_json
     from broadsheet.lab.run import family_of, run_method
 
     options, family = _options(option), family_of(slug)
-    records = _with_progress(lambda progress: run_method(family, slug, options, model, device, progress))
+    records = _with_progress(lambda progress: run_method(family, slug, options, model, device, progress, out))
     if as_json:
         write_json(records, as_json)
     if as_json != "-":
         _print_table(records)
+        if out:
+            typer.echo(f"wrote {out}: import broadsheet, then AutoModelForCausalLM.from_pretrained({out!r}) loads it")
 
 
 @app.command()
@@ -282,6 +294,10 @@ def calibrate(
         for op, fit in fits["ops"].items():
             errors = "  ".join(f"{name} {e['held_out']:6.1%}" for name, e in fit["max_relative_error"].items())
             typer.echo(f"{protocol:<8} {op:<20} {errors}")
+
+
+app.add_typer(dfloat11, name="dfloat11")
+app.add_typer(bitstack, name="bitstack")
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------

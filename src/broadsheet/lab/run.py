@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -33,13 +36,17 @@ def run_method(
     model: str,
     device: str = "cpu",
     progress: Callable[[Cell, int, int, bool], None] | None = None,
+    out: str | None = None,
 ) -> list[Record]:
     """Measures ``slug`` as ``options`` configure it, and the full reference, on one workload.
 
     Options that name a field of the workload go there, the others to the method. ``method=NAME`` runs another method
-    of the family on a benchmark paper (``run scbench -o method=snapkv``).
+    of the family on a benchmark paper (``run scbench -o method=snapkv``). Where a method makes another model,
+    ``size=BYTES`` fits that into so many bytes and ``out`` is the folder that it is written to.
     """
     module = bench(family)
+    if out and "out" not in signature(module.measure).parameters:
+        raise ValueError(f"--out is for methods that make a model to keep; {family} work on a model as it runs")
     known = module.methods()
     options = dict(options)
     name = str(options.pop("method", slug))
@@ -48,7 +55,12 @@ def run_method(
     workload = make_workload(
         module, {"model": model, "device": device, **{k: v for k, v in options.items() if k in of_workload}}
     )
+    fits = hasattr(module, "at_size")
+    room = _bytes(options.pop("size")) if fits and "size" in options else None
     parameters = {k: v for k, v in options.items() if k not in of_workload}
+    if name in known:
+        method = configured(slug, known[name], parameters)
+        known[name] = method if room is None else module.at_size(method, workload, room)
     reference = module.VIEW.reference
     names = [name] if name in known else list(known)
     records: list[Record] = []
@@ -56,11 +68,22 @@ def run_method(
     for number, cell in enumerate(cells):
         if progress:
             progress(cell, number, len(cells), False)
-        method = known[cell.method]
-        if cell.method == name and parameters:
-            method = configured(slug, method, parameters)
-        records += module.measure(cell.method, method, workload, cell.budget)
+        kept = {"out": out} if out and cell.method == name else {}
+        records += module.measure(cell.method, known[cell.method], workload, cell.budget, **kept)
     return records
+
+
+def _bytes(text: Any) -> int:
+    """``120MB``, ``1.5GiB``, ``4000000``: bytes. Raises ValueError."""
+    found = re.fullmatch(r"([0-9.]+) *([kMG]i?)?B?", str(text))
+    try:
+        value = float(found[1]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not value > 0 or not found:
+        raise ValueError(f"size is bytes, such as 120MB, 1.5GiB or 4000000; got '{text}'")
+    prefix = found[2] or ""
+    return int(value * (1024 if prefix.endswith("i") else 1000) ** " kMG".index(prefix[:1] or " "))
 
 
 def make_workload(module: ModuleType, options: dict[str, Any]) -> Any:

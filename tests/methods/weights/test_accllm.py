@@ -296,6 +296,17 @@ def test_every_model_is_compressed_saved_and_loaded(kind, tmp_path):
         assert F.cosine_similarity(loaded(ids).logits, exact, dim=-1).mean() > 0.9
 
 
+def test_a_sixteen_bit_model_learns_as_the_same_one_in_32():
+    ids = random_ids(8, 16)
+    method = AccLLM(epochs=2, weight_learning_rate=1e-4, group_size=32)
+    narrow = method.compress(tiny("gqa").to(torch.bfloat16), ids)
+    wide = method.compress(tiny("gqa").to(torch.bfloat16).float(), ids)
+    for name, module in layers_of(narrow).items():
+        assert (module.mask == layers_of(wide)[name].mask).float().mean() > 0.97
+    with torch.no_grad():
+        assert F.cosine_similarity(narrow(ids).logits.float(), wide(ids).logits, dim=-1).mean() > 0.97
+
+
 def test_learned_ranges_come_closer_to_the_exact_block():
     model, ids = tiny("gqa"), random_ids(16, 24)
     errors = {}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from broadsheet.core.numerics.packed import Packed
@@ -54,7 +55,7 @@ class Block:
     def run(self) -> list[torch.Tensor]:
         """The block's outputs, a tensor [batch, tokens, hidden_size] a batch."""
         outputs = []
-        with _widened(self.module):
+        with widened(self.module):
             for step in self.passes:
                 self.running = step
                 outputs.append(self.module(_wide(step.hidden), **_wide(step.arguments)))
@@ -74,6 +75,19 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def output(self, step: Pass, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the block makes of one pass with other weights for the linear layers of these full names.
+
+        [batch, tokens, hidden_size], with gradients to ``weights`` (taken within `widened`). The block stays what it is.
+        """
+        with widened(self.module):
+            local = {
+                f"{name.removeprefix(self.name + '.')}.weight": weight.to(self.get(name).weight.dtype)
+                for name, weight in weights.items()
+            }
+            output = functional_call(self.module, local, (_wide(step.hidden),), _wide(step.arguments))
+        return output[0] if isinstance(output, tuple) else output
 
     def _by_sample(self, x: torch.Tensor) -> torch.Tensor:
         """A module's input as [batch, tokens, channels]; OPT flattens the first two between its norm and ``fc1``."""
@@ -101,8 +115,11 @@ def _wide(value: Any) -> Any:
 
 
 @contextmanager
-def _widened(module: nn.Module) -> Iterator[None]:
-    """``module`` with its 16-bit tensors in float32 for a while. What is packed stays as it is."""
+def widened(module: nn.Module) -> Iterator[None]:
+    """On a CPU, ``module`` with its 16-bit tensors in float32 for a while. What is packed stays as it is.
+
+    After it the tensors are what they were: changes that were made to them in place are gone.
+    """
     tensors = [
         t for m in module.modules() if not isinstance(m, Packed) for t in [*m._parameters.values(), *m._buffers.values()]
     ]

@@ -39,7 +39,7 @@ from broadsheet.core.texts import pieces
 from broadsheet.core.view import Quality, View
 
 from .base import Unreachable, WeightMethod, shapes, size
-from .quantiser import save
+from .quantiser import check_target, save
 
 BENCH = "weights"
 #: bits a weight that a budget leaves for scales, zeros and the like
@@ -146,9 +146,15 @@ def workload_key(workload: Workload) -> dict[str, Any]:
 # --- the model, what it is calibrated on, what it is scored on ----------------------------------------------------
 
 
+def base_model(workload: Workload) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The 16-bit model that a workload compresses, its tokenizer, its fingerprint before outliers were put in."""
+    return _base_model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+
+
 @lru_cache(maxsize=1)
-def _model(name: str, device: str, outliers: float, channels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The 16-bit model, its tokenizer, its fingerprint before outliers were put in."""
+def _base_model(
+    name: str, device: str, outliers: float, channels: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     model, tokenizer = load(name, dtype=torch.bfloat16, device=device)
     mark = fingerprint(model)
     if outliers > 1:
@@ -248,10 +254,14 @@ def _predictions(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
     return [row[scored].float().log_softmax(-1) for row, scored in zip(logits, marked)]
 
 
+def reference_of(workload: Workload) -> Reference:
+    """What the 16-bit model predicts, computed in float32: remembered where it is small, since every method needs it."""
+    return _reference(replace(workload, seed=0, samples=1, timing=False))
+
+
 @lru_cache(maxsize=1)
 def _reference(workload: Workload) -> Reference:
-    """What the 16-bit model predicts, computed in float32: remembered where it is small, since every method needs it."""
-    model, tokenizer, _ = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    model, tokenizer, _ = base_model(workload)
     model, batches = copy.deepcopy(model).float(), evaluation(workload, tokenizer)
     predictions = torch.inference_mode()(lambda number: _predictions(model, batches[number]))
     scored = sum(int((labels != IGNORE).sum()) for _, _, labels in batches)
@@ -274,20 +284,40 @@ def _runs(places: list[int], hit: list[bool]) -> tuple[bool, ...]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, method: WeightMethod, workload: Workload, budget: float | None = None) -> list[Record]:
+def at_size(method: WeightMethod, workload: Workload, nbytes: int) -> WeightMethod:
+    """The method's best within ``nbytes`` for all tensors of the workload's model. Raises ValueError with the least."""
+    model, *_ = base_model(workload)
+    held, layers = size(model), shapes(model)
+    rest = held.bytes - round(held.bits * held.weights / 8)  # embeddings, norms: what no method touches
+    try:
+        return method.at_budget(max(0.0, 8 * (nbytes - rest) / held.weights), layers)
+    except Unreachable as error:
+        least = rest + error.least * held.weights / 8
+        raise ValueError(
+            f"size must be at least {least / 1e6:.2f} MB with this method ({rest / 1e6:.2f} MB are embeddings, norms and "
+            f"what else it leaves alone), got {nbytes / 1e6:.2f} MB"
+        ) from None
+
+
+def measure(
+    name: str, method: WeightMethod, workload: Workload, budget: float | None = None, out: str | Path | None = None
+) -> list[Record]:
     """Compresses the model by one method and returns what was measured.
 
     ``budget``: bits a weight; None takes the method as it is. A budget that the method cannot reach gives a single record
-    ``reachable`` = 0 with the least bits in its setting.
+    ``reachable`` = 0 with the least bits in its setting. ``out``: a folder that keeps the compressed model with its
+    tokenizer.
     """
-    model, tokenizer, mark = _model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    if out is not None:
+        check_target(Path(out))
+    model, tokenizer, mark = base_model(workload)
     make = _Maker(name, method, workload, budget, mark)
     try:
         fitted = method if budget is None else method.at_budget(budget + ROOM, shapes(model))
     except Unreachable as error:
         return [make("reachable", 0.0, setting={"least": round(error.least, 4)})]
     make.method = fitted
-    return list(_measured(make, fitted, workload, model, tokenizer))
+    return list(_measured(make, fitted, workload, model, tokenizer, out))
 
 
 def _measured(
@@ -296,6 +326,7 @@ def _measured(
     workload: Workload,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    out: str | Path | None,
 ) -> Iterator[Record]:
     start = time.perf_counter()
     small = method.compress(copy.deepcopy(model), calibration(workload, tokenizer) if method.calibrated else None)
@@ -306,14 +337,13 @@ def _measured(
     yield make("held_bytes", held.bytes, unit="bytes of the whole model in memory")
     yield make("bytes_ratio", held.bytes / size(model).bytes, unit="of the bf16 model")
     yield make("compress", seconds, unit="s")
-    with tempfile.TemporaryDirectory() as folder:
-        save(small, Path(folder) / "model")
-        disk = sum(file.stat().st_size for file in (Path(folder) / "model").iterdir() if file.suffix != ".json")
-        yield make("disk_bytes", disk, unit="bytes of the weights' files")
-        wide: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save(small, out or Path(temporary) / "model", tokenizer if out else None)
+        names = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
+        yield make("disk_bytes", sum(file.stat().st_size for file in names), unit="bytes of the weights' files")
+        wide: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         wide.to(workload.device)
-        reference = _reference(replace(workload, seed=0, samples=1, timing=False))
-        results = score(wide.eval(), reference, evaluation(workload, tokenizer))
+        results = score(wide.eval(), reference_of(workload), evaluation(workload, tokenizer))
         del wide
     yield from _quality(make, results)
     if workload.timing:

@@ -186,15 +186,22 @@ def seal(model: PreTrainedModel, method: WeightMethod) -> PreTrainedModel:
     return model
 
 
+def check_target(target: Path) -> None:
+    """Raises ValueError unless a model may be written to this folder: a new one, an empty one, or one with a model in it."""
+    if target.is_file():
+        raise ValueError(f"{target} is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ValueError(f"{target} holds files that are no model and would be lost; name a new folder")
+
+
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Writes a compressed model so that the folder is whole at every moment: the old one, or the new one.
 
     Everything goes into a folder beside it first, which takes its place when all is on disk. Raises ValueError when the disk
-    refuses.
+    refuses, and for a folder that holds something else.
     """
     target = Path(folder)
-    if target.is_file():
-        raise ValueError(f"{target} is a file; name a folder")
+    check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -206,6 +213,7 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         for file in fresh.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         fresh.chmod(0o755)

@@ -43,9 +43,22 @@ class GroupLinear(PackedLinear):
             group_size=quantised.group_size,
         )
 
+    @property
+    def stored(self) -> GroupQuantised:
+        return GroupQuantised(self.codes, self.scale, self.zero, self.bits, self.group_size, self.in_features)
+
     def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        stored = GroupQuantised(self.codes, self.scale, self.zero, self.bits, self.group_size, self.in_features)
-        return stored.dequantise(dtype)
+        return self.stored.dequantise(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]; on a CPU multiplied with the codes, in float32."""
+        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+            return super().forward(x)
+        from broadsheet.core.numerics.group_matmul import matmul  # numba takes its time to import
+
+        y = matmul(x.detach().reshape(-1, self.in_features).float(), self.stored)
+        y = y if self.bias is None else y + self.bias.float()
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
 @dataclass(frozen=True)

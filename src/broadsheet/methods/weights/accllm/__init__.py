@@ -23,12 +23,11 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from broadsheet.core.models import folds
 from broadsheet.core.models.observers import Gram, Norms, Range
-from broadsheet.core.models.walker import Block, Pass, blocks, walk
+from broadsheet.core.models.walker import Block, Pass, blocks, walk, widened
 from broadsheet.core.numerics.integer import LEAST
 
 from ..base import Shape, Unreachable, WeightMethod, check_model
@@ -212,16 +211,14 @@ class AccLLM(WeightMethod):
             weights = [clip.grouped.requires_grad_() for clip in clips.values()]
             learned.append({"params": weights, "lr": self.weight_learning_rate})
         optimiser = torch.optim.Adam(learned)
-        for _ in range(self.epochs):
-            for step, wanted in zip(block.passes, target, strict=True):
-                rounded = {}
-                for name, clip in clips.items():
-                    linear = block.linears[name]
-                    dense = torch.zeros_like(linear.weight, dtype=torch.float32).masked_scatter(masks[name], clip.rounded())
-                    rounded[name.removeprefix(block.name + ".") + ".weight"] = dense.to(linear.weight.dtype)
-                output = functional_call(block.module, rounded, (step.hidden,), step.arguments)
-                output = output[0] if isinstance(output, tuple) else output
-                loss = F.mse_loss(output.float(), wanted.float())
+        steps = [*zip(block.passes, target, strict=True)] * self.epochs
+        with widened(block.module):
+            for step, wanted in steps:
+                rounded = {
+                    name: torch.zeros(masks[name].shape, device=wanted.device).masked_scatter(masks[name], clip.rounded())
+                    for name, clip in clips.items()
+                }
+                loss = F.mse_loss(block.output(step, rounded).float(), wanted.float())
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -93,13 +93,13 @@ def _read_rows(
             continue
         target[:] = 0
         _unpack(places[row], place_bits, where)
-        index = np.uint64(0)
+        source = np.uint64(0)
         for block in range(columns // m):
             for number in range(numbers):
                 entry = np.uint64(where[block * numbers + number])
                 for place in range(of_number):
-                    target[np.uint64(block * m) + table[entry, np.uint64(place)]] = value[index]
-                    index += np.uint64(1)
+                    target[np.uint64(block * m) + table[entry, np.uint64(place)]] = value[source]
+                    source += np.uint64(1)
 
 
 _read = compiled(_read_rows)

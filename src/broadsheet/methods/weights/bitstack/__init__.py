@@ -201,10 +201,10 @@ class BitStack(WeightMethod):
         """
         auto = min(auto_rank(rows, columns) for rows, columns in layers)
         for k in ("auto" if self.k == "auto" or self.k > auto else self.k, 1):
-            one = replace(self, k=k, bits=bits)
+            one = replace(self, k=k)
             least = one.least_bits(layers)
             if least <= bits:
-                return replace(one, n_iter=min(self.n_iter, math.ceil(bits / least)))
+                return replace(one, bits=bits, n_iter=min(self.n_iter, math.ceil(bits / least)))
         raise Unreachable(least)
 
     def least_bits(self, layers: Sequence[Shape]) -> float:

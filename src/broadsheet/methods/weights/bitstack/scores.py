@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from broadsheet.core.models.walker import decoder_blocks, walk
+from broadsheet.core.models.walker import decoder_blocks, walk, widened
 
 from .decompose import Layout, compose
 
@@ -40,6 +40,19 @@ def model_scores(
     ``model``: dense, its linear layers named in ``blocks`` are overwritten. ``ids`` and ``labels`` [samples, tokens]: the
     label of a token is what should follow it. ``progress(level)`` is called after every level.
     """
+    with widened(model):
+        return _model_scores(model, blocks, layouts, ids, labels, measure, progress)
+
+
+def _model_scores(
+    model: PreTrainedModel,
+    blocks: Mapping[str, list[torch.Tensor]],
+    layouts: Mapping[str, Layout],
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    measure: str,
+    progress: Callable[[int], None] | None,
+) -> list[list[float]]:
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in blocks}  # type: ignore[misc]
     levels = len(next(iter(blocks.values()))) - 1
     table = []
@@ -63,7 +76,8 @@ def model_scores(
 @torch.no_grad()
 def predictions(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The token that the model finds most likely after each of ``ids``, [samples, tokens]."""
-    return torch.cat([model(part, use_cache=False).logits.argmax(-1) for part in ids.to(model.device).split(BATCH)])
+    with widened(model):
+        return torch.cat([model(part, use_cache=False).logits.argmax(-1) for part in ids.to(model.device).split(BATCH)])
 
 
 def following(ids: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ class DFloat11(WeightMethod):
     check_correctness: bool = True
 
     calibrated: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = False  # it has one size
 
     def compress(
         self, model: PreTrainedModel, calibration: torch.Tensor | None = None, progress: Progress | None = None
