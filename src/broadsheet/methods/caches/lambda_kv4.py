@@ -82,8 +82,8 @@ def lambda_attention(
             keys, values = (by_head(take(part, index), heads) for part in (near.keys, near.values))
         else:
             keys = values = queries.new_zeros(batch, heads, span, dim)
-        keys = rotate(keys, *rotation(place[None]))
-        turned = rotate(some, *rotation(place[None, window - 1 :]))
+        cos, sin = rotation(place[None])
+        keys, turned = rotate(keys, cos, sin), rotate(some, cos[:, window - 1 :], sin[:, window - 1 :])
         logits = torch.einsum("bhgqd,bhkd->bhgqk", turned.unflatten(1, (heads, -1)), keys)
         parts = [logits.masked_fill(~allowed[:, None, None], float("-inf"))]
         parts.append(_sink_logits(some, ordinals, sinks, window, heads, rotation))
@@ -101,6 +101,9 @@ def _sink_logits(
     batch, _, count, _ = queries.shape
     keys = by_head(sinks.keys, heads)
     held = by_row(sinks.size, queries)[:, None]
+    if isinstance(sinks.size, int) and int(ordinals.min()) >= window + sinks.size - 1:  # all as far as they are ever seen
+        turned = rotate(queries, *rotation(torch.full_like(ordinals[:1, :1], window)))
+        return torch.einsum("bhgqd,bhkd->bhgqk", turned.unflatten(1, (heads, -1)), keys)
     columns = []
     for number in range(keys.shape[2]):
         turned = rotate(queries, *rotation(ordinals.clamp(max=window + number))).unflatten(1, (heads, -1))
