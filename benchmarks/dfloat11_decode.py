@@ -1,4 +1,4 @@
-"""Decoding DFloat11 on the CPU against general and checkpoint compressors; what each stores; tokens per second of a model.
+"""Decoding DFloat11 on the CPU against general and checkpoint compressors; what each stores; a model before and after.
 
     python benchmarks/dfloat11_decode.py [--weights 16000000] [--threads 1,2] [--repeats 21] [--model pocket-2m]
 
@@ -32,8 +32,10 @@ from _timing import record as any_record
 from broadsheet.core.models import load
 from broadsheet.core.models.walker import blocks
 from broadsheet.core.records import Record, write_json
-from broadsheet.methods.weights.dfloat11 import DFloat11, encode, split
+from broadsheet.methods.weights.base import size
+from broadsheet.methods.weights.dfloat11 import DFloat11, UnitReport, encode, split
 from broadsheet.methods.weights.dfloat11 import kernel as df11
+from broadsheet.methods.weights.dfloat11.codec import exponent_counts
 
 Contenders = dict[str, Callable[[], object]]
 record = partial(any_record, "dfloat11", "dfloat11-decode")
@@ -143,6 +145,47 @@ def sizes(weights: torch.Tensor, model: str) -> list[Record]:
 
 
 @torch.inference_mode()
+def lossless(name: str) -> list[Record]:
+    """How many logits of 1,024 tokens, and how many weights, are not the same bits after compressing."""
+    plain, _ = load(name, dtype=torch.bfloat16)
+    small, _ = load(name, dtype=torch.bfloat16)
+    DFloat11().compress(small)
+    ids = torch.randint(0, plain.config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (model(ids).logits.view(torch.int16) for model in (small, plain))
+    held = size(small).bytes / size(plain).bytes  # beside the weights it holds the buffer that blocks are decoded into
+    return [
+        record("differing_logits", [int((ours != theirs).sum())], f"of {ours.numel()}", "DFloat11", {"tokens": 1024}, name),
+        record("held", [held], "of bfloat16", "DFloat11", {}, name),
+    ]
+
+
+def units(name: str) -> list[Record]:
+    """Exponents and codes of the model's blocks, and of 4M weights of three distributions."""
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(4_000_000, generator=draw)
+    uniform = torch.rand(4_000_000, generator=draw) * 2 - 1
+    laplace = torch.empty(4_000_000).exponential_(generator=draw) * uniform.sign()
+    drawn = {"gaussian": normal * 0.02, "uniform": uniform * 0.02, "laplace": laplace * 0.02}
+    model, _ = load(name, dtype=torch.bfloat16)
+    found = {kind: ("", [weights.bfloat16()]) for kind, weights in drawn.items()}
+    for block in blocks(model):
+        found[block.name] = (name, [linear.weight.detach().flatten() for linear in block.linears.values()])
+    records = []
+    for unit, (where, weights) in found.items():
+        made, counts = encode(weights), exponent_counts(weights)
+        report = UnitReport.of(unit, counts, made.luts[-1].numpy(), made.luts.shape[0] - 1, made.nbytes)
+        numbers = {
+            "entropy": report.entropy, "mean_code": report.mean_length, "longest_code": report.longest,
+            "exponents": report.exponents, "bits": report.bits,
+        }  # fmt: skip
+        for metric, value in numbers.items():
+            records.append(
+                record(metric, [value], "bits" if metric != "exponents" else "", "DFloat11", {"unit": unit}, where)
+            )
+    return records
+
+
+@torch.inference_mode()
 def tokens(name: str, repeats: int) -> list[Record]:
     """Time of a decode step of a model, compressed against not, by batch."""
     torch.set_num_threads(1)
@@ -179,6 +222,8 @@ def main() -> None:
         for threads in map(int, arguments.threads.split(",")):
             records += measure(weights, threads, arguments.repeats, name)
             write_json(records, arguments.out)  # a kill loses at most the cell under way
+    records += units(arguments.model)
+    records += lossless(arguments.model)
     records += tokens(arguments.model, arguments.repeats)
     show(records)
     write_json(records, arguments.out)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from broadsheet.catalogue import Claim, papers
+from broadsheet.core import verdicts
 from broadsheet.core.records import Record, RecordStore, write_json
 from broadsheet.lab import claims, plots
 from broadsheet.lab import compare as lab
@@ -159,11 +160,11 @@ def test_a_claims_status_comes_from_records_alone(tmp_path):
 
 
 def verdict(records):
-    return (claims.HOLDS, f"{records[0].value}") if records else None
+    return (verdicts.HOLDS, f"{records[0].value}") if records else None
 
 
 def test_every_check_in_the_catalogue_gives_a_known_verdict():
-    known = {claims.HOLDS, claims.DIRECTION, claims.FAILS, claims.UNTESTABLE, claims.OPEN}
+    known = {verdicts.HOLDS, verdicts.DIRECTION, verdicts.FAILS, claims.UNTESTABLE, claims.OPEN}
     for paper in papers().values():
         for status in claims.statuses(paper):
             assert status.status in known

@@ -10,10 +10,7 @@ from broadsheet import resolve
 from broadsheet.catalogue import Claim, Paper, papers
 from broadsheet.core.records import Record, read_json
 
-#: The four verdicts of a claim, and what it is called before anything was measured.
-HOLDS = "holds"
-DIRECTION = "holds in direction"
-FAILS = "does not hold here"
+#: What a claim is called that no check judges: there can be none here, or nothing was measured yet.
 UNTESTABLE = "not testable here"
 OPEN = "not measured yet"
 

@@ -1,8 +1,4 @@
-"""The checks behind the family's claims: each takes all committed records and returns (verdict, our number).
-
-None means that nothing was measured yet. A verdict is *holds* when what the catalogue says must be seen was seen beyond
-its interval, *holds in direction* when the sign is right but the size or the certainty is not, else *does not hold here*.
-"""
+"""The checks behind the family's claims, see `core.verdicts`."""
 
 from __future__ import annotations
 
@@ -11,10 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from broadsheet.core.records import Record
-
-Verdict = tuple[str, str] | None
-
-HOLDS, DIRECTION, FAILS = "holds", "holds in direction", "does not hold here"
+from broadsheet.core.verdicts import FAILS, HOLDS, Verdict, find, graded, mean, percent
 
 #: Methods that drop what they judge unneeded, and those that keep everything at lower precision.
 DROPPING = ("streaming-llm", "h2o", "snapkv")
@@ -22,25 +15,15 @@ QUANTISING = ("kivi", "gear", "gear-l", "xquant", "xquant-cl")
 
 
 def _find(records: Iterable[Record], **wanted: Any) -> list[Record]:
-    """Records whose fields (or setting) have these values; a setting that is not named must be absent for bench "caches"."""
-    fields = {name: value for name, value in wanted.items() if name in Record.__dataclass_fields__}
-    setting = {name: value for name, value in wanted.items() if name not in fields}
-    return [
-        record
-        for record in records
-        if all(getattr(record, name) == value for name, value in fields.items())
-        and (record.setting == setting if record.bench == "caches" else setting.items() <= record.setting.items())
-    ]
+    """As `find`; but of the comparison only what has no other setting than is named."""
+    setting = {name: value for name, value in wanted.items() if name not in Record.__dataclass_fields__}
+    return [record for record in find(records, **wanted) if record.bench != "caches" or record.setting == setting]
 
 
 def _compared(records: Sequence[Record], text: bool, method: str, metric: str, **setting: Any) -> list[float]:
     """The values of the family's comparison, one a seed: on the pocket model's sessions or on a real model's text."""
     found = _find(records, bench="caches", method=method, metric=metric, **setting)
     return [record.value for record in found if record.model.startswith("pocket") != text]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.mean(values) if values else None
 
 
 def _ablated(
@@ -65,15 +48,7 @@ def _saved(records: Sequence[Record], paper: str, variant: str, against: Sequenc
         for record in known
         if record.ci
     )
-    return _graded([record.ci[0] > 0 for record in known if record.ci], [r.value > 0 for r in known]), f"KL saved: {text}"
-
-
-def _graded(certain: Sequence[bool], likely: Sequence[bool]) -> str:
-    return HOLDS if all(certain) else DIRECTION if all(likely) else FAILS
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return graded([record.ci[0] > 0 for record in known if record.ci], [r.value > 0 for r in known]), f"KL saved: {text}"
 
 
 # --- GEAR ---------------------------------------------------------------------------------------------------------
@@ -90,17 +65,17 @@ def gear_synergy(records: Sequence[Record]) -> Verdict:
     plain, low_rank, sparse, both = known
     saved = _saved(records, "gear", "GEAR", ("+ low rank", "+ sparse"), outliers=1)
     certain = saved is not None and saved[0] == HOLDS
-    return _graded([certain], [both < min(low_rank, sparse), max(low_rank, sparse) < plain]), text
+    return graded([certain], [both < min(low_rank, sparse), max(low_rank, sparse) < plain]), text
 
 
 def gear_four_bits(records: Sequence[Record]) -> Verdict:
     """Accuracy on sessions at half the bytes, where the method has 4 bits to spend."""
-    ours = _mean(_compared(records, False, "gear", "accuracy", budget=0.5))
-    full = _mean(_compared(records, False, "full", "accuracy"))
+    ours = mean(_compared(records, False, "gear", "accuracy", budget=0.5))
+    full = mean(_compared(records, False, "full", "accuracy"))
     if ours is None or full is None:
         return None
     loss = full - ours
-    return _graded([loss <= 0.01], [loss <= 0.03]), f"{_percent(ours)} against {_percent(full)} (full cache)"
+    return graded([loss <= 0.01], [loss <= 0.03]), f"{percent(ours)} against {percent(full)} (full cache)"
 
 
 def gear_two_bits(records: Sequence[Record]) -> Verdict:
@@ -115,7 +90,7 @@ def gear_two_bits(records: Sequence[Record]) -> Verdict:
     text = f"{parts[1]}; {rest[1].removeprefix('KL saved: ')}; over KIVI " + ", ".join(
         f"{record.value:+.3f} {_bytes(record)} (outliers ×{record.setting['outliers']})" for record in known
     )
-    return _graded([parts[0] == HOLDS, rest[0] == HOLDS, wins], [parts[0] != FAILS, rest[0] != FAILS]), text
+    return graded([parts[0] == HOLDS, rest[0] == HOLDS, wins], [parts[0] != FAILS, rest[0] != FAILS]), text
 
 
 def gear_memory(records: Sequence[Record]) -> Verdict:
@@ -125,7 +100,7 @@ def gear_memory(records: Sequence[Record]) -> Verdict:
     if not ratios:
         return None
     factor = 1 / statistics.mean(ratios)
-    return _graded([factor >= 2.29], [factor > 1]), f"{factor:.2f}× smaller"
+    return graded([factor >= 2.29], [factor > 1]), f"{factor:.2f}× smaller"
 
 
 # --- XQuant -------------------------------------------------------------------------------------------------------
@@ -155,7 +130,7 @@ def _against_kivi(records: Sequence[Record], model: str) -> Verdict:
         return None
     text = f"KL saved {found.value:+.4f} [{found.ci[0]:+.4f}, {found.ci[1]:+.4f}] over KIVI, {_bytes(found)}"
     fair = found.setting["bytes_ratio_against"] >= 0.98 * found.setting["bytes_ratio"]
-    return _graded([found.ci[0] > 0, fair], [found.value > 0]), text
+    return graded([found.ci[0] > 0, fair], [found.value > 0]), text
 
 
 def _bytes(record: Record) -> str:
@@ -180,7 +155,7 @@ def xquant_cross_layer_needed(records: Sequence[Record]) -> Verdict:
     if not known:
         return None
     text = ", ".join(f"{r.value:+.3f} nats of KL saved at {bits} bits" for r, bits in zip(known, (3, 2), strict=False))
-    return _graded([r.ci[0] > 0 for r in known if r.ci], [r.value > 0 for r in known]), text
+    return graded([r.ci[0] > 0 for r in known if r.ci], [r.value > 0 for r in known]), text
 
 
 def _added_nats(records: Sequence[Record], variant: str, model: str) -> Verdict:
@@ -189,7 +164,7 @@ def _added_nats(records: Sequence[Record], variant: str, model: str) -> Verdict:
     if found is None:
         return None
     ratio = found.setting["bytes_ratio"]
-    return _graded([found.value <= 0.013], [found.value <= 0.05]), f"KL {found.value:.4f} nats at {ratio:.3f} of the bytes"
+    return graded([found.value <= 0.013], [found.value <= 0.05]), f"KL {found.value:.4f} nats at {ratio:.3f} of the bytes"
 
 
 # --- KVMerger -----------------------------------------------------------------------------------------------------
@@ -202,8 +177,8 @@ def kvmerger_half(records: Sequence[Record]) -> Verdict:
     if not ours or len(ours) != len(theirs):
         return None
     gains = [a - b for a, b in zip(ours, theirs, strict=True)]
-    text = f"{_percent(statistics.mean(ours))} against {_percent(statistics.mean(theirs))} (H2O), 3 seeds"
-    return _graded([min(gains) > 0.01], [statistics.mean(gains) > 0]), text
+    text = f"{percent(statistics.mean(ours))} against {percent(statistics.mean(theirs))} (H2O), 3 seeds"
+    return graded([min(gains) > 0.01], [statistics.mean(gains) > 0]), text
 
 
 def kvmerger_pivot(records: Sequence[Record]) -> Verdict:
@@ -214,7 +189,7 @@ def kvmerger_pivot(records: Sequence[Record]) -> Verdict:
         return None
     verdicts = [part[0] for part in known]
     text = f"{known[0][1]} at 1/2; " + "; ".join(part[1].removeprefix("KL saved: ") + " at 1/5" for part in known[1:])
-    return _graded([v == HOLDS for v in verdicts], [v != FAILS for v in verdicts]), text
+    return graded([v == HOLDS for v in verdicts], [v != FAILS for v in verdicts]), text
 
 
 def kvmerger_bandwidth(records: Sequence[Record]) -> Verdict:
@@ -226,7 +201,7 @@ def kvmerger_bandwidth(records: Sequence[Record]) -> Verdict:
         return None
     best = min(values, key=lambda name: values[name])
     text = "KL " + ", ".join(f"{value:.3f} at σ {name}" for name, value in values.items())
-    return _graded([best in ("5", "fixed point")], [values["5"] <= 1.05 * values[best]]), text
+    return graded([best in ("5", "fixed point")], [values["5"] <= 1.05 * values[best]]), text
 
 
 def kvmerger_persistence(records: Sequence[Record]) -> Verdict:
@@ -236,7 +211,7 @@ def kvmerger_persistence(records: Sequence[Record]) -> Verdict:
     if prompts is None or layers is None:
         return None
     text = f"variation {prompts.value:.2f} over prompts, {layers.value:.2f} over layers (std / mean)"
-    return _graded([prompts.value < layers.value / 2], [prompts.value < layers.value]), text
+    return graded([prompts.value < layers.value / 2], [prompts.value < layers.value]), text
 
 
 def kvmerger_similarity(records: Sequence[Record]) -> Verdict:
@@ -246,7 +221,7 @@ def kvmerger_similarity(records: Sequence[Record]) -> Verdict:
     if keys is None or values is None:
         return None
     text = f"{keys.value:.2f} of keys, {values.value:.2f} of values"
-    return _graded([keys.value > 0.9 and values.value < 0.7], [keys.value > values.value]), text
+    return graded([keys.value > 0.9 and values.value < 0.7], [keys.value > values.value]), text
 
 
 # --- Elastic Cache ------------------------------------------------------------------------------------------------
@@ -255,12 +230,12 @@ def kvmerger_similarity(records: Sequence[Record]) -> Verdict:
 def elastic_quality(records: Sequence[Record]) -> Verdict:
     """Perplexity on a real model's text at half the bytes; the image part is not measured."""
     ours, h2o, window = (
-        _mean(_compared(records, True, name, "perplexity", budget=0.5)) for name in ("elastic-cache", "h2o", "streaming-llm")
+        mean(_compared(records, True, name, "perplexity", budget=0.5)) for name in ("elastic-cache", "h2o", "streaming-llm")
     )
     if ours is None or h2o is None or window is None:
         return None
     text = f"text only: perplexity {ours:.3f} against {h2o:.3f} (H2O) and {window:.3f} (local window)"
-    return _graded([ours < 0.99 * min(h2o, window)], [ours <= min(h2o, window)]), text
+    return graded([ours < 0.99 * min(h2o, window)], [ours <= min(h2o, window)]), text
 
 
 def elastic_merge(records: Sequence[Record]) -> Verdict:
@@ -269,7 +244,7 @@ def elastic_merge(records: Sequence[Record]) -> Verdict:
     if found is None:
         return None
     won, seeds = found.setting["lower_in_seeds"], found.setting["seeds"]
-    return _graded([won >= 0.8 * seeds], [won > seeds / 2]), f"KL saved {found.value:+.3f}, lower in {won} of {seeds} seeds"
+    return graded([won >= 0.8 * seeds], [won > seeds / 2]), f"KL saved {found.value:+.3f}, lower in {won} of {seeds} seeds"
 
 
 def elastic_discard(records: Sequence[Record]) -> Verdict:
@@ -289,7 +264,7 @@ def elastic_importance(records: Sequence[Record]) -> Verdict:
 def _mpc(records: Sequence[Record], rung: str, metric: str, **setting: Any) -> float | None:
     """A value of the cost ladder at the reference sizes, 1,024 tokens, three parties (ABY3)."""
     where = {"sizes": "reference", "protocol": "aby3", "seq_len": 1024, **setting}
-    return _mean([r.value for r in _find(records, bench="mpcache_study", method=rung, metric=metric, **where)])
+    return mean([r.value for r in _find(records, bench="mpcache_study", method=rung, metric=metric, **where)])
 
 
 def mpcache_decode(records: Sequence[Record]) -> Verdict:
@@ -300,7 +275,7 @@ def mpcache_decode(records: Sequence[Record]) -> Verdict:
     if fewer is None or full is None or ours is None:
         return None
     text = f"{fewer:.1f}× fewer bytes, {full / ours:.2f}× lower modelled latency"
-    return _graded([fewer >= 3, full / ours >= 1.8], [fewer >= 3]), text
+    return graded([fewer >= 3, full / ours >= 1.8], [fewer >= 3]), text
 
 
 def mpcache_gather(records: Sequence[Record]) -> Verdict:
@@ -310,7 +285,7 @@ def mpcache_gather(records: Sequence[Record]) -> Verdict:
     if tokens is None or clusters is None or static is None:
         return None
     text = f"{tokens / clusters:.1f}× fewer bytes a step than by token; {clusters / static:.2f}× of static eviction alone"
-    return _graded([clusters < static and tokens / clusters >= 10], [clusters < tokens]), text
+    return graded([clusters < static and tokens / clusters >= 10], [clusters < tokens]), text
 
 
 def mpcache_static(records: Sequence[Record]) -> Verdict:
@@ -319,7 +294,7 @@ def mpcache_static(records: Sequence[Record]) -> Verdict:
     if full is None or static is None or naive is None:
         return None
     text = f"{full / static:.2f}× fewer bytes; choosing single tokens on top costs {naive / static:.1f}× of that"
-    return _graded([full / static >= 2, naive > static], [full > static]), text
+    return graded([full / static >= 2, naive > static], [full > static]), text
 
 
 def mpcache_quality(records: Sequence[Record]) -> Verdict:
@@ -332,7 +307,7 @@ def mpcache_quality(records: Sequence[Record]) -> Verdict:
         return None
     low, high = pooled[-1].ci
     text = f"recall {random[-1].value:.1f}× random; {pooled[-1].value:+.3f} [{low:+.3f}, {high:+.3f}] over mean pooling"
-    return _graded([random[-1].value >= 3, low > 0], [random[-1].value >= 3]), text
+    return graded([random[-1].value >= 3, low > 0], [random[-1].value >= 3]), text
 
 
 # --- K-sort block floating point ----------------------------------------------------------------------------------
@@ -350,7 +325,7 @@ def bfp_memory(records: Sequence[Record]) -> Verdict:
         return None
     factor = (8 + 8 / 32) / bits[0].value
     text = f"{factor:.2f}× smaller than BFP16, KL {losses[0].value:.4f} nats per token"
-    return _graded([factor > 1.9, losses[0].value <= 0.01], [losses[0].value <= 0.05]), text
+    return graded([factor > 1.9, losses[0].value <= 0.01], [losses[0].value <= 0.05]), text
 
 
 def bfp_block(records: Sequence[Record]) -> Verdict:
@@ -364,13 +339,13 @@ def bfp_block(records: Sequence[Record]) -> Verdict:
     text = ", ".join(f"{gains[block].value:+.4f} at {block}" for block in sorted(gains))
     smaller = [record for block, record in gains.items() if block < head]
     certain = [r.ci is not None and r.ci[1] < 0 for r in smaller]
-    return _graded([*certain, gains[head].value == 0], [r.value <= 0 for r in smaller]), f"score error {text}"
+    return graded([*certain, gains[head].value == 0], [r.value <= 0 for r in smaller]), f"score error {text}"
 
 
 def bfp_exactness(records: Sequence[Record]) -> Verdict:
     """Largest difference of the logits after re-ordering, double precision."""
     found = _bfp(records, "ksort", "logit_difference")
-    return (_graded([found[0].value <= 1e-9], [found[0].value <= 1e-4]), f"{found[0].value:.1e}") if found else None
+    return (graded([found[0].value <= 1e-9], [found[0].value <= 1e-4]), f"{found[0].value:.1e}") if found else None
 
 
 def bfp_overhead(records: Sequence[Record]) -> Verdict:
@@ -379,7 +354,7 @@ def bfp_overhead(records: Sequence[Record]) -> Verdict:
     if not found or found[0].ci is None:
         return None
     low, high = found[0].ci
-    return _graded([low <= 1], [found[0].value <= 1.05]), f"{found[0].value:.3f}× [{low:.3f}, {high:.3f}] of the time"
+    return graded([low <= 1], [found[0].value <= 1.05]), f"{found[0].value:.3f}× [{low:.3f}, {high:.3f}] of the time"
 
 
 # --- SCBench ------------------------------------------------------------------------------------------------------
@@ -388,14 +363,14 @@ def bfp_overhead(records: Sequence[Record]) -> Verdict:
 def _turns(records: Sequence[Record], method: str, mode: str, budget: float) -> list[float]:
     """Accuracy of key-value recall by turn, mean over seeds."""
     found = (
-        _mean(_compared(records, False, method, "accuracy", budget=budget, task="kv", mode=mode, turn=turn))
+        mean(_compared(records, False, method, "accuracy", budget=budget, task="kv", mode=mode, turn=turn))
         for turn in range(1, 6)
     )
     return [value for value in found if value is not None]
 
 
 def _task(records: Sequence[Record], method: str, mode: str, **setting: Any) -> float | None:
-    return _mean(_compared(records, False, method, "accuracy", mode=mode, task="kv", **setting))
+    return mean(_compared(records, False, method, "accuracy", mode=mode, task="kv", **setting))
 
 
 def scbench_decay(records: Sequence[Record]) -> Verdict:
@@ -410,14 +385,14 @@ def scbench_decay(records: Sequence[Record]) -> Verdict:
         return None
     fall, gap = turns[0] - statistics.mean(turns[1:]), max(gaps)
     text = f"SnapKV at 1/8 falls by {100 * fall:.0f} points after turn 1; KIVI at 1/2 loses {100 * gap:.1f} points"
-    return _graded([fall >= 0.2, gap <= 0.03], [fall > 0, gap < fall]), text
+    return graded([fall >= 0.2, gap <= 0.03], [fall > 0, gap < fall]), text
 
 
 def scbench_string_gap(records: Sequence[Record]) -> Verdict:
     """Spread between the methods at 1/8, by group of tasks."""
     spread = {}
     for group in ("string", "semantic", "global", "multi-task"):
-        values = [_mean(_compared(records, False, m, "accuracy", budget=0.125, group=group)) for m in _methods(records)]
+        values = [mean(_compared(records, False, m, "accuracy", budget=0.125, group=group)) for m in _methods(records)]
         known = [value for value in values if value is not None]
         if len(known) > 1:
             spread[group] = max(known) - min(known)
@@ -425,7 +400,7 @@ def scbench_string_gap(records: Sequence[Record]) -> Verdict:
         return None
     text = ", ".join(f"{100 * value:.0f} points {group}" for group, value in spread.items())
     others = max(value for group, value in spread.items() if group != "string")
-    return _graded([spread["string"] > others], [spread["string"] > statistics.mean(spread.values())]), text
+    return graded([spread["string"] > others], [spread["string"] > statistics.mean(spread.values())]), text
 
 
 def scbench_global(records: Sequence[Record]) -> Verdict:
@@ -434,15 +409,15 @@ def scbench_global(records: Sequence[Record]) -> Verdict:
     string_loss: list[float] = []
     for method in DROPPING:
         for group, losses in (("global", global_loss), ("string", string_loss)):
-            full = _mean(_compared(records, False, "full", "accuracy", group=group))
-            ours = _mean(_compared(records, False, method, "accuracy", budget=0.25, group=group))
+            full = mean(_compared(records, False, "full", "accuracy", group=group))
+            ours = mean(_compared(records, False, method, "accuracy", budget=0.25, group=group))
             if full is not None and ours is not None:
                 losses.append(full - ours)
     if not global_loss or not string_loss:
         return None
     ours, theirs = statistics.mean(global_loss), statistics.mean(string_loss)
     text = f"at 1/4, dropping loses {100 * ours:.0f} points on global tasks, {100 * theirs:.0f} on string retrieval"
-    return _graded([ours <= theirs / 3], [ours < theirs]), text
+    return graded([ours <= theirs / 3], [ours < theirs]), text
 
 
 def scbench_query(records: Sequence[Record]) -> Verdict:
@@ -451,8 +426,8 @@ def scbench_query(records: Sequence[Record]) -> Verdict:
     blind = _task(records, "snapkv", "multi-request", budget=0.125)
     if not turns or blind is None:
         return None
-    text = f"{_percent(turns[0])} with, {_percent(blind)} without the question"
-    return _graded([turns[0] - blind >= 0.3], [turns[0] > blind]), text
+    text = f"{percent(turns[0])} with, {percent(blind)} without the question"
+    return graded([turns[0] - blind >= 0.3], [turns[0] > blind]), text
 
 
 def scbench_sweep(records: Sequence[Record]) -> Verdict:
@@ -460,7 +435,7 @@ def scbench_sweep(records: Sequence[Record]) -> Verdict:
     falls = {}
     for method in _methods(records):
         high, low = (
-            _mean(_compared(records, False, method, "accuracy", budget=budget, mode="multi-request"))
+            mean(_compared(records, False, method, "accuracy", budget=budget, mode="multi-request"))
             for budget in (0.5, 0.125)
         )
         if high is not None and low is not None:
@@ -468,7 +443,7 @@ def scbench_sweep(records: Sequence[Record]) -> Verdict:
     if not falls:
         return None
     text = ", ".join(f"{method} {-100 * fall:+.0f}" for method, fall in falls.items()) + " points from 1/2 to 1/8"
-    return _graded([fall > 0 for fall in falls.values()], [statistics.mean(falls.values()) > 0]), text
+    return graded([fall > 0 for fall in falls.values()], [statistics.mean(falls.values()) > 0]), text
 
 
 def _methods(records: Sequence[Record]) -> list[str]:

@@ -111,7 +111,8 @@ class Workload:
     task, of ``context_tokens`` tokens and ``turns`` questions, of which the answers are scored; or, with ``text`` (a text
     file or a JSON list of texts), as many pieces of ``tokens`` tokens as ``sessions`` times the number of tasks, scored in
     full. Calibration pieces and evaluated ones are never the same. ``outliers``: multiply ``outlier_channels`` channels of
-    every norm's output by this factor first, in a way that leaves the function as it is.
+    every norm's output by this factor first, in a way that leaves the function as it is; ``outliers_adjacent``: in pairs of
+    neighbours.
     """
 
     model: str = "pocket-2m"
@@ -125,6 +126,7 @@ class Workload:
     turns: int = 5
     outliers: float = 1.0
     outlier_channels: int = 4
+    outliers_adjacent: bool = False
     device: str = "cpu"
     timing: bool = True
 
@@ -148,17 +150,18 @@ def workload_key(workload: Workload) -> dict[str, Any]:
 
 def base_model(workload: Workload) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The 16-bit model that a workload compresses, its tokenizer, its fingerprint before outliers were put in."""
-    return _base_model(workload.model, workload.device, workload.outliers, workload.outlier_channels)
+    planted = (workload.outliers, workload.outlier_channels, workload.outliers_adjacent)
+    return _base_model(workload.model, workload.device, *planted)
 
 
 @lru_cache(maxsize=1)
 def _base_model(
-    name: str, device: str, outliers: float, channels: int
+    name: str, device: str, outliers: float, channels: int, adjacent: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     model, tokenizer = load(name, dtype=torch.bfloat16, device=device)
     mark = fingerprint(model)
     if outliers > 1:
-        inject_input_outliers(model, outliers, channels, same=True)
+        inject_input_outliers(model, outliers, channels, same=True, adjacent=adjacent)
     return model, tokenizer, mark
 
 
