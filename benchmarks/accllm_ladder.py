@@ -164,9 +164,10 @@ def rivals(bench: Bench) -> None:
 
 @torch.inference_mode()
 def long_text(bench: Bench, window: int, length: int) -> None:
-    """Loss by position of one text of ``length`` tokens, fed in chunks."""
+    """Loss by position of one text of ``length`` tokens, fed in chunks, with one opening token at its start."""
     study = bench.study
-    stream = pieces(study.arguments.text, study.tokenizer, 128)[study.arguments.items :].flatten()[:length]
+    found = pieces(study.arguments.text, study.tokenizer, 128)[study.arguments.items :]
+    stream = torch.cat([found[0, :1], found[:, 1:].flatten()])[:length]
     methods = {"full": Full(), "sinks and window": LambdaKV4(4, window), "window alone": LambdaKV4(0, window)}
     trained = study.model.config.get_text_config().max_position_embeddings
     for label, method in methods.items():
