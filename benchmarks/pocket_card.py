@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch

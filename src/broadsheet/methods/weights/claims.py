@@ -254,3 +254,28 @@ def outliertune_centring(records: Sequence[Record]) -> Verdict:
     certain = [record.ci is not None and min(record.ci) > 0 for record in found]
     saved = mean([record.value for record in found]) or 0.0
     return graded(certain, [with_ < without]), f"KL {with_:.4f} against {without:.4f}, {saved:+.4f} nats a token saved"
+
+
+# --- AccLLM: its ladder, on the built-in model and on a trained one's text ------------------------------------------------
+
+
+def accllm_accuracy(records: Sequence[Record]) -> Verdict:
+    """Whether the last rung follows instructions as the original does; with it, what learned ranges and the window do."""
+    found = find(records, bench="accllm_ladder")
+
+    def of(metric: str, label: str, **setting: str) -> list[Record]:
+        return find(found, metric=metric, method=label, **setting)
+
+    before, after = of("instructions", "FP"), of("instructions", "+W2")
+    far = of("recall", "+Lambda", windows_back="2 to 3")
+    rounded, learned = (of("perplexity", f"2:4 W2 {name}", part="weights") for name in ("nearest", "learned"))
+    if not (before and after and far and rounded and learned):
+        return None
+    ratios = {a.model.split("@")[0]: a.value / b.value for a, b in zip(rounded, learned, strict=True) if a.model == b.model}
+    text = (
+        f"instructions {percent(before[0].value)} before, {percent(after[0].value)} after; two windows back "
+        f"{percent(far[0].value)} of pairs recalled; perplexity of rounding to nearest over that of learned ranges "
+        + ", ".join(f"{ratio:.1f} ({model})" for model, ratio in ratios.items())
+    )
+    kept = after[0].value >= (before[0].ci or (1, 1))[0]
+    return graded([kept, max(ratios.values()) >= 2, far[0].value < 0.05], [after[0].value >= 0.9 * before[0].value]), text
