@@ -1,7 +1,5 @@
 """Commands of both sides of offsite tuning: ``broadsheet crash ...``."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

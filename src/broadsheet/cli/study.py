@@ -1,7 +1,5 @@
 """`broadsheet study`: experiments that cross methods, precisions and data."""
 
-from __future__ import annotations
-
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -124,7 +122,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _run(made: Study, fresh: bool) -> Results:
+def _run(made: "Study", fresh: bool) -> "Results":
     """Runs a study under a bar that counts the tasks of all arms."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -135,13 +133,13 @@ def _run(made: Study, fresh: bool) -> Results:
     with Progress(*look, console=Console(stderr=True), transient=True) as bar:
         line = bar.add_task("loading", total=None)
 
-        def progress(arm: Arm, done: int, of: int, number: int, total: int) -> None:
+        def progress(arm: "Arm", done: int, of: int, number: int, total: int) -> None:
             bar.update(line, completed=number * of + done, total=total * of, description=arm.label)
 
         return made.run(progress=progress, fresh=fresh)
 
 
-def _print(results: Results) -> None:
+def _print(results: "Results") -> None:
     from rich.console import Console
 
     from broadsheet.lab.code_study import tables
@@ -151,7 +149,7 @@ def _print(results: Results) -> None:
         console.print(table)
 
 
-def _plot(results: Results, path: str) -> None:
+def _plot(results: "Results", path: str) -> None:
     from pathlib import Path
 
     from broadsheet.lab.code_study import picture
