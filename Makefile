@@ -45,6 +45,10 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/bitstack_resize.py
 	$(BIN)/python benchmarks/group_matmul.py
 	$(BIN)/python benchmarks/olive_kernel.py
+	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/bitstack_study.py
+	$(BIN)/python benchmarks/olive_study.py
+	$(BIN)/python benchmarks/crash_study.py
 	$(BIN)/python benchmarks/outliertune_study.py
 	$(BIN)/python benchmarks/integer_linear.py
 	$(BIN)/python benchmarks/dfloat11_decode.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import pstdev
 
 from broadsheet.core.records import Record
 from broadsheet.core.verdicts import Verdict, find, graded, mean, percent
@@ -279,3 +280,73 @@ def accllm_accuracy(records: Sequence[Record]) -> Verdict:
     )
     kept = after[0].value >= (before[0].ci or (1, 1))[0]
     return graded([kept, max(ratios.values()) >= 2, far[0].value < 0.05], [after[0].value >= 0.9 * before[0].value]), text
+
+
+# --- CRaSh --------------------------------------------------------------------------------------------------------------
+
+
+#: accuracy by (task, seed)
+Scores = dict[tuple[str, int], float]
+
+
+def _plugged(records: Sequence[Record], method: str, system: str = "plug-in", **setting: object) -> Scores:
+    """Accuracy by task and seed."""
+    found = find(records, bench="crash-study", method=method, metric="accuracy", system=system, **setting)
+    return {(record.setting["task"], record.seed): record.value for record in found}
+
+
+def _gains(ours: Scores, theirs: Scores) -> list[float]:
+    """Points gained, by task and seed."""
+    return [100 * (value - theirs[key]) for key, value in ours.items() if key in theirs]
+
+
+def crash_plug_in(records: Sequence[Record]) -> Verdict:
+    """CRaSh above uniform dropping and the distilled emulator; and where it stands among random sets."""
+    crash, uniform, distilled = (_plugged(records, name) for name in ("crash", "uniform", "distilled"))
+    over = _gains(crash, uniform)
+    if not over:
+        return None
+    drawn = find(records, bench="crash-study", metric="accuracy", system="plug-in", seed=0)
+    drawn = [record for record in drawn if record.method.startswith("random ")]
+    means = {"CRaSh": crash, "uniform": uniform, "distilled": distilled}
+    text = ", ".join(f"{percent(mean(list(values.values())) or 0.0)} {name}" for name, values in means.items())
+    median = True
+    if drawn:
+        task = drawn[0].setting["task"]
+        beaten = sum(crash[task, 0] > record.value for record in drawn)
+        median = beaten >= len(drawn) / 2
+        text += f"; above {beaten} of {len(drawn)} random sets on {task}"
+    spread = pstdev(over) if len(over) > 1 else 0.0
+    average = mean(over) or 0.0
+    return graded([average >= spread, average > 0, median], [average > 0]), text
+
+
+def crash_sharing(records: Sequence[Record]) -> Verdict:
+    """Plug-in accuracy with and without sharing."""
+    gains = _gains(_plugged(records, "crash"), _plugged(records, "crash, no sharing"))
+    if not gains:
+        return None
+    won = sum(gain > 0 for gain in gains)
+    text = f"{mean(gains):+.1f} points, {won} of {len(gains)} tasks and seeds won"
+    return graded([won == len(gains)], [(mean(gains) or 0.0) > 0]), text
+
+
+def crash_emulator(records: Sequence[Record]) -> Verdict:
+    """The plug-in model above the tuned emulator and above the full model as it was."""
+    plugged = _plugged(records, "crash")
+    over_emulator = _gains(plugged, _plugged(records, "crash", "emulator tuned"))
+    over_full = _gains(plugged, _plugged(records, "full", "zero-shot"))
+    if not over_emulator or not over_full:
+        return None
+    text = f"{mean(over_emulator):+.1f} points over the tuned emulator, {mean(over_full):+.1f} over the model before tuning"
+    averages = [(mean(over_emulator) or 0.0) > 0, (mean(over_full) or 0.0) > 0]
+    return graded([min(over_emulator) > 0, min(over_full) > 0], averages), text
+
+
+def crash_line(records: Sequence[Record]) -> Verdict:
+    """The barrier between the tuned full model and the plugged-in one, over the gap that tuning closes."""
+    found = [record.value for record in find(records, bench="crash-study", metric="barrier")]
+    if not found:
+        return None
+    text = f"{percent(mean(found) or 0.0)} of the gap, at most {percent(max(found))}"
+    return graded([max(found) <= 0.05], [(mean(found) or 0.0) <= 0.05]), text
