@@ -93,10 +93,14 @@ def _alone(block: Block, fold: Fold) -> bool:
     try:
         before = block.run()
         changing = True
-        return all(torch.equal(one, other) for one, other in zip(before, block.run(), strict=True))
+        return all(_same(one, other) for one, other in zip(before, block.run(), strict=True))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def linear_folds(block: Block) -> list[Fold]:

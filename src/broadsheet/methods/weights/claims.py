@@ -146,6 +146,116 @@ def olive_pairs(records: Sequence[Record]) -> Verdict:
     return graded([worst < 0.01, gaussian[0] < 0.01], [(mean(weights) or 0) < 0.01]), text
 
 
+# --- quantised code models --------------------------------------------------------------------------------------------
+
+
+def _differences(records: Sequence[Record], question: str, budget: float, **setting: object) -> list[Record]:
+    """Differences of pass@1 that the study measured at a precision, one a seed: AQLM's, or GPTQ's where it was not run."""
+    found = find(records, bench="code-study", metric="pass@1_difference", question=question, budget=budget, **setting)
+    return [record for record in found if record.method == "aqlm"] or [r for r in found if r.method == "gptq"]
+
+
+def _significant(found: Sequence[Record]) -> list[bool]:
+    """By the task-level test, a seed each."""
+    return [record.setting["p_tasks"] < 0.05 for record in found]
+
+
+def code_four_bits(records: Sequence[Record]) -> Verdict:
+    """Four bits lose at most a point, and not significantly on any seed."""
+    found = _differences(records, "precision", 4.0, calibration="code")
+    if not found:
+        return None
+    lost, bits = mean([record.value for record in found]) or 0.0, found[0].setting["bits"]
+    same = not any(_significant(found))
+    text = f"{found[0].method} at {bits:.2f} bits: {100 * lost:+.1f} points over {len(found)} seeds, "
+    return graded([same, lost >= -0.01], [same]), text + f"{percent(1 - bits / 16)} less in the linear layers"
+
+
+def code_bits(records: Sequence[Record]) -> Verdict:
+    """A knee between 4 and 3 bits: the former loses nothing significant on any seed, the latter and 2 bits do on all."""
+    found = {budget: _differences(records, "precision", budget, calibration="code") for budget in (8.0, 4.0, 3.0, 2.0)}
+    if not all(found.values()):
+        return None
+    means = {budget: mean([record.value for record in some]) or 0.0 for budget, some in found.items()}
+    falls = all(means[a] >= means[b] - 0.01 for a, b in pairwise(means))
+    kept = not any(_significant(found[8.0]) + _significant(found[4.0]))
+    parts = ", ".join(f"{100 * value:+.1f} at {found[b][0].setting['bits']:.2f}" for b, value in means.items())
+    certain = [falls, kept, all(_significant(found[3.0])), all(_significant(found[2.0]))]
+    text = f"{found[4.0][0].method}, points against bf16 by true bits: {parts}"
+    return graded(certain, [falls, kept, all(_significant(found[2.0]))]), text
+
+
+def code_calibration(records: Sequence[Record]) -> Verdict:
+    """Code beats random text at 2 bits on every seed, and makes no difference at 4 and 8."""
+    against: dict[float, list[Record]] = {budget: [] for budget in (8.0, 4.0, 3.0, 2.0)}
+    for budget, kept in against.items():
+        found = _differences(records, "calibration", budget, calibration="random")
+        kept += [record for record in found if record.setting["against"]["calibration"] == "code"]
+    if not (against[2.0] and against[4.0]):
+        return None
+    gains = {budget: -(mean([r.value for r in some]) or 0.0) for budget, some in against.items() if some}
+    wins = [record.value < 0 and record.setting["p_tasks"] < 0.05 for record in against[2.0]]
+    same = not any(_significant(against[4.0]) + _significant(against[8.0]))
+    parts = ", ".join(f"{100 * gain:+.1f} at {budget:g} bits" for budget, gain in gains.items())
+    text = f"{against[2.0][0].method}, points that code gains over random text: {parts}; "
+    text += f"{sum(wins)} of {len(wins)} seeds won at 2 bits"
+    return graded([all(wins), same], [gains[2.0] > 0]), text
+
+
+# --- OutlierTune --------------------------------------------------------------------------------------------------------
+
+
+def _study(records: Sequence[Record], method: str, metric: str, outliers: str, codes: int) -> float | None:
+    found = find(records, bench="outliertune-study", method=method, metric=metric, outliers=outliers, codes=codes)
+    return mean([record.value for record in found])
+
+
+def outliertune_parity(records: Sequence[Record]) -> Verdict:
+    """Points of accuracy and KL lost at 6 and 8 bits where outlier channels are shifted."""
+    full = mean([r.value for r in find(records, bench="outliertune-study", method="bf16", metric="accuracy")])
+    found = {bits: _study(records, "outliertune", "accuracy", "shifted", bits) for bits in (8, 6)}
+    eight, six = found[8], found[6]
+    if full is None or eight is None or six is None:
+        return None
+    lost = {8: 100 * (full - eight), 6: 100 * (full - six)}
+    text = f"{lost[8]:.1f} points lost at 8 bits, {lost[6]:.1f} at 6"
+    return graded([lost[8] <= 1, lost[6] <= 1], [lost[8] <= 1]), text
+
+
+def outliertune_memory(records: Sequence[Record]) -> Verdict:
+    """Integer weights and their scales, and whole blocks, over the 16-bit model's."""
+    found = find(records, bench="outliertune-study", metric="block_bytes", codes=8)
+    if not found:
+        return None
+    stored, blocks = found[0].setting["stored"], max(record.value for record in found)
+    return graded([stored <= 0.52], [blocks < 0.55]), f"{stored:.3f} (with norms and biases {blocks:.3f})"
+
+
+def outliertune_ranking(records: Sequence[Record]) -> Verdict:
+    """KL over SmoothQuant's at 6 bits, with outliers of every kind."""
+    ratios = {}
+    for outliers in ("shifted", "scaled", "none"):
+        ours, theirs = (_study(records, name, "kl", outliers, 6) for name in ("outliertune", "smoothquant"))
+        if ours is None or theirs is None:
+            return None
+        ratios[outliers] = ours / theirs
+    text = ", ".join(f"{ratio:.2f}× ({outliers})" for outliers, ratio in ratios.items())
+    holds = [ratios["shifted"] <= 0.5, ratios["scaled"] <= 0.5]
+    return graded(holds, [ratios["shifted"] < 1]), f"SmoothQuant's KL times {text}"
+
+
+def outliertune_centring(records: Sequence[Record]) -> Verdict:
+    """Nats a token saved by centring at 6 bits where outlier channels are shifted."""
+    wanted = {"metric": "loss_saved", "against": "no symmetrisation", "outliers": "shifted", "codes": 6}
+    found = find(records, bench="outliertune-study", **wanted)
+    with_, without = (_study(records, name, "kl", "shifted", 6) for name in ("outliertune", "no symmetrisation"))
+    if not found or with_ is None or without is None:
+        return None
+    certain = [record.ci is not None and min(record.ci) > 0 for record in found]
+    saved = mean([record.value for record in found]) or 0.0
+    return graded(certain, [with_ < without]), f"KL {with_:.4f} against {without:.4f}, {saved:+.4f} nats a token saved"
+
+
 # --- AccLLM: its ladder, on the built-in model and on a trained one's text ------------------------------------------------
 
 

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from broadsheet.core.models import folds
 from broadsheet.core.models.observers import Gram, Norms, Range
 from broadsheet.core.models.walker import Block, Pass, blocks, walk, widened
-from broadsheet.core.numerics.integer import LEAST
 
 from ..base import Shape, Unreachable, WeightMethod, check_model
+from ..smoothquant import smoothing
 from .clipping import Clip, Grid, plain_grid, stored_bytes
 from .layer import SparseLinear
 from .sparsity import PLACES, Sparsity, mask_nm, sparsegpt, wanda_score
@@ -255,8 +255,7 @@ def smooth(block: Block, alpha: float) -> None:
     for fold in folds.norm_folds(block):
         seen = Range()
         block.observe({fold.readers[0]: seen})
-        weights = torch.stack([block.get(name).weight.float().abs().amax(0) for name in fold.readers]).amax(0)
-        scale = seen.largest.clamp(min=LEAST) ** alpha / weights.clamp(min=LEAST) ** (1 - alpha)
+        scale = smoothing(seen.largest, [block.get(name).weight for name in fold.readers], alpha)
         folds.scale(block, fold, scale)
 
 
