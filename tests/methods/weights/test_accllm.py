@@ -312,8 +312,8 @@ def test_learned_ranges_come_closer_to_the_exact_block():
     errors = {}
     for name, settings in {
         "nearest": {"clip": "none"},
-        "learned": {"learning_rate": 0.05, "epochs": 20},
-        "recovered": {"learning_rate": 0.05, "epochs": 20, "weight_learning_rate": 3e-3},
+        "learned": {"learning_rate": 0.1, "epochs": 8},
+        "recovered": {"learning_rate": 0.1, "epochs": 8, "weight_learning_rate": 5e-3},
     }.items():
         small = AccLLM(**{"activation_bits": 0, "group_size": 32, **settings}).compress(copy.deepcopy(model), ids)
         errors[name] = F.mse_loss(small(ids).logits, model(ids).logits).item()
