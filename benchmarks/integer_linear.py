@@ -1,6 +1,6 @@
 """Linear layers that multiply integers on the CPU against F.linear on 16-bit and 32-bit weights, norm included.
 
-    python benchmarks/integer_linear.py [--width 4096] [--batches 1,64,512] [--threads 1] [--repeats 7]
+    python benchmarks/integer_linear.py [--width 4096] [--batches 1,64,512] [--threads 1,2] [--repeats 7]
 
 What is timed is an RMS norm and one square layer that it feeds. "static": the norm has taken in a scale for each channel and
 makes codes, as OutlierTune leaves it; "explicit": the layer divides by these scales; "token": each token is given its scale,
@@ -11,24 +11,23 @@ on the machine does not count), else wall time.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import alternately, clock_name, record, show
+from _timing import against, alternately, clock_name, layer_benchmark, record
 from torch import nn
 
 from broadsheet.core.numerics import integer
-from broadsheet.core.records import Record, write_json
+from broadsheet.core.records import Record
 from broadsheet.methods.weights.integer import FoldedNorm, IntegerLinear, quantise_rows
 
 Layer = tuple[FoldedNorm, IntegerLinear]
+Layers = tuple[nn.Linear, dict[str, Layer]]
 
 
-def layers(width: int) -> tuple[nn.Linear, dict[str, Layer]]:
+def layers(width: int) -> Layers:
     """Symmetric and asymmetric weights cost the same but for the zeros; all are asymmetric here."""
     torch.manual_seed(0)
     linear = nn.Linear(width, width)
@@ -45,8 +44,8 @@ def layers(width: int) -> tuple[nn.Linear, dict[str, Layer]]:
 
 
 @torch.inference_mode()
-def measure(linear: nn.Linear, packed: dict[str, Layer], batch: int, threads: int, repeats: int) -> list[Record]:
-    torch.set_num_threads(threads)
+def measure(layers: Layers, batch: int, threads: int, repeats: int) -> list[Record]:
+    linear, packed = layers
     width = linear.in_features
     wide = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch))
     x, ones, weight, bias = wide.bfloat16(), torch.ones(width), linear.weight.bfloat16(), linear.bias.bfloat16()
@@ -61,34 +60,12 @@ def measure(linear: nn.Linear, packed: dict[str, Layer], batch: int, threads: in
         contenders["torch._int_mm"] = lambda: torch._int_mm(codes, stored.T)
     seconds = alternately(contenders, repeats)
 
-    made = partial(record, "", "integer-linear")
     setting = {"width": width, "batch": batch, "threads": threads, "clock": clock_name()}
-    records = [made("seconds", times, "s", name, setting) for name, times in seconds.items()]
     pairs = [(name, rival) for name in packed for rival in ("F.linear bf16", "F.linear fp32")]
     pairs += [(f"static W{bits}A{bits}", f"{other} W{bits}A{bits}") for bits in (8, 6) for other in ("explicit", "token")]
     pairs += [("product", "torch._int_mm")] if "torch._int_mm" in seconds else []
-    for name, rival in pairs:
-        ratios = [theirs / mine for theirs, mine in zip(seconds[rival], seconds[name])]
-        records.append(made("time_ratio", ratios, "times ours", name, {**setting, "against": rival}))
-    return records
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--batches", default="1,64,512")
-    parser.add_argument("--threads", default="1")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "integer_linear.records.json"))
-    arguments = parser.parse_args()
-    linear, packed = layers(arguments.width)
-    records: list[Record] = []
-    for threads in map(int, arguments.threads.split(",")):
-        for batch in map(int, arguments.batches.split(",")):
-            records += measure(linear, packed, batch, threads, arguments.repeats)
-            write_json(records, arguments.out)  # a kill loses at most the cell under way
-    show(records)
+    return against(partial(record, "", "integer-linear"), seconds, pairs, setting)
 
 
 if __name__ == "__main__":
-    main()
+    layer_benchmark(__doc__, __file__, layers, measure, batches="1,64,512", repeats=7)

@@ -11,6 +11,7 @@ import typer
 from broadsheet import catalogue
 
 from .crash import crash
+from .study import study
 from .weights import bitstack, dfloat11
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def calibrate(
 app.add_typer(dfloat11, name="dfloat11")
 app.add_typer(bitstack, name="bitstack")
 app.add_typer(crash, name="crash")
+app.add_typer(study, name="study")
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from broadsheet.core.records import Record
 from .compare import Cell, bench, has_bench
 
 #: Papers that have a command of their own.
-COMMANDS = {"crash": "crash"}
+COMMANDS = {"crash": "crash", "quantizing-code-llms": "study code"}
 
 
 def family_of(slug: str) -> str:

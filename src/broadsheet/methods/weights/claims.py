@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from broadsheet.core.records import Record
-from broadsheet.core.verdicts import Verdict, find, graded, mean
+from broadsheet.core.verdicts import Verdict, find, graded, mean, percent
 
 # --- BitStack: one stack at the rivals' sizes, on the built-in model -----------------------------------------------------
 
@@ -146,6 +146,62 @@ def olive_pairs(records: Sequence[Record]) -> Verdict:
     return graded([worst < 0.01, gaussian[0] < 0.01], [(mean(weights) or 0) < 0.01]), text
 
 
+# --- quantised code models --------------------------------------------------------------------------------------------
+
+
+def _differences(records: Sequence[Record], question: str, budget: float, **setting: object) -> list[Record]:
+    """Differences of pass@1 that the study measured at a precision, one a seed: AQLM's, or GPTQ's where it was not run."""
+    found = find(records, bench="code-study", metric="pass@1_difference", question=question, budget=budget, **setting)
+    return [record for record in found if record.method == "aqlm"] or [r for r in found if r.method == "gptq"]
+
+
+def _significant(found: Sequence[Record]) -> list[bool]:
+    """By the task-level test, a seed each."""
+    return [record.setting["p_tasks"] < 0.05 for record in found]
+
+
+def code_four_bits(records: Sequence[Record]) -> Verdict:
+    """Four bits lose at most a point, and not significantly on any seed."""
+    found = _differences(records, "precision", 4.0, calibration="code")
+    if not found:
+        return None
+    lost, bits = mean([record.value for record in found]) or 0.0, found[0].setting["bits"]
+    same = not any(_significant(found))
+    text = f"{found[0].method} at {bits:.2f} bits: {100 * lost:+.1f} points over {len(found)} seeds, "
+    return graded([same, lost >= -0.01], [same]), text + f"{percent(1 - bits / 16)} less in the linear layers"
+
+
+def code_bits(records: Sequence[Record]) -> Verdict:
+    """A knee between 4 and 3 bits: the former loses nothing significant on any seed, the latter and 2 bits do on all."""
+    found = {budget: _differences(records, "precision", budget, calibration="code") for budget in (8.0, 4.0, 3.0, 2.0)}
+    if not all(found.values()):
+        return None
+    means = {budget: mean([record.value for record in some]) or 0.0 for budget, some in found.items()}
+    falls = all(means[a] >= means[b] - 0.01 for a, b in pairwise(means))
+    kept = not any(_significant(found[8.0]) + _significant(found[4.0]))
+    parts = ", ".join(f"{100 * value:+.1f} at {found[b][0].setting['bits']:.2f}" for b, value in means.items())
+    certain = [falls, kept, all(_significant(found[3.0])), all(_significant(found[2.0]))]
+    text = f"{found[4.0][0].method}, points against bf16 by true bits: {parts}"
+    return graded(certain, [falls, kept, all(_significant(found[2.0]))]), text
+
+
+def code_calibration(records: Sequence[Record]) -> Verdict:
+    """Code beats random text at 2 bits on every seed, and makes no difference at 4 and 8."""
+    against: dict[float, list[Record]] = {budget: [] for budget in (8.0, 4.0, 3.0, 2.0)}
+    for budget, kept in against.items():
+        found = _differences(records, "calibration", budget, calibration="random")
+        kept += [record for record in found if record.setting["against"]["calibration"] == "code"]
+    if not (against[2.0] and against[4.0]):
+        return None
+    gains = {budget: -(mean([r.value for r in some]) or 0.0) for budget, some in against.items() if some}
+    wins = [record.value < 0 and record.setting["p_tasks"] < 0.05 for record in against[2.0]]
+    same = not any(_significant(against[4.0]) + _significant(against[8.0]))
+    parts = ", ".join(f"{100 * gain:+.1f} at {budget:g} bits" for budget, gain in gains.items())
+    text = f"{against[2.0][0].method}, points that code gains over random text: {parts}; "
+    text += f"{sum(wins)} of {len(wins)} seeds won at 2 bits"
+    return graded([all(wins), same], [gains[2.0] > 0]), text
+
+
 # --- OutlierTune --------------------------------------------------------------------------------------------------------
 
 
@@ -198,3 +254,28 @@ def outliertune_centring(records: Sequence[Record]) -> Verdict:
     certain = [record.ci is not None and min(record.ci) > 0 for record in found]
     saved = mean([record.value for record in found]) or 0.0
     return graded(certain, [with_ < without]), f"KL {with_:.4f} against {without:.4f}, {saved:+.4f} nats a token saved"
+
+
+# --- AccLLM: its ladder, on the built-in model and on a trained one's text ------------------------------------------------
+
+
+def accllm_accuracy(records: Sequence[Record]) -> Verdict:
+    """Whether the last rung follows instructions as the original does; with it, what learned ranges and the window do."""
+    found = find(records, bench="accllm_ladder")
+
+    def of(metric: str, label: str, **setting: str) -> list[Record]:
+        return find(found, metric=metric, method=label, **setting)
+
+    before, after = of("instructions", "FP"), of("instructions", "+W2")
+    far = of("recall", "+Lambda", windows_back="2 to 3")
+    rounded, learned = (of("perplexity", f"2:4 W2 {name}", part="weights") for name in ("nearest", "learned"))
+    if not (before and after and far and rounded and learned):
+        return None
+    ratios = {a.model.split("@")[0]: a.value / b.value for a, b in zip(rounded, learned, strict=True) if a.model == b.model}
+    text = (
+        f"instructions {percent(before[0].value)} before, {percent(after[0].value)} after; two windows back "
+        f"{percent(far[0].value)} of pairs recalled; perplexity of rounding to nearest over that of learned ranges "
+        + ", ".join(f"{ratio:.1f} ({model})" for model, ratio in ratios.items())
+    )
+    kept = after[0].value >= (before[0].ci or (1, 1))[0]
+    return graded([kept, max(ratios.values()) >= 2, far[0].value < 0.05], [after[0].value >= 0.9 * before[0].value]), text
