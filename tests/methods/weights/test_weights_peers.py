@@ -17,7 +17,7 @@ pytestmark = pytest.mark.peers
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_hqq_quantises_as_its_package_does(bits, monkeypatch):
-    """With scales in float32 the same codes, but for zeros in float16; with scales in float16, as stored here, no more error."""
+    """The same codes with scales in float32, but for zeros in float16; with scales in float16 as stored, no more error."""
     quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)) * 0.02
     weight[:, 3] *= 8
