@@ -5,13 +5,15 @@
 Outliers are put into 6 channels of what every norm makes, in a way that leaves the function as it is: "none"; "scaled", 30
 times as large; "shifted", 3 times as large and 40 up or down (the norms get a bias for it, as those of OPT have one). All
 are quantised to 8 (fewer variants) and to 6 bits, weights and activations. Clip rates are of static scales, on text of the
-calibration's kind (another seed) and on random tokens.
+calibration's kind (another seed) and on random tokens. ``kl`` is of the sessions' answers, ``text_kl`` of every token of
+that text.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 from dataclasses import replace
 
 import torch
@@ -19,7 +21,8 @@ from _weights import Study, command
 from transformers import PreTrainedModel
 
 from broadsheet.core.models import folds
-from broadsheet.core.models.walker import decoder_blocks, walk
+from broadsheet.core.models.walker import decoder_blocks, walk, widened
+from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.weights.base import WeightMethod, size
 from broadsheet.methods.weights.bench import base_model, calibration
 from broadsheet.methods.weights.integer import clip_rates, widen
@@ -66,6 +69,14 @@ def held(model: PreTrainedModel) -> int:
     return sum(t.nbytes for b in decoder_blocks(model).values() for t in [*b.parameters(), *b.buffers()])
 
 
+@torch.inference_mode()
+def divergence(model: PreTrainedModel, source: PreTrainedModel, ids: torch.Tensor) -> list[float]:
+    """KL to ``source`` over all tokens of each sequence, nats a token: answers alone are few, their KL has a tail."""
+    with widened(model):
+        ours, true = (which(ids, use_cache=False).logits.float().log_softmax(-1) for which in (model, source))
+    return (true.exp() * (true - ours)).sum(-1).mean(-1).tolist()
+
+
 def run(study: Study, seed: int) -> None:
     model, tokenizer, _ = base_model(study.work)
     ids = calibration(replace(study.work, seed=seed), tokenizer)
@@ -84,6 +95,8 @@ def run(study: Study, seed: int) -> None:
                 where = {"outliers": outliers, "codes": bits}
                 results = study.scored(small)
                 study.add(name, seed, small, results, **where)
+                values = divergence(small, source, later)
+                study.record(name, "text_kl", statistics.fmean(values), seed, len(values), bootstrap_ci(values), **where)
                 if name == "outliertune":
                     ours = results
                     share = held(small) / held(model)

@@ -366,7 +366,7 @@ def test_acceptance_5_a_tie_where_channels_are_centred():
 def pocket():
     """A trained model, tokens to calibrate on, more of the same kind, and of another."""
     model, tokenizer = load("pocket-2m")
-    ids, held = (calibration(Workload(samples=samples, seed=seed), tokenizer) for samples, seed in ((24, 0), (6, 1)))
+    ids, held = (calibration(Workload(samples=samples, seed=seed), tokenizer) for samples, seed in ((16, 0), (4, 1)))
     shifted = torch.randint(3, model.config.vocab_size, held.shape, generator=torch.Generator().manual_seed(0))
     return model, ids, held, shifted, OutlierTune().compress(copy.deepcopy(model), ids)
 

@@ -233,10 +233,10 @@ def outliertune_memory(records: Sequence[Record]) -> Verdict:
 
 
 def outliertune_ranking(records: Sequence[Record]) -> Verdict:
-    """KL over SmoothQuant's at 6 bits, with outliers of every kind."""
+    """KL over SmoothQuant's at 6 bits on all tokens of a text, with outliers of every kind."""
     ratios = {}
     for outliers in ("shifted", "scaled", "none"):
-        ours, theirs = (_study(records, name, "kl", outliers, 6) for name in ("outliertune", "smoothquant"))
+        ours, theirs = (_study(records, name, "text_kl", outliers, 6) for name in ("outliertune", "smoothquant"))
         if ours is None or theirs is None:
             return None
         ratios[outliers] = ours / theirs
@@ -246,15 +246,14 @@ def outliertune_ranking(records: Sequence[Record]) -> Verdict:
 
 
 def outliertune_centring(records: Sequence[Record]) -> Verdict:
-    """Nats a token saved by centring at 6 bits where outlier channels are shifted."""
-    wanted = {"metric": "loss_saved", "against": "no symmetrisation", "outliers": "shifted", "codes": 6}
-    found = find(records, bench="outliertune-study", **wanted)
-    with_, without = (_study(records, name, "kl", "shifted", 6) for name in ("outliertune", "no symmetrisation"))
-    if not found or with_ is None or without is None:
+    """KL at 6 bits on all tokens of a text where outlier channels are shifted, with and without centring."""
+    wanted = {"bench": "outliertune-study", "metric": "text_kl", "outliers": "shifted", "codes": 6}
+    ours, theirs = (find(records, method=name, **wanted) for name in ("outliertune", "no symmetrisation"))
+    if not ours or not theirs:
         return None
-    certain = [record.ci is not None and min(record.ci) > 0 for record in found]
-    saved = mean([record.value for record in found]) or 0.0
-    return graded(certain, [with_ < without]), f"KL {with_:.4f} against {without:.4f}, {saved:+.4f} nats a token saved"
+    with_, without = mean([record.value for record in ours]) or 0.0, mean([record.value for record in theirs]) or 0.0
+    apart = max(r.ci[1] if r.ci else r.value for r in ours) < min(r.ci[0] if r.ci else r.value for r in theirs)
+    return graded([apart], [with_ < without]), f"KL {with_:.4f} against {without:.4f} nats a token"
 
 
 # --- AccLLM: its ladder, on the built-in model and on a trained one's text ------------------------------------------------
