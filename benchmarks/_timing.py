@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from broadsheet.core.records import Record, now, provenance
+from broadsheet.core.records import Record, now, provenance, write_json
 
 
 def alternately(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -38,6 +41,49 @@ def record(
         paper=paper, method=method, bench=bench, metric=metric, value=statistics.median(values), unit=unit,
         n=len(values), model=model, setting={**setting, **spread}, time=now(), **provenance(),
     )  # fmt: skip
+
+
+def against(
+    made: Callable[..., Record],
+    seconds: dict[str, list[float]],
+    pairs: Iterable[tuple[str, str]],
+    setting: dict,
+    held: Mapping[str, int] | None = None,
+) -> list[Record]:
+    """Records of all seconds, with the bytes ``held`` by some, and of how many times longer rivals took: (ours, rival)."""
+    records = []
+    for name, times in seconds.items():
+        more = {"bytes": held[name]} if held and name in held else {}
+        records.append(made("seconds", times, "s", name, {**setting, **more}))
+    for name, rival in pairs:
+        ratios = [theirs / mine for theirs, mine in zip(seconds[rival], seconds[name])]
+        records.append(made("time_ratio", ratios, "times ours", name, {**setting, "against": rival}))
+    return records
+
+
+def layer_benchmark(
+    description: str | None,
+    file: str,
+    layers: Callable[[int], Any],
+    measure: Callable[[Any, int, int, int], list[Record]],
+    batches: str = "1,8,64",
+    repeats: int = 15,
+) -> None:
+    """The command line of a benchmark of one square layer: ``measure(layers(width), batch, threads, repeats)`` for all."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--batches", default=batches)
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--out", default=str(Path(file).parent / "results" / f"{Path(file).stem}.records.json"))
+    arguments = parser.parse_args()
+    made, records = layers(arguments.width), list[Record]()
+    for threads in map(int, arguments.threads.split(",")):
+        torch.set_num_threads(threads)
+        for batch in map(int, arguments.batches.split(",")):
+            records += measure(made, batch, threads, arguments.repeats)
+            write_json(records, arguments.out)  # a kill loses at most the cell under way
+    show(records)
 
 
 def clock_name() -> str:

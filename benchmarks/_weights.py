@@ -114,5 +114,5 @@ class Study:
 
     def finish(self) -> None:
         """Writes what there is; called after every seed, so that a kill loses at most the one under way."""
-        model = Path(self.arguments.model).name
-        write_results(self.records, Path(__file__).parent / "results" / f"{self.name}.{model}.records.json")
+        name = f"{self.name.replace('-', '_')}.{Path(self.arguments.model).name}.records.json"
+        write_results(self.records, Path(__file__).parent / "results" / name)

@@ -10,25 +10,23 @@ weight (``reference``) is timed apart, three times. With one thread CPU time is 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import alternately, clock_name, show
-from _timing import record as any_record
+from _timing import against, alternately, clock_name, layer_benchmark, record
 from torch import nn
 
 from broadsheet.core.numerics.groups import quantise_groups
 from broadsheet.core.numerics.packed import PackedLinear
 from broadsheet.core.numerics.packing import unpack
-from broadsheet.core.records import Record, write_json
+from broadsheet.core.records import Record
 from broadsheet.methods.weights.rtn import GroupLinear
 
 GROUP = 128
-record = partial(any_record, "", "group-matmul")
+Layers = tuple[nn.Linear, dict[str, GroupLinear]]
+made = partial(record, "", "group-matmul")
 
 
 def torch_int4(layer: GroupLinear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -39,9 +37,15 @@ def torch_int4(layer: GroupLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, both)
 
 
+def layers(width: int) -> Layers:
+    linear = nn.Linear(width, width, bias=False)
+    weight = linear.weight.detach()
+    return linear, {f"{bits} bits": GroupLinear.of(linear, quantise_groups(weight, bits, GROUP)) for bits in (2, 3, 4, 8)}
+
+
 @torch.inference_mode()
-def measure(linear: nn.Linear, packed: dict[str, GroupLinear], batch: int, threads: int, repeats: int) -> list[Record]:
-    torch.set_num_threads(threads)
+def measure(layers: Layers, batch: int, threads: int, repeats: int) -> list[Record]:
+    linear, packed = layers
     wide = torch.randn(batch, linear.in_features, generator=torch.Generator().manual_seed(1))
     x, weight, four = wide.bfloat16(), linear.weight.bfloat16(), packed["4 bits"]
     peer = torch_int4(four)
@@ -58,36 +62,9 @@ def measure(linear: nn.Linear, packed: dict[str, GroupLinear], batch: int, threa
     seconds |= alternately({"reference": lambda: PackedLinear.forward(four, x)}, 3)
 
     setting = {"width": linear.in_features, "batch": batch, "threads": threads, "clock": clock_name()}
-    records = []
-    for name, times in seconds.items():
-        held = {"bytes": packed[name].nbytes} if name in packed else {}
-        records.append(record("seconds", times, "s", name, {**setting, **held}))
-    for name in packed:
-        for rival in rivals:
-            ratios = [theirs / mine for theirs, mine in zip(seconds[rival], seconds[name])]
-            records.append(record("time_ratio", ratios, "times ours", name, {**setting, "against": rival}))
-    return records
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--batches", default="1,8,64")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "group_matmul.records.json"))
-    arguments = parser.parse_args()
-    linear = nn.Linear(arguments.width, arguments.width, bias=False)
-    packed = {
-        f"{bits} bits": GroupLinear.of(linear, quantise_groups(linear.weight.detach(), bits, GROUP)) for bits in (2, 3, 4, 8)
-    }
-    records: list[Record] = []
-    for threads in map(int, arguments.threads.split(",")):
-        for batch in map(int, arguments.batches.split(",")):
-            records += measure(linear, packed, batch, threads, arguments.repeats)
-            write_json(records, arguments.out)  # a kill loses at most the cell under way
-    show(records)
+    pairs = [(name, rival) for name in packed for rival in rivals]
+    return against(made, seconds, pairs, setting, {name: layer.nbytes for name, layer in packed.items()})
 
 
 if __name__ == "__main__":
-    main()
+    layer_benchmark(__doc__, __file__, layers, measure)

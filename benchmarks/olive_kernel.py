@@ -11,18 +11,16 @@ count), else wall time.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import alternately, clock_name, record, show
+from _timing import against, alternately, clock_name, layer_benchmark, record
 from torch import nn
 
 from broadsheet.core.numerics.packed import PackedLinear
-from broadsheet.core.records import Record, write_json
+from broadsheet.core.records import Record
 from broadsheet.methods.weights.olive import Olive, OVPLinear
 
 METHODS = {
@@ -33,6 +31,10 @@ METHODS = {
 }
 
 
+Layers = tuple[nn.Linear, dict[str, OVPLinear]]
+made = partial(record, "olive", "olive-kernel")
+
+
 def planted(rows: int, columns: int, seed: int) -> torch.Tensor:
     """Normal values, 0.5 % of them six times as large."""
     draw = torch.Generator().manual_seed(seed)
@@ -40,7 +42,7 @@ def planted(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.where(torch.rand(rows, columns, generator=draw) < 0.005, 6 * x, x)
 
 
-def layers(width: int) -> tuple[nn.Linear, dict[str, OVPLinear]]:
+def layers(width: int) -> Layers:
     linear = nn.Linear(width, width, bias=False)
     linear.weight.data = planted(width, width, 0) * 0.02
     calibration = planted(256, width, 1)
@@ -48,8 +50,8 @@ def layers(width: int) -> tuple[nn.Linear, dict[str, OVPLinear]]:
 
 
 @torch.inference_mode()
-def measure(linear: nn.Linear, packed: dict[str, OVPLinear], batch: int, threads: int, repeats: int) -> list[Record]:
-    torch.set_num_threads(threads)
+def measure(layers: Layers, batch: int, threads: int, repeats: int) -> list[Record]:
+    linear, packed = layers
     wide = planted(batch, linear.in_features, 2)
     x, weight = wide.bfloat16(), linear.weight.bfloat16()
     contenders: dict[str, Callable[[], object]] = {
@@ -61,35 +63,10 @@ def measure(linear: nn.Linear, packed: dict[str, OVPLinear], batch: int, threads
     slow = {"W4 reference": lambda: PackedLinear.forward(packed["W4"], x)}
     seconds |= alternately(slow, 3)
 
-    made = partial(record, "olive", "olive-kernel")
     setting = {"width": linear.in_features, "batch": batch, "threads": threads, "clock": clock_name()}
-    records = []
-    for name, times in seconds.items():
-        held = {"bytes": packed[name].nbytes} if name in packed else {}
-        records.append(made("seconds", times, "s", name, {**setting, **held}))
-    for name in packed:
-        for rival in ("F.linear bf16", "F.linear fp32", "W4 reference"):
-            ratios = [theirs / mine for theirs, mine in zip(seconds[rival], seconds[name])]
-            records.append(made("time_ratio", ratios, "times ours", name, {**setting, "against": rival}))
-    return records
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--batches", default="1,8,64")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "olive_kernel.records.json"))
-    arguments = parser.parse_args()
-    linear, packed = layers(arguments.width)
-    records: list[Record] = []
-    for threads in map(int, arguments.threads.split(",")):
-        for batch in map(int, arguments.batches.split(",")):
-            records += measure(linear, packed, batch, threads, arguments.repeats)
-            write_json(records, arguments.out)  # a kill loses at most the cell under way
-    show(records)
+    pairs = [(name, rival) for name in packed for rival in ("F.linear bf16", "F.linear fp32", "W4 reference")]
+    return against(made, seconds, pairs, setting, {name: layer.nbytes for name, layer in packed.items()})
 
 
 if __name__ == "__main__":
-    main()
+    layer_benchmark(__doc__, __file__, layers, measure)

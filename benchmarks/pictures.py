@@ -17,11 +17,19 @@ from broadsheet.lab.terminal import terminal_table
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
+#: results -> the budget whose table is drawn
+RESULTS = {
+    "caches_sessions": 0.25,
+    "caches_text": 0.25,
+    "weights_sessions": 3.0,
+    "weights_outliers": 3.0,
+    "weights_text": 3.0,
+}
 
 
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name in ("caches_sessions", "caches_text"):
+    for name, budget in RESULTS.items():
         path = HERE / "results" / f"{name}.records.json"
         if not path.is_file():
             continue
@@ -29,8 +37,8 @@ def main() -> None:
         table = rows(records)
         how = view(records)
         console = Console(record=True, width=150, file=io.StringIO(), force_terminal=True)
-        console.print(terminal_table([r for r in records if r.setting.get("budget", 0.25) == 0.25]))
-        title = "broadsheet compare caches --budgets 0.25"
+        console.print(terminal_table([r for r in records if r.setting.get("budget", budget) == budget]))
+        title = f"broadsheet compare {name.partition('_')[0]} --budgets {budget:g}"
         (IMAGES / f"{name}_table.svg").write_text(console.export_svg(title=title, unique_id=name), encoding="utf-8")
         figure = plots.quality_against_price(table, quality_of(records), how)
         (IMAGES / f"{name}_bytes.svg").write_text(plots.svg(figure), encoding="utf-8")

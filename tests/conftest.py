@@ -1,5 +1,7 @@
 """Every test gets its own state folder; torch is kept to two threads."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,3 +14,9 @@ def _home(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def jdk() -> bool:
+    """Whether Java can be compiled and run here."""
+    return bool(shutil.which("java") and shutil.which("javac"))

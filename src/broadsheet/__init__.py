@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,7 +29,7 @@ def resolve(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-class _Registration(MetaPathFinder):
+class _Registration:
     """Teaches transformers to load what Broadsheet compressed, once and if transformers is imported at all.
 
     transformers has no entry points for quantisers: they must be registered after its registry is there. Importing it for

@@ -207,3 +207,44 @@ def test_mpc_calibrate_refits_the_shipped_prices(tmp_path):
     assert json.loads(out.read_text()) == json.loads(mpc_prices.FITTED.read_text())
     done = broadsheet("mpc", "calibrate", str(tmp_path / "none.json"), check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+# --- studies -------------------------------------------------------------------------------------------------------
+
+
+def test_study_code(tmp_path):
+    arguments = ["study", "code", "--methods", "rtn", "--bits", "8", "--limit", "2", "--samples", "2", "--seconds", "20"]
+    arguments += ["--calibration-tokens", "64"]
+    table, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    done = broadsheet(*arguments, "--out", str(table), "--plot", str(plot), "--json", "-")
+    records = json.loads(done.stdout)
+    assert {record["metric"] for record in records} >= {"pass@1", "bits", "perplexity"}
+    assert {record["method"] for record in records} == {"bf16", "rtn"}
+    assert len(table.read_text().splitlines()) == 1 + 2 * 2 * 2
+    assert plot.read_text().startswith("<svg")
+    again = broadsheet(*arguments)  # from what is stored
+    assert "rtn 8 bits" in again.stdout
+    assert "pass@1 of 2 tasks × 2 samples" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "four"], "--bits takes numbers such as 8,4,3,2"),
+        (["--methods", "gptp"], "unknown method 'gptp'"),
+        (["--tasks", "missing.jsonl"], "no file missing.jsonl"),
+        (["--calibration", "wiki"], "no calibration 'wiki'"),
+        (["--model", "nothing"], "no model 'nothing'"),
+    ],
+)
+def test_study_code_says_what_is_wrong(arguments, message):
+    done = broadsheet("study", "code", *arguments, "--limit", "1", check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_study_is_not_run_as_a_method():
+    done = broadsheet("run", "quantizing-code-llms", check=False)
+    assert done.returncode == 2
+    assert "broadsheet study code --help" in done.stderr

@@ -114,3 +114,22 @@ def test_dfloat11_folders_are_inspected_and_verified(folder, tmp_path):
     assert (
         "equal to the original bit by bit" in broadsheet("dfloat11", "verify", str(small), "--original", str(plain)).stdout
     )
+
+
+def test_an_emulator_goes_out_and_its_adapters_come_back(folder, tmp_path):
+    from broadsheet.methods.weights.crash import extract_adapters, load_emulator
+
+    out = broadsheet(
+        "crash", "emulate", "--model", folder, "--keep", "2", "--adapters", "1", "--samples", "8", "--tokens", "32",
+        "--out", str(tmp_path / "out"),
+    ).stdout  # fmt: skip
+    assert "kept" in out
+    assert "tuned" in out
+    file = extract_adapters(load_emulator(tmp_path / "out"), tmp_path / "adapters.safetensors")
+    broadsheet("crash", "plug-in", str(file), "--model", folder, "--out", str(tmp_path / "full"))
+    tuned, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "full", folder))
+    assert torch.equal(tuned(IDS).logits, plain(IDS).logits)  # nothing was tuned
+    done = broadsheet("crash", "plug-in", str(file), "--model", "pocket-2m", "--out", str(tmp_path / "x"), check=False)
+    assert done.returncode == 2
+    assert "another model" in done.stderr
+    assert "broadsheet crash --help" in broadsheet("run", "crash", "--model", folder, check=False).stderr

@@ -5,7 +5,7 @@ from torch import nn
 
 from broadsheet.core.models import folds
 from broadsheet.core.models.observers import Gram, Norms, Range
-from broadsheet.core.models.walker import blocks, decoder_blocks, walk
+from broadsheet.core.models.walker import Block, Pass, blocks, decoder_blocks, walk
 
 KINDS = ("gqa", "mha", "qwen2", "qwen3", "neox", "opt")
 
@@ -124,3 +124,21 @@ def test_a_model_without_decoder_blocks_and_an_empty_calibration_are_refused():
 def test_folds_need_a_walked_block():
     with pytest.raises(ValueError, match="calibration tokens"):
         folds.norm_folds(next(iter(blocks(tiny("gqa")))))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_norm_that_feeds_more_than_linear_layers_is_no_fold(residual):
+    """As where blocks are normalised at their end, and the residual stream is what the norm makes."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.gate = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            normed = self.norm(hidden)
+            return (normed if residual else hidden) + self.up(normed) * self.gate(normed).sigmoid()
+
+    block = Block(0, "layers.0", Layer(), [Pass(torch.randn(2, 5, 8))])
+    found = [] if residual else [folds.Fold("layers.0.norm", ("layers.0.up", "layers.0.gate"))]
+    assert folds.norm_folds(block) == found

@@ -1,4 +1,8 @@
-"""The command line. Commands import what they need when they run: listing papers must not wait for torch."""
+"""The command line. Commands import what they need when they run: listing papers must not wait for torch.
+
+Annotations of commands are no strings (no ``annotations`` of ``__future__``): typer would compile every one of them at every
+start.
+"""
 
 from __future__ import annotations
 

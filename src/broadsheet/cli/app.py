@@ -1,7 +1,5 @@
 """The commands of ``broadsheet``."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +8,8 @@ import typer
 
 from broadsheet import catalogue
 
+from .crash import crash
+from .study import study
 from .weights import bitstack, dfloat11
 
 if TYPE_CHECKING:
@@ -298,6 +298,8 @@ def calibrate(
 
 app.add_typer(dfloat11, name="dfloat11")
 app.add_typer(bitstack, name="bitstack")
+app.add_typer(crash, name="crash")
+app.add_typer(study, name="study")
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------
@@ -375,7 +377,7 @@ def _value(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _with_progress(work: Any) -> list[Record]:
+def _with_progress(work: Any) -> "list[Record]":
     """Runs ``work(progress)`` under a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -401,7 +403,7 @@ def _with_progress(work: Any) -> list[Record]:
         return work(progress)
 
 
-def _print_table(records: Sequence[Record]) -> None:
+def _print_table(records: "Sequence[Record]") -> None:
     from rich.console import Console
 
     from broadsheet.lab.terminal import terminal_table

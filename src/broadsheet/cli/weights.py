@@ -1,7 +1,5 @@
 """Commands on compressed folders: ``broadsheet dfloat11 ...`` and ``broadsheet bitstack ...``."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

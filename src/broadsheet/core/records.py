@@ -96,33 +96,28 @@ class StorageError(RuntimeError):
     """Records could not be written; the message says where and what to do."""
 
 
-class RecordStore:
-    """Cells of records in one JSON-lines file: ``{"cell": key, "records": [...]}`` a line.
+class JsonLines:
+    """A file of JSON objects, one a line, to which lines are only ever added.
 
-    A cell is all that one (method, budget, seed) measured; it is written with one append and flushed to disk. A line torn
-    by a kill is ignored when read, and the cell is measured again.
+    A line is flushed to disk before `add` returns. One torn by a kill is ignored when read.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def cells(self) -> dict[str, list[Record]]:
-        """Finished cells by key; a later line replaces an earlier one."""
-        found: dict[str, list[Record]] = {}
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
-            return found
+            return
         with open(self.path, encoding="utf-8") as file:
             for line in file:
                 try:
-                    row = json.loads(line)
-                    found[row["cell"]] = [Record.from_json(record) for record in row["records"]]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # torn by a kill
-        return found
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue
 
-    def add(self, cell: str, records: Iterable[Record]) -> None:
-        """Appends one cell; raises `StorageError` (earlier cells stay intact) when the disk refuses."""
-        line = json.dumps({"cell": cell, "records": [record.to_json() for record in records]}, ensure_ascii=False)
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends one line; raises `StorageError` (earlier lines stay intact) when the disk refuses."""
+        line = json.dumps(row, ensure_ascii=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             torn = self.path.exists() and self.path.stat().st_size > 0 and not self._ends_clean()
@@ -140,6 +135,42 @@ class RecordStore:
         with open(self.path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
+
+
+class RecordStore:
+    """Cells of records in one JSON-lines file: ``{"cell": key, "records": [...]}`` a line.
+
+    A cell is all that one (method, budget, seed) measured; it is written with one append. One that was torn is measured
+    again.
+    """
+
+    def __init__(self, path: str | Path):
+        self.lines = JsonLines(path)
+        self.path = self.lines.path
+
+    def cells(self) -> dict[str, list[Record]]:
+        """Finished cells by key; a later line replaces an earlier one."""
+        found: dict[str, list[Record]] = {}
+        for row in self.lines:
+            try:
+                found[row["cell"]] = [Record.from_json(record) for record in row["records"]]
+            except (KeyError, TypeError):
+                continue
+        return found
+
+    def add(self, cell: str, records: Iterable[Record]) -> None:
+        """Appends one cell; raises `StorageError` (earlier cells stay intact) when the disk refuses."""
+        self.lines.add({"cell": cell, "records": [record.to_json() for record in records]})
+
+
+@cache
+def source_digest(family: str) -> str:
+    """A hash of the code behind a family's numbers: cells measured by other code are measured again."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("core/**/*.py"), *root.glob(f"methods/{family}/**/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def cell_key(**what: Any) -> str:

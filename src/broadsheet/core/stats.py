@@ -1,11 +1,11 @@
-"""Intervals and tests: paired bootstrap, exact McNemar, Benjamini-Hochberg."""
+"""Intervals and tests: paired bootstrap, exact McNemar with its odds ratio, Wilcoxon by group, Benjamini-Hochberg."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest, wilcoxon
 
 
 def bootstrap_ci(
@@ -44,15 +44,57 @@ def paired_difference(
     return float(difference.mean()), bootstrap_ci(difference.tolist(), groups, level, draws, seed)
 
 
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact two-sided p-value that two methods are right equally often on the same items."""
+def discordant(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int]:
+    """On how many of the same items only ``a`` is right, and only ``b``."""
     if len(a) != len(b):
         raise ValueError(f"paired samples differ in length: {len(a)} and {len(b)}")
-    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    return int((first & ~second).sum()), int((second & ~first).sum())
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Exact two-sided p-value that two methods are right equally often on the same items.
+
+    Items count as independent: of several samples of one task it makes too much, see `grouped_wilcoxon`.
+    """
+    only_a, only_b = discordant(a, b)
     if only_a + only_b == 0:
         return 1.0
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def paired_odds_ratio(a: Sequence[bool], b: Sequence[bool], level: float = 0.95) -> tuple[float, tuple[float, float]]:
+    """Items on which only ``a`` is right to those on which only ``b`` is: McNemar's odds ratio, with its exact interval.
+
+    The interval is Clopper and Pearson's of the share of discordant items, turned into odds. Infinite when there are none of
+    the second kind, nan when there are none of either.
+    """
+    only_a, only_b = discordant(a, b)
+    total, tail = only_a + only_b, (1 - level) / 2
+    if total == 0:
+        return float("nan"), (0.0, float("inf"))
+    low = float(beta.ppf(tail, only_a, only_b + 1)) if only_a else 0.0
+    high = float(beta.ppf(1 - tail, only_a + 1, only_b)) if only_b else 1.0
+    return _odds(only_a / total), (_odds(low), _odds(high))
+
+
+def _odds(share: float) -> float:
+    return share / (1 - share) if share < 1 else float("inf")
+
+
+def grouped_wilcoxon(a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable]) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test on the groups' means of a - b (the samples of one task are a group).
+
+    Groups without a difference are left out, as usual; 1 when none has one.
+    """
+    if not len(a) == len(b) == len(groups):
+        raise ValueError(f"paired samples and their groups differ in length: {len(a)}, {len(b)} and {len(groups)}")
+    sums: dict[Hashable, list[float]] = {}
+    for x, y, group in zip(a, b, groups, strict=True):
+        sums.setdefault(group, []).append(float(x) - float(y))
+    means = np.array([np.mean(some) for some in sums.values()])
+    means = np.round(means[np.abs(means) > 1e-12], 12)  # equal differences are ties, whatever their last bit
+    return float(wilcoxon(means).pvalue) if means.size else 1.0
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +12,7 @@ from typing import Any
 import broadsheet
 from broadsheet.catalogue import FAMILIES
 from broadsheet.core.models import identity
-from broadsheet.core.records import Record, RecordStore, cell_key, home
+from broadsheet.core.records import Record, RecordStore, cell_key, home, source_digest
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,6 @@ def bench(family: str) -> ModuleType:
 def has_bench(family: str) -> bool:
     """Whether the family's bench module is there."""
     return (Path(broadsheet.__file__).parent / "methods" / family / "bench.py").is_file()
-
-
-@cache
-def source_digest(family: str) -> str:
-    """A hash of the code behind a family's numbers: cells measured by other code are measured again."""
-    root = Path(broadsheet.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("core/**/*.py"), *root.glob(f"methods/{family}/**/*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def plan(methods: Mapping[str, bool], budgets: Sequence[float], seeds: int) -> list[Cell]:

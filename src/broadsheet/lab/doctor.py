@@ -21,6 +21,7 @@ def examine() -> list[tuple[str, str, str]]:
     import torch
 
     from broadsheet.core.models import pockets
+    from broadsheet.core.sandbox import guard
 
     lines = []
     for package in ("broadsheet", "torch", "transformers", "numba", "matplotlib"):
@@ -33,6 +34,17 @@ def examine() -> list[tuple[str, str, str]]:
     lines.append(("gpu", "ok" if cuda else "missing", cuda or "none; everything runs on the CPU"))
     names = pockets()
     lines.append(("models", "ok" if names else "problem", ", ".join(names) or "no pocket model in the package"))
+    confined = guard() == "seccomp"
+    note = (
+        "the kernel confines programs that models write"
+        if confined
+        else "audit hook alone: use a container for such programs"
+    )
+    lines.append(("sandbox", "ok" if confined else "missing", note))
+    jdk = bool(shutil.which("java") and shutil.which("javac"))
+    lines.append(
+        ("jdk", "ok" if jdk else "missing", "" if jdk else "Java tasks of 'broadsheet study code' need java and javac")
+    )
     folder = home()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ _COLOURS = (
 _MARKERS = "osD^vPX*<>hp"
 
 
-def _figure(width: float = 7.2, height: float = 4.2) -> tuple[Any, Any]:
+def new_figure(width: float = 7.2, height: float = 4.2) -> tuple[Any, Any]:
+    """A figure and its axes, as all pictures here have them."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -30,7 +31,8 @@ def _figure(width: float = 7.2, height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _style(methods: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
+def style_of(methods: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
+    """Colour and marker by name."""
     others = [name for name in methods if name != reference]
     styles = {
         name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(others)
@@ -45,9 +47,9 @@ def _methods(rows: Sequence[Row]) -> list[str]:
 
 def quality_against_price(rows: Sequence[Row], quality: Quality, view: View) -> Any:
     """A line a method over its budgets; the reference as a level."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     metric = quality.metric
-    styles = _style(_methods(rows), view.reference)
+    styles = style_of(_methods(rows), view.reference)
     for name in _methods(rows):
         points = sorted(
             (row.values[view.price], row.values[metric], row.intervals.get(metric))
@@ -83,8 +85,8 @@ def quality_by_turn(rows: Sequence[Row], mode: str, reference: str) -> Any | Non
     budgets = [row.budget for row in rows if row.budget is not None]
     least = min(budgets, default=None)
     chosen = [row for row in rows if row.least is None and (row.budget == least or row.method == reference)]
-    figure, axes = _figure()
-    styles = _style(_methods(rows), reference)
+    figure, axes = new_figure()
+    styles = style_of(_methods(rows), reference)
     drawn = False
     for row in chosen:
         points = sorted(
@@ -113,7 +115,7 @@ def time_bars(rows: Sequence[Row], view: View) -> Any | None:
     if not chosen:
         return None
     chosen.sort(key=lambda row: row.values["decode_time_ratio"])
-    figure, axes = _figure(height=0.9 + 0.34 * len(chosen))
+    figure, axes = new_figure(height=0.9 + 0.34 * len(chosen))
     places = range(len(chosen))
     for offset, metric, colour in ((-0.2, "prefill_time_ratio", "#56B4E9"), (0.2, "decode_time_ratio", "#0072B2")):
         values = [row.values[metric] for row in chosen]

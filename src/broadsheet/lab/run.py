@@ -15,6 +15,9 @@ from broadsheet.core.records import Record
 
 from .compare import Cell, bench, has_bench
 
+#: Papers that have a command of their own.
+COMMANDS = {"crash": "crash", "quantizing-code-llms": "study code"}
+
 
 def family_of(slug: str) -> str:
     """The family in which a paper, a variant or a baseline runs; raises ValueError when none does."""
@@ -22,6 +25,8 @@ def family_of(slug: str) -> str:
         paper = catalogue.paper(slug)
         if not paper.method:
             raise ValueError(f"'{slug}' does not run yet; 'broadsheet papers' marks with ● those that do")
+        if slug in COMMANDS:
+            raise ValueError(f"'{slug}' has a command of its own: broadsheet {COMMANDS[slug]} --help")
         return paper.family
     for family in catalogue.FAMILIES:
         if has_bench(family) and slug in bench(family).methods():

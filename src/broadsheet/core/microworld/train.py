@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from . import code
 from .encoding import IGNORE, encode_session, padded
 from .lexicon import WORDS
 from .sessions import Session
@@ -76,7 +77,12 @@ class Recipe:
     warmup: int = 50
     looks_back: int = 2  #: heads of the first layer that look 1, 2, ... tokens back
     seed: int = 0
+    without: tuple[str, ...] = ()  #: tasks that are left out
+    code: bool = False  #: learns `code` instead of the sessions
     stages: tuple[Stage, ...] = ()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return code.train_tokenizer() if self.code else train_tokenizer()
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         """The model at the start of training."""
@@ -132,6 +138,18 @@ RECIPES = {
             positions=2048,
             stages=(*_STAGES, Stage("medium", 400, 3_600, 128, 512, arithmetic=5, rates=(0.5, 0.0))),
         ),
+        # Completes functions of one line, and knows a little English: what a code model is compressed for.
+        Recipe(
+            "pocket-code",
+            layers=3,
+            intermediate=256,
+            positions=1024,
+            code=True,
+            stages=(
+                Stage("induction", 150, 1_200, 24, 64, until=0.95, rates=(1.0, 0.3)),
+                Stage("functions", 1500, 3_072, 128, 256, rates=(1.0, 0.0)),
+            ),
+        ),
     )
 }
 
@@ -185,15 +203,23 @@ def make_batch(recipe: Recipe, stage: Stage, step: int, tokenizer: PreTrainedTok
     rng = random.Random(f"{recipe.name}/{recipe.seed}/{stage.name}/{step}")
     length = rng.randrange(stage.first, stage.last + 1)
     # What is repeated is what the tasks repeat: words, and numerals with and without a space.
-    pieces = [*(f"Ġ{word}" for word in WORDS), *(f"{space}{n}" for space in ("", "Ġ") for n in range(100))]
-    vocabulary = cast(list[int], tokenizer.convert_tokens_to_ids(pieces))
+    if recipe.code:
+        vocabulary = list(range(len(tokenizer.all_special_ids), len(tokenizer)))
+    else:
+        pieces = [*(f"Ġ{word}" for word in WORDS), *(f"{space}{n}" for space in ("", "Ġ") for n in range(100))]
+        vocabulary = cast(list[int], tokenizer.convert_tokens_to_ids(pieces))
     rows, tasks = [], []
     for _ in range(max(1, stage.tokens // length)):
         if stage.name == "induction":
             tasks.append(stage.name)
             rows.append(_repeats(rng, length, vocabulary))
+        elif recipe.code:
+            domain, ids, labels = code.training_row(rng, length, 0.2, tokenizer)
+            tasks.append(domain)
+            rows.append((ids, labels))
         else:
-            session = _draw(rng, length, {**_WEIGHTS, "arithmetic": stage.arithmetic}, stage.tail)
+            weights = {**_WEIGHTS, "arithmetic": stage.arithmetic, **dict.fromkeys(recipe.without, 0.0)}
+            session = _draw(rng, length, weights, stage.tail)
             tasks.append(session.task)
             ids, labels = encode_session(session, tokenizer)
             rows.append((ids[: length + 64], labels[: length + 64]))
@@ -362,7 +388,7 @@ def train(recipe: Recipe, folder: str | Path, device: str = "cpu", every: int = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer()
+    tokenizer = recipe.tokenizer()
     model = recipe.model(tokenizer)
     model.to(device).train()  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
     optimizers = _optimizers(model, recipe)

@@ -30,18 +30,23 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
 
 
-def _adds_one(norm: nn.Module) -> bool:
+def adds_one(norm: nn.Module) -> bool:
     """Gemma's norms multiply by 1 + weight."""
     return "gemma" in type(norm).__name__.lower()
 
 
 def norm_folds(block: Block) -> list[Fold]:
-    """The block's norms whose output goes into linear layers, with those layers: found by running its first batch."""
+    """The block's norms whose output goes into linear layers and nowhere else, with those layers.
+
+    Found by running the block's first batch. Norms that feed something else as well (the residual stream of an OPT that
+    norms after its blocks, a router) are left out: nothing can be moved there.
+    """
     if not block.passes:
         raise ValueError("folds are found by running the block: walk the model with calibration tokens")
     made: dict[int, str] = {}
     alive: list[torch.Tensor] = []  # an id is only the tensor's own while it lives
     readers: dict[str, list[str]] = {}
+    first = replace(block, passes=block.passes[:1])
 
     def leaves(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> None:
@@ -65,11 +70,37 @@ def norm_folds(block: Block) -> list[Fold]:
         elif isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(enters(name)))
     try:
-        replace(block, passes=block.passes[:1]).run()
+        first.run()
     finally:
         for handle in handles:
             handle.remove()
-    return [Fold(name, tuple(found)) for name, found in readers.items()]
+    return [fold for fold in (Fold(name, tuple(found)) for name, found in readers.items()) if _alone(first, fold)]
+
+
+def _alone(block: Block, fold: Fold) -> bool:
+    """Whether only the readers see what the producer makes: with theirs held, the block gives the same whatever it makes."""
+    held: dict[str, torch.Tensor] = {}
+    changing = False
+
+    def changes(module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor | None:
+        return result + 1 if changing else None
+
+    def holds(name: str) -> Callable[..., torch.Tensor]:
+        return lambda module, args, result: held.setdefault(name, result)
+
+    handles = [block.get(fold.producer).register_forward_hook(changes)]
+    handles += [block.get(name).register_forward_hook(holds(name)) for name in fold.readers]
+    try:
+        before = block.run()
+        changing = True
+        return all(_same(one, other) for one, other in zip(before, block.run(), strict=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def linear_folds(block: Block) -> list[Fold]:
@@ -106,7 +137,7 @@ def scale(block: Block, fold: Fold, factor: torch.Tensor) -> None:
     if weight.ndim == 2:  # a linear layer: its rows
         weight.copy_(weight.to(wide) / factor.unsqueeze(1))
     else:
-        one = 1 if _adds_one(producer) else 0
+        one = 1 if adds_one(producer) else 0
         gain = one + weight.to(wide)
         held = (gain / factor - one).to(weight.dtype)
         lost = (one + held.to(wide)) * gain <= 0  # too small for the dtype: such a channel keeps its scale

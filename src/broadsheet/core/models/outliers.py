@@ -77,7 +77,7 @@ def inject_input_outliers(
             if offset:
                 signs = torch.randint(0, 2, (len(chosen),), generator=generator) * 2 - 1
                 constant = torch.zeros(width)
-                constant[chosen] = -offset * signs
+                constant[chosen] = -float(offset) * signs
                 shift(block, fold, constant)
     return model
 

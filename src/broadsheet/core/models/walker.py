@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from broadsheet.core.numerics.packed import Packed
@@ -76,6 +77,19 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def output(self, step: Pass, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the block makes of one pass with other weights for the linear layers of these full names.
+
+        [batch, tokens, hidden_size], with gradients to ``weights`` (taken within `widened`). The block stays what it is.
+        """
+        with widened(self.module):
+            local = {
+                f"{name.removeprefix(self.name + '.')}.weight": weight.to(self.get(name).weight.dtype)
+                for name, weight in weights.items()
+            }
+            output = functional_call(self.module, local, (_wide(step.hidden),), _wide(step.arguments))
+        return output[0] if isinstance(output, tuple) else output
 
     def _by_sample(self, x: torch.Tensor) -> torch.Tensor:
         """A module's input as [batch, tokens, channels]; OPT flattens the first two between its norm and ``fc1``."""

@@ -42,7 +42,7 @@ class Rows:
             return cls(flat.clone(memory_format=torch.contiguous_format))
         lengths = valid.sum(-1)
         order = (~valid).long().argsort(dim=-1, stable=True)[:, : int(lengths.max())]
-        return cls(_take(flat, order), _ragged(lengths, order.shape[1]))
+        return cls(take(flat, order), _ragged(lengths, order.shape[1]))
 
     @property
     def size(self) -> Size:
@@ -59,10 +59,10 @@ class Rows:
             if counts == 0:
                 return Rows(self.states[:, :0]), self
             return Rows(self.states[:, :counts]), Rows(self.states[:, counts:].clone())
-        counts, sizes = (_tensor(size, self.states) for size in (counts, self.size))
+        counts, sizes = (by_row(size, self.states) for size in (counts, self.size))
         first, rest = int(counts.max()), int((sizes - counts).max())
         order = counts[:, None] + torch.arange(rest, device=counts.device)
-        tail = _take(self.states, order.clamp(max=self.states.shape[1] - 1))
+        tail = take(self.states, order.clamp(max=self.states.shape[1] - 1))
         return Rows(self.states[:, :first], _ragged(counts, first)), Rows(tail, _ragged(sizes - counts, rest))
 
 
@@ -76,13 +76,20 @@ def join(
     joined = torch.cat([first, second], dim)
     if isinstance(size, int) and isinstance(second_size, int):
         return joined, None
-    size, lengths = _tensor(size, first), size + second_size
+    size, lengths = by_row(size, first), size + second_size
     width = int(lengths.max())
     place = torch.arange(width, device=first.device)
     place = torch.where(place < size[:, None], place, place + first.shape[dim] - size[:, None])
     moved = joined.movedim(dim, 1)
-    moved = _take(moved, place.clamp(max=joined.shape[dim] - 1))
+    moved = take(moved, place.clamp(max=joined.shape[dim] - 1))
     return moved.movedim(1, dim).contiguous(), _ragged(lengths, width)
+
+
+def smaller(a: Size, b: Size) -> Size:
+    """The lesser of two sizes, row by row."""
+    if isinstance(a, int):
+        return min(a, b) if isinstance(b, int) else b.clamp(max=a)
+    return a.clamp(max=b) if isinstance(b, int) else torch.minimum(a, b)
 
 
 def longest(size: Size) -> int:
@@ -107,12 +114,13 @@ def by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Row i of the result is row i of ``states`` at ``order[i]`` (axis 1)."""
     return states[torch.arange(len(order), device=order.device)[:, None], order]
 
 
-def _tensor(size: Size, like: torch.Tensor) -> torch.Tensor:
+def by_row(size: Size, like: torch.Tensor) -> torch.Tensor:
+    """A size as int64 [batch], for the rows of ``like``."""
     return torch.full((like.shape[0],), size, device=like.device) if isinstance(size, int) else size
 
 

@@ -46,6 +46,7 @@ from .blocks import (
     longest,
     mask,
     quantisation_error,
+    smaller,
     total,
 )
 
@@ -149,6 +150,20 @@ class Stream:
         zero, _ = join(self.packed.zero, have, fresh.zero, more)
         packed = replace(fresh, codes=codes, scale=scale, zero=zero)
         return Stream(recent, packed, None if lengths is None else lengths * unit)
+
+    def drop(self, counts: Size) -> Stream:
+        """The stream without its oldest ``counts`` tokens, whose memory is freed (of keys in codes: whole groups)."""
+        if self.packed is None:
+            return Stream(self.recent.split(counts)[1])
+        quantised, packed = self.quantised, self.packed
+        coded = smaller(counts, quantised)
+        unit = packed.group_size if isinstance(packed, KeyCodes) else 1
+        lengths = None if isinstance(quantised, int) else quantised // unit
+        left = {name: Rows(getattr(packed, name), lengths).split(coded // unit)[1] for name in ("codes", "scale", "zero")}
+        after = left["codes"].lengths
+        parts: dict[str, Any] = {name: rows.states for name, rows in left.items()}
+        packed = replace(packed, **parts)
+        return Stream(self.recent.split(counts - coded)[1], packed, None if after is None else after * unit)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """All tokens in order, [batch, tokens, channels]."""

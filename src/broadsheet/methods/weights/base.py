@@ -60,11 +60,17 @@ class WeightMethod:
         self.check(shapes(model))
         total = len(decoder_blocks(model))
         with torch.no_grad():
-            for block in walk(model, calibration) if self.calibrated and calibration is not None else blocks(model):
-                self.compress_block(block)
+            found = walk(model, calibration) if self.calibrated and calibration is not None else blocks(model)
+            for block in self.compress_blocks(found):
                 if progress:
                     progress(block.index + 1, total)
         return self.seal(model)
+
+    def compress_blocks(self, found: Iterator[Block]) -> Iterator[Block]:
+        """Yields every block when it is compressed; overridden by methods that carry something from one to the next."""
+        for block in found:
+            self.compress_block(block)
+            yield block
 
     def compress_block(self, block: Block) -> None:
         """Replaces the block's linear layers."""

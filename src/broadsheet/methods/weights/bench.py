@@ -85,6 +85,7 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "awq": ("broadsheet.methods.weights.awq:AWQ", {}),
     "hqq": ("broadsheet.methods.weights.hqq:HQQ", {}),
     "aqlm": ("broadsheet.methods.weights.aqlm:AQLM", {}),
+    "smoothquant": ("broadsheet.methods.weights.smoothquant:SmoothQuant", {}),
 }
 #: What people use already, run as it is: name -> (class, parameters, the package it needs).
 PEERS: dict[str, tuple[str, dict[str, Any], str]] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import pstdev
 
 from broadsheet.core.records import Record
-from broadsheet.core.verdicts import Verdict, find, graded, mean
+from broadsheet.core.verdicts import Verdict, find, graded, mean, percent
 
 # --- BitStack: one stack at the rivals' sizes, on the built-in model -----------------------------------------------------
 
@@ -144,3 +145,207 @@ def olive_pairs(records: Sequence[Record]) -> Verdict:
     worst = max(weights)
     text = f"{gaussian[0]:.3%} of Gaussian pairs, {mean(weights):.3%} of the model's (worst layer {worst:.3%})"
     return graded([worst < 0.01, gaussian[0] < 0.01], [(mean(weights) or 0) < 0.01]), text
+
+
+# --- quantised code models --------------------------------------------------------------------------------------------
+
+
+def _differences(records: Sequence[Record], question: str, budget: float, **setting: object) -> list[Record]:
+    """Differences of pass@1 that the study measured at a precision, one a seed: AQLM's, or GPTQ's where it was not run."""
+    found = find(records, bench="code-study", metric="pass@1_difference", question=question, budget=budget, **setting)
+    return [record for record in found if record.method == "aqlm"] or [r for r in found if r.method == "gptq"]
+
+
+def _significant(found: Sequence[Record]) -> list[bool]:
+    """By the task-level test, a seed each."""
+    return [record.setting["p_tasks"] < 0.05 for record in found]
+
+
+def code_four_bits(records: Sequence[Record]) -> Verdict:
+    """Four bits lose at most a point, and not significantly on any seed."""
+    found = _differences(records, "precision", 4.0, calibration="code")
+    if not found:
+        return None
+    lost, bits = mean([record.value for record in found]) or 0.0, found[0].setting["bits"]
+    same = not any(_significant(found))
+    text = f"{found[0].method} at {bits:.2f} bits: {100 * lost:+.1f} points over {len(found)} seeds, "
+    return graded([same, lost >= -0.01], [same]), text + f"{percent(1 - bits / 16)} less in the linear layers"
+
+
+def code_bits(records: Sequence[Record]) -> Verdict:
+    """A knee between 4 and 3 bits: the former loses nothing significant on any seed, the latter and 2 bits do on all."""
+    found = {budget: _differences(records, "precision", budget, calibration="code") for budget in (8.0, 4.0, 3.0, 2.0)}
+    if not all(found.values()):
+        return None
+    means = {budget: mean([record.value for record in some]) or 0.0 for budget, some in found.items()}
+    falls = all(means[a] >= means[b] - 0.01 for a, b in pairwise(means))
+    kept = not any(_significant(found[8.0]) + _significant(found[4.0]))
+    parts = ", ".join(f"{100 * value:+.1f} at {found[b][0].setting['bits']:.2f}" for b, value in means.items())
+    certain = [falls, kept, all(_significant(found[3.0])), all(_significant(found[2.0]))]
+    text = f"{found[4.0][0].method}, points against bf16 by true bits: {parts}"
+    return graded(certain, [falls, kept, all(_significant(found[2.0]))]), text
+
+
+def code_calibration(records: Sequence[Record]) -> Verdict:
+    """Code beats random text at 2 bits on every seed, and makes no difference at 4 and 8."""
+    against: dict[float, list[Record]] = {budget: [] for budget in (8.0, 4.0, 3.0, 2.0)}
+    for budget, kept in against.items():
+        found = _differences(records, "calibration", budget, calibration="random")
+        kept += [record for record in found if record.setting["against"]["calibration"] == "code"]
+    if not (against[2.0] and against[4.0]):
+        return None
+    gains = {budget: -(mean([r.value for r in some]) or 0.0) for budget, some in against.items() if some}
+    wins = [record.value < 0 and record.setting["p_tasks"] < 0.05 for record in against[2.0]]
+    same = not any(_significant(against[4.0]) + _significant(against[8.0]))
+    parts = ", ".join(f"{100 * gain:+.1f} at {budget:g} bits" for budget, gain in gains.items())
+    text = f"{against[2.0][0].method}, points that code gains over random text: {parts}; "
+    text += f"{sum(wins)} of {len(wins)} seeds won at 2 bits"
+    return graded([all(wins), same], [gains[2.0] > 0]), text
+
+
+# --- OutlierTune --------------------------------------------------------------------------------------------------------
+
+
+def _study(records: Sequence[Record], method: str, metric: str, outliers: str, codes: int) -> float | None:
+    found = find(records, bench="outliertune-study", method=method, metric=metric, outliers=outliers, codes=codes)
+    return mean([record.value for record in found])
+
+
+def outliertune_parity(records: Sequence[Record]) -> Verdict:
+    """Points of accuracy and KL lost at 6 and 8 bits where outlier channels are shifted."""
+    full = mean([r.value for r in find(records, bench="outliertune-study", method="bf16", metric="accuracy")])
+    found = {bits: _study(records, "outliertune", "accuracy", "shifted", bits) for bits in (8, 6)}
+    eight, six = found[8], found[6]
+    if full is None or eight is None or six is None:
+        return None
+    lost = {8: 100 * (full - eight), 6: 100 * (full - six)}
+    text = f"{lost[8]:.1f} points lost at 8 bits, {lost[6]:.1f} at 6"
+    return graded([lost[8] <= 1, lost[6] <= 1], [lost[8] <= 1]), text
+
+
+def outliertune_memory(records: Sequence[Record]) -> Verdict:
+    """Integer weights and their scales, and whole blocks, over the 16-bit model's."""
+    found = find(records, bench="outliertune-study", metric="block_bytes", codes=8)
+    if not found:
+        return None
+    stored, blocks = found[0].setting["stored"], max(record.value for record in found)
+    return graded([stored <= 0.52], [blocks < 0.55]), f"{stored:.3f} (with norms and biases {blocks:.3f})"
+
+
+def outliertune_ranking(records: Sequence[Record]) -> Verdict:
+    """KL over SmoothQuant's at 6 bits on all tokens of a text, with outliers of every kind."""
+    ratios = {}
+    for outliers in ("shifted", "scaled", "none"):
+        ours, theirs = (_study(records, name, "text_kl", outliers, 6) for name in ("outliertune", "smoothquant"))
+        if ours is None or theirs is None:
+            return None
+        ratios[outliers] = ours / theirs
+    text = ", ".join(f"{ratio:.2f}× ({outliers})" for outliers, ratio in ratios.items())
+    holds = [ratios["shifted"] <= 0.5, ratios["scaled"] <= 0.5]
+    return graded(holds, [ratios["shifted"] < 1]), f"SmoothQuant's KL times {text}"
+
+
+def outliertune_centring(records: Sequence[Record]) -> Verdict:
+    """KL at 6 bits on all tokens of a text where outlier channels are shifted, with and without centring."""
+    wanted = {"bench": "outliertune-study", "metric": "text_kl", "outliers": "shifted", "codes": 6}
+    ours, theirs = (find(records, method=name, **wanted) for name in ("outliertune", "no symmetrisation"))
+    if not ours or not theirs:
+        return None
+    with_, without = mean([record.value for record in ours]) or 0.0, mean([record.value for record in theirs]) or 0.0
+    apart = max(r.ci[1] if r.ci else r.value for r in ours) < min(r.ci[0] if r.ci else r.value for r in theirs)
+    return graded([apart], [with_ < without]), f"KL {with_:.4f} against {without:.4f} nats a token"
+
+
+# --- AccLLM: its ladder, on the built-in model and on a trained one's text ------------------------------------------------
+
+
+def accllm_accuracy(records: Sequence[Record]) -> Verdict:
+    """Whether the last rung follows instructions as the original does; with it, what learned ranges and the window do."""
+    found = find(records, bench="accllm_ladder")
+
+    def of(metric: str, label: str, **setting: str) -> list[Record]:
+        return find(found, metric=metric, method=label, **setting)
+
+    before, after = of("instructions", "FP"), of("instructions", "+W2")
+    far = of("recall", "+Lambda", windows_back="2 to 3")
+    rounded, learned = (of("perplexity", f"2:4 W2 {name}", part="weights") for name in ("nearest", "learned"))
+    if not (before and after and far and rounded and learned):
+        return None
+    ratios = {a.model.split("@")[0]: a.value / b.value for a, b in zip(rounded, learned, strict=True) if a.model == b.model}
+    text = (
+        f"instructions {percent(before[0].value)} before, {percent(after[0].value)} after; two windows back "
+        f"{percent(far[0].value)} of pairs recalled; perplexity of rounding to nearest over that of learned ranges "
+        + ", ".join(f"{ratio:.1f} ({model})" for model, ratio in ratios.items())
+    )
+    kept = after[0].value >= (before[0].ci or (1, 1))[0]
+    return graded([kept, max(ratios.values()) >= 2, far[0].value < 0.05], [after[0].value >= 0.9 * before[0].value]), text
+
+
+# --- CRaSh --------------------------------------------------------------------------------------------------------------
+
+
+#: accuracy by (task, seed)
+Scores = dict[tuple[str, int], float]
+
+
+def _plugged(records: Sequence[Record], method: str, system: str = "plug-in", **setting: object) -> Scores:
+    """Accuracy by task and seed."""
+    found = find(records, bench="crash-study", method=method, metric="accuracy", system=system, **setting)
+    return {(record.setting["task"], record.seed): record.value for record in found}
+
+
+def _gains(ours: Scores, theirs: Scores) -> list[float]:
+    """Points gained, by task and seed."""
+    return [100 * (value - theirs[key]) for key, value in ours.items() if key in theirs]
+
+
+def crash_plug_in(records: Sequence[Record]) -> Verdict:
+    """CRaSh above uniform dropping and the distilled emulator; and where it stands among random sets."""
+    crash, uniform, distilled = (_plugged(records, name) for name in ("crash", "uniform", "distilled"))
+    over = _gains(crash, uniform)
+    if not over:
+        return None
+    drawn = find(records, bench="crash-study", metric="accuracy", system="plug-in", seed=0)
+    drawn = [record for record in drawn if record.method.startswith("random ")]
+    means = {"CRaSh": crash, "uniform": uniform, "distilled": distilled}
+    text = ", ".join(f"{percent(mean(list(values.values())) or 0.0)} {name}" for name, values in means.items())
+    median = True
+    if drawn:
+        task = drawn[0].setting["task"]
+        beaten = sum(crash[task, 0] > record.value for record in drawn)
+        median = beaten >= len(drawn) / 2
+        text += f"; above {beaten} of {len(drawn)} random sets on {task}"
+    spread = pstdev(over) if len(over) > 1 else 0.0
+    average = mean(over) or 0.0
+    return graded([average >= spread, average > 0, median], [average > 0]), text
+
+
+def crash_sharing(records: Sequence[Record]) -> Verdict:
+    """Plug-in accuracy with and without sharing."""
+    gains = _gains(_plugged(records, "crash"), _plugged(records, "crash, no sharing"))
+    if not gains:
+        return None
+    won = sum(gain > 0 for gain in gains)
+    text = f"{mean(gains):+.1f} points, {won} of {len(gains)} tasks and seeds won"
+    return graded([won == len(gains)], [(mean(gains) or 0.0) > 0]), text
+
+
+def crash_emulator(records: Sequence[Record]) -> Verdict:
+    """The plug-in model above the tuned emulator and above the full model as it was."""
+    plugged = _plugged(records, "crash")
+    over_emulator = _gains(plugged, _plugged(records, "crash", "emulator tuned"))
+    over_full = _gains(plugged, _plugged(records, "full", "zero-shot"))
+    if not over_emulator or not over_full:
+        return None
+    text = f"{mean(over_emulator):+.1f} points over the tuned emulator, {mean(over_full):+.1f} over the model before tuning"
+    averages = [(mean(over_emulator) or 0.0) > 0, (mean(over_full) or 0.0) > 0]
+    return graded([min(over_emulator) > 0, min(over_full) > 0], averages), text
+
+
+def crash_line(records: Sequence[Record]) -> Verdict:
+    """The barrier between the tuned full model and the plugged-in one, over the gap that tuning closes."""
+    found = [record.value for record in find(records, bench="crash-study", metric="barrier")]
+    if not found:
+        return None
+    text = f"{percent(mean(found) or 0.0)} of the gap, at most {percent(max(found))}"
+    return graded([max(found) <= 0.05], [(mean(found) or 0.0) <= 0.05]), text

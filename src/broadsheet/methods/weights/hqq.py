@@ -50,18 +50,18 @@ class HQQ(WeightMethod):
         step = plain.scale.float().unsqueeze(-1)
         step = torch.where(step > 0, step, 1.0)
         zero = -plain.zero.float().unsqueeze(-1) / step  # HQQ's own: weight = (code - zero) * step
-        beta, best, kept = self.beta, float("inf"), zero
+        beta, best = self.beta, float("inf")
         for _ in range(self.iterations):
             codes = (grouped / step + zero).round().clamp(0, top)
             error = grouped - (codes - zero) * step
-            now = float(error.abs().mean())
-            if now >= best:
-                break
-            best, kept = now, zero
             shrunk = error.sign() * (error.abs() - error.abs().clamp(min=1e-12) ** (self.norm - 1) / beta).clamp(min=0)
             zero = (codes - (grouped - shrunk) / step).mean(-1, keepdim=True)
             beta *= self.growth
-        low = (-kept * step).squeeze(-1).to(torch.float16)
+            now = float(error.abs().mean())
+            if now >= best:  # the last step is kept all the same, as in the reference
+                break
+            best = now
+        low = (-zero * step).squeeze(-1).to(torch.float16)
         codes = ((grouped - low.float().unsqueeze(-1)) / step).round().clamp(0, top).to(torch.uint8)
         return GroupQuantised(pack(codes, self.bits), plain.scale, low, self.bits, group, weight.shape[1])
 

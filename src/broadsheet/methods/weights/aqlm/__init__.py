@@ -33,7 +33,7 @@ from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics.packing import packed_size
 
 from ..base import Progress, Shape, Unreachable, WeightMethod, check_model
-from ..quantiser import check_target
+from ..quantiser import replaced
 from .additive import Additive, beam_search, fit, residual_kmeans, squared_error
 from .layer import AQLMLinear, SharedAQLMLinear, packed, tunable
 from .tuning import tune_block, tune_model
@@ -63,7 +63,7 @@ class AQLM(WeightMethod):
 
     `WeightMethod` says that norms stay: here fine-tuning changes them. Deviations from the paper's code: empty clusters of
     k-means are put where the error is largest; the best round is kept, not the last; batches of fine-tuning are those of the
-    walk, 8 samples; and ``finetune_lr`` is 1e-3 instead of 1e-5, for calibration sets of tens of samples, not a thousand:
+    walk, 8 samples; and ``finetune_lr`` is 3e-4 instead of 1e-5, for calibration sets of tens of samples, not a thousand:
     eight batches an epoch move codebooks a hundred times less far than a thousand.
 
     Raises ValueError for groups that do not divide a layer's width, and codebooks of more entries than a layer has groups.
@@ -81,7 +81,7 @@ class AQLM(WeightMethod):
     init_max_iter: int = 100
     hessian: bool = True
     finetune_max_epochs: int = 10
-    finetune_lr: float = 1e-3
+    finetune_lr: float = 3e-4
     finetune_early_stop: int = 3
     e2e_max_epochs: int = 0
     e2e_lr: float = 1e-5
@@ -287,9 +287,7 @@ def export(model: PreTrainedModel, folder: str | Path) -> None:
         "out_group_size": out_group,
         "linear_weights_not_to_quantize": [*whole, *(f"{name}.weight" for name in whole)],  # old releases want these
     }
-    target = Path(folder)
-    check_target(target)
-    target.mkdir(parents=True, exist_ok=True)
     held = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(held, target / "model.safetensors", {"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with replaced(folder) as fresh:
+        save_file(held, fresh / "model.safetensors", {"format": "pt"})
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
