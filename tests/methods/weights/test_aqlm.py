@@ -490,3 +490,21 @@ def test_at_equal_bits_the_model_loses_less_than_rounded_or_by_hqq(budget):
 
     ours = kl(replace(AQLM(), finetune_max_epochs=2, steps_per_epoch=30))
     assert ours < 0.5 * min(kl(RTN()), kl(HQQ()))
+
+
+@pytest.mark.peers
+def test_transformers_loads_what_is_exported_with_the_aqlm_package(tmp_path):
+    """Weight by weight: the package's products on CPUs are wrong (see the golden vectors' origin)."""
+    pytest.importorskip("aqlm", reason="needs the aqlm package: pip install aqlm accelerate")
+    from aqlm.utils import _dequantize_weight, unpack_int_data
+
+    model = replace(QUICK, nbits_per_codebook=8).compress(tiny("gqa", hidden_size=128), random_ids(4, 16))
+    export(model, tmp_path / "official")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "official", dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if isinstance(layer, AQLMLinear):
+            peer = theirs.get_submodule(name)
+            codes = unpack_int_data(peer.codes, 8)
+            assert torch.equal(_dequantize_weight(codes, peer.codebooks, peer.scales), layer.weight(peer.scales.dtype))
+        elif isinstance(layer, nn.Linear):
+            assert torch.equal(theirs.get_submodule(name).weight, layer.weight)

@@ -57,12 +57,6 @@ class Block:
         with widened(self.module):
             return [self.output(step) for step in self.passes]
 
-    def output(self, step: Pass) -> torch.Tensor:
-        """What the block makes of one batch. Gradients reach its parameters; on a CPU a 16-bit block must be `widened`."""
-        self.running = step
-        output = self.module(_wide(step.hidden), **_wide(step.arguments))
-        return output[0] if isinstance(output, tuple) else output
-
     def observe(self, observers: Mapping[str, Observer]) -> list[torch.Tensor]:
         """Runs the block and shows every named module's input [batch, tokens, in_features] to its observer.
 
@@ -78,15 +72,17 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def output(self, step: Pass, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What the block makes of one pass with other weights for the linear layers of these full names.
+    def output(self, step: Pass, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What the block makes of one pass, with other ``weights`` for the linear layers of these full names.
 
-        [batch, tokens, hidden_size], with gradients to ``weights`` (taken within `widened`). The block stays what it is.
+        [batch, tokens, hidden_size], with gradients to ``weights`` and parameters, if taken within `widened`. The block
+        stays what it is.
         """
+        self.running = step
         with widened(self.module):
             local = {
                 f"{name.removeprefix(self.name + '.')}.weight": weight.to(self.get(name).weight.dtype)
-                for name, weight in weights.items()
+                for name, weight in (weights or {}).items()
             }
             output = functional_call(self.module, local, (_wide(step.hidden),), _wide(step.arguments))
         return output[0] if isinstance(output, tuple) else output
