@@ -45,6 +45,8 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/bitstack_resize.py
 	$(BIN)/python benchmarks/group_matmul.py
 	$(BIN)/python benchmarks/olive_kernel.py
+	$(BIN)/python benchmarks/aqlm_kernel.py
+	$(BIN)/python benchmarks/aqlm_sizes.py
 	$(BIN)/python benchmarks/weights.py
 	$(BIN)/python benchmarks/bitstack_study.py
 	$(BIN)/python benchmarks/olive_study.py

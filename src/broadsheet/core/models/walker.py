@@ -54,12 +54,8 @@ class Block:
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
         """The block's outputs, a tensor [batch, tokens, hidden_size] a batch."""
-        outputs = []
         with widened(self.module):
-            for step in self.passes:
-                self.running = step
-                outputs.append(self.module(_wide(step.hidden), **_wide(step.arguments)))
-        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+            return [self.output(step) for step in self.passes]
 
     def observe(self, observers: Mapping[str, Observer]) -> list[torch.Tensor]:
         """Runs the block and shows every named module's input [batch, tokens, in_features] to its observer.
@@ -76,15 +72,17 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def output(self, step: Pass, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What the block makes of one pass with other weights for the linear layers of these full names.
+    def output(self, step: Pass, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What the block makes of one pass, with other ``weights`` for the linear layers of these full names.
 
-        [batch, tokens, hidden_size], with gradients to ``weights`` (taken within `widened`). The block stays what it is.
+        [batch, tokens, hidden_size], with gradients to ``weights`` and parameters, if taken within `widened`. The block
+        stays what it is.
         """
+        self.running = step
         with widened(self.module):
             local = {
                 f"{name.removeprefix(self.name + '.')}.weight": weight.to(self.get(name).weight.dtype)
-                for name, weight in weights.items()
+                for name, weight in (weights or {}).items()
             }
             output = functional_call(self.module, local, (_wide(step.hidden),), _wide(step.arguments))
         return output[0] if isinstance(output, tuple) else output

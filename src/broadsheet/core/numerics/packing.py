@@ -1,4 +1,4 @@
-"""Unsigned codes of 1 to 8 bits, packed without gaps.
+"""Unsigned codes of 1 to 16 bits, packed without gaps.
 
 The packed row of n codes of b bits takes ceil(n*b/8) bytes; code i occupies bits i*b .. i*b+b-1 of the row, least
 significant first. For 1, 2, 4 and 8 bits that is the usual several-codes-a-byte layout; 3, 5, 6 and 7 bits straddle bytes.
@@ -15,9 +15,12 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs uint8 ``codes`` [..., n] below 2**bits into uint8 [..., ceil(n*bits/8)]."""
+    """Packs integer ``codes`` [..., n] below 2**bits (uint8; wider ones above 8 bits) into uint8 [..., ceil(n*bits/8)]."""
     _check(bits)
     count = codes.shape[-1]
+    if bits > 8:  # bit by bit
+        ones = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
+        return pack(ones.to(torch.uint8).flatten(-2), 1)
     if bits == 8:
         return codes.contiguous()
     if 8 % bits == 0:  # whole codes a byte
@@ -36,8 +39,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack`: uint8 [..., count]."""
+    """The inverse of `pack`: uint8 [..., count]; int32 above 8 bits."""
     _check(bits)
+    if bits > 8:
+        ones = unpack(packed, 1, count * bits).unflatten(-1, (count, bits)).to(torch.int32)
+        return (ones << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
     if bits == 8:
         return packed
     if 8 % bits == 0:
@@ -51,5 +57,5 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def _check(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be 1 to 8, got {bits}")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must be 1 to 16, got {bits}")

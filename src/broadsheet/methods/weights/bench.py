@@ -84,6 +84,7 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("broadsheet.methods.weights.gptq:GPTQ", {}),
     "awq": ("broadsheet.methods.weights.awq:AWQ", {}),
     "hqq": ("broadsheet.methods.weights.hqq:HQQ", {}),
+    "aqlm": ("broadsheet.methods.weights.aqlm:AQLM", {}),
     "smoothquant": ("broadsheet.methods.weights.smoothquant:SmoothQuant", {}),
 }
 #: What people use already, run as it is: name -> (class, parameters, the package it needs).

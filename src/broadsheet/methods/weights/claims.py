@@ -186,6 +186,19 @@ def code_bits(records: Sequence[Record]) -> Verdict:
     return graded(certain, [falls, kept, all(_significant(found[2.0]))]), text
 
 
+def code_sizes(records: Sequence[Record]) -> Verdict:
+    """Sizes in the official layout are within half a percent of those in the paper; packed without gaps, they are shown."""
+    paper = {16: 13.5, 8: 7.48, 4: 4.00, 3: 3.80, 2: 2.27}
+    found = find(records, bench="aqlm-sizes", metric="bytes")
+    held = {(r.setting["called"], r.setting["layout"]): r.value / 1e9 for r in found}
+    if not held:
+        return None
+    certain = [abs(held[called, "official"] / wanted - 1) < 0.005 for called, wanted in paper.items()]
+    likely = [abs(held[called, "official"] / wanted - 1) < 0.05 for called, wanted in paper.items()]
+    official, packed = (" / ".join(f"{held[c, layout]:.2f}" for c in paper) for layout in ("official", "packed"))
+    return graded(certain, likely), f"{official} GB with codes in whole bytes as the paper has them; packed {packed}"
+
+
 def code_calibration(records: Sequence[Record]) -> Verdict:
     """Code beats random text at 2 bits on every seed, and makes no difference at 4 and 8."""
     against: dict[float, list[Record]] = {budget: [] for budget in (8.0, 4.0, 3.0, 2.0)}

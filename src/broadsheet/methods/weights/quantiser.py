@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -195,10 +196,19 @@ def check_target(target: Path) -> None:
 
 
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-    """Writes a compressed model so that the folder is whole at every moment: the old one, or the new one.
+    """Writes a compressed model to a folder that is whole at every moment, see `replaced`."""
+    with replaced(folder) as fresh:
+        model.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+    return Path(folder)
 
-    Everything goes into a folder beside it first, which takes its place when all is on disk. Raises ValueError when the disk
-    refuses, and for a folder that holds something else.
+
+@contextlib.contextmanager
+def replaced(folder: str | Path) -> Iterator[Path]:
+    """A new folder to write a model to, which takes the place of ``folder`` at the end: that is the old one or the new one.
+
+    Raises ValueError when the disk refuses, and for a folder that holds something else.
     """
     target = Path(folder)
     check_target(target)
@@ -209,9 +219,7 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         raise ValueError(f"cannot write beside {target}: {error.strerror}") from None
     old = fresh.with_name(fresh.name + ".old")
     try:
-        model.save_pretrained(fresh)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
+        yield fresh
         for file in fresh.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
             with open(file, "rb") as handle:
@@ -220,7 +228,7 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         if target.exists():
             target.rename(old)
         fresh.rename(target)
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not target.exists():
             old.rename(target)
@@ -229,4 +237,3 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
             raise ValueError(f"cannot save to {target}: {reason}; free space and save again") from None
         raise
     shutil.rmtree(old, ignore_errors=True)
-    return target
