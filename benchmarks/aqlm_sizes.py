@@ -3,7 +3,7 @@
     python benchmarks/aqlm_sizes.py
 
 Counted from the shapes that the model's config gives, for the codebooks of the study: the linear layers of the decoder
-blocks are compressed, all else stays in 16 bits. The official layout stores a code above 8 bits as a 16-bit integer; so 12 bits
+blocks are compressed, all else stays in 16 bits. The official layout stores a code above 8 bits as a 16-bit integer; 12 bits
 take as much as 16. Nothing is timed and no weights are needed.
 """
 
