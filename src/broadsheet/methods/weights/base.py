@@ -175,7 +175,7 @@ def size(model: PreTrainedModel) -> Size:
 def _fresh(tensor: torch.Tensor, seen: set[int]) -> int:
     """Bytes of the tensor's storage, if it was not counted before."""
     storage = tensor.untyped_storage()
-    if storage.data_ptr() in seen and storage.nbytes():
+    if not storage.nbytes() or storage.data_ptr() in seen:  # empty ones may have the address of another
         return 0
     seen.add(storage.data_ptr())
     return storage.nbytes()

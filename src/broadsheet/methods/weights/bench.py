@@ -88,7 +88,9 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "smoothquant": ("broadsheet.methods.weights.smoothquant:SmoothQuant", {}),
 }
 #: What people use already, run as it is: name -> (class, parameters, the package it needs).
-PEERS: dict[str, tuple[str, dict[str, Any], str]] = {}
+PEERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "torchao": ("broadsheet.methods.weights.peers:TorchAO", {}, "torchao"),
+}
 
 
 def methods() -> dict[str, WeightMethod]:
@@ -336,6 +338,8 @@ def _measured(
     start = time.perf_counter()
     small = method.compress(copy.deepcopy(model), calibration(workload, tokenizer) if method.calibrated else None)
     seconds = time.perf_counter() - start
+    with torch.inference_mode():
+        small(torch.zeros(1, 1, dtype=torch.long, device=small.device))  # what a method holds between steps is there now
     held = size(small)
     yield make("reachable", 1.0)
     yield make("bits", held.bits, unit="bits per weight", n=held.weights)
