@@ -4,8 +4,9 @@
 - 4 bits: ``PrototypeInt4WeightOnlyConfig``, the layout for CPUs; groups along the input with a 16-bit scale and zero.
 
 What works was tried with torchao 0.18.0 and torch 2.13 on a CPU. Its other widths (``IntxWeightOnlyConfig``) are stored a
-code a byte there, so they save no memory and have no place here. llm-compressor 0.14, the maintained home of GPTQ, requires transformers before
-5.18 and so is not run beside these; our GPTQ agrees with it bit for bit on its own grid (tests/golden).
+code a byte there, so they save no memory and have no place here. llm-compressor 0.14, the maintained home of GPTQ,
+requires transformers before 5.18 and so is not run beside these; our GPTQ agrees with it bit for bit on its own grid
+(tests/golden).
 """
 
 from __future__ import annotations
