@@ -54,6 +54,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/outliertune_study.py
 	$(BIN)/python benchmarks/integer_linear.py
 	$(BIN)/python benchmarks/dfloat11_decode.py
+	$(BIN)/python benchmarks/dfloat11_context.py
 	$(BIN)/python benchmarks/code_study.py
 	$(BIN)/python benchmarks/accllm_ladder.py
 	$(BIN)/python benchmarks/accllm_ladder.py --model $(SHARED)/models/stories260K --text $(SHARED)/data/tinystories_wikitext_1000/tinystories_1000.json --tokens 160 --items 48 --out benchmarks/results/accllm_ladder.stories260K.records.json

@@ -40,9 +40,9 @@ def run(study: Study, method: BitStack, sizes: int, seed: int) -> None:
             study.saved("bitstack", seed, ours, theirs, against=name, codes=bits)
     for name, changes in VARIANTS.items():
         other = study.compressed(replace(method, **changes), seed)
-        steps = [step.bytes for step in size_table(other)]
+        sizes_of = [step.bytes for step in size_table(other) if step.bytes >= steps[0]]  # what both can be set to
         for number in range(6):
-            set_size(other, steps[number * (len(steps) - 1) // 5])
+            set_size(other, sizes_of[number * (len(sizes_of) - 1) // 5])
             set_size(stack, size(other).bytes)
             theirs, ours = study.scored(other), study.scored(stack)
             study.add(name, seed, other, theirs, part="variant", number=number)

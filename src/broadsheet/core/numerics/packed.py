@@ -8,12 +8,15 @@ memory honest: what is held is what `nbytes` counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import get_annotations
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+#: dtype and shape of a tensor
+Form = tuple[torch.dtype, tuple[int, ...]]
 #: what a plain field may be
 Plain = int | float | str | bool | None | list[Any]
 
@@ -30,6 +33,8 @@ class Packed(nn.Module):
 
     def __init__(self, tensors: dict[str, torch.Tensor], **plain: Plain):
         super().__init__()
+        if unknown := [name for name in plain if name not in _fields(self.__class__)]:
+            raise TypeError(f"a {type(self).__name__} has no field {', '.join(unknown)}")
         self.plain = plain
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -45,6 +50,23 @@ class Packed(nn.Module):
     def nbytes(self) -> int:
         """Bytes of what is stored."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def form(self) -> dict[str, Form]:
+        """The tensors that the plain fields call for, by name; those that may be missing only where they are there.
+
+        Raises ValueError for plain fields that are no such layer's.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ValueError unless the tensors are of the `form` that the plain fields say.
+
+        So that no kernel reads past a tensor's end, whatever a file says. Tensors may be on the meta device.
+        """
+        form, held = self.form(), {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        for name in sorted(form.keys() | held.keys()):
+            if form.get(name) != held.get(name):
+                raise ValueError(f"{name} must be {_shown(form.get(name))}, is {_shown(held.get(name))}")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         def kept(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,6 +91,16 @@ class PackedLinear(Packed):
         if "bias" not in tensors:
             self.register_buffer("bias", None)
 
+    def form(self) -> dict[str, Form]:
+        """Of the bias, which may have any floating dtype."""
+        if min(self.in_features, self.out_features) < 1:
+            raise ValueError(f"a layer of {self.out_features} x {self.in_features} has no weights")
+        if self.bias is None:
+            return {}
+        if not self.bias.is_floating_point():
+            raise ValueError(f"the bias is {self.bias.dtype}")
+        return {"bias": (self.bias.dtype, (self.out_features,))}
+
     def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as the layer computes with it, [out_features, in_features]."""
         raise NotImplementedError
@@ -80,6 +112,15 @@ class PackedLinear(Packed):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.plain.items())
+
+
+def _fields(kind: type) -> set[str]:
+    """The names that a class and its bases annotate."""
+    return {name for base in kind.__mro__ for name in get_annotations(base)}
+
+
+def _shown(form: Form | None) -> str:
+    return "missing" if form is None else f"{str(form[0]).removeprefix('torch.')} {list(form[1])}"
 
 
 def bias_of(linear: nn.Linear) -> dict[str, torch.Tensor]:

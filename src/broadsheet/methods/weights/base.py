@@ -114,6 +114,8 @@ def check_model(model: PreTrainedModel) -> None:
     """Raises ValueError for a model that cannot be compressed, saying why."""
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("this model is compressed already; load the original and compress that")
+    if not linears(model):
+        raise ValueError(f"{type(model).__name__} has no nn.Linear in its decoder blocks, and no others are covered")
     for name, linear in linears(model).items():
         if not linear.weight.is_floating_point():
             raise ValueError(f"{name} holds {linear.weight.dtype} codes, not weights; load the original model")

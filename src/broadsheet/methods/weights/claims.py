@@ -112,6 +112,21 @@ def dfloat11_batches(records: Sequence[Record]) -> Verdict:
     return graded([falls, apart], [falls]), text
 
 
+def dfloat11_context(records: Sequence[Record]) -> Verdict:
+    """More tokens than the 16-bit model's in the same memory, by arithmetic and in limited processes; the paper's ratios are
+    seen where memory is little more than the model."""
+    found = sorted(
+        find(records, bench="dfloat11-context", metric="context_ratio"), key=lambda record: record.setting["room"]
+    )
+    runs = [record for record in found if record.setting["how"] == "real run"]
+    if not runs:
+        return None
+    sums = {record.setting["room"]: record.value for record in found if record.setting["how"] == "arithmetic"}
+    text = ", ".join(f"{r.value:.1f}× ({sums[r.setting['room']]:.1f}× by arithmetic) at {r.setting['room']:g}" for r in runs)
+    longer = all(record.value > 1 for record in found)
+    return graded([longer, runs[0].value >= 5.3], [longer]), f"{text} times the 16-bit model's bytes, workspace counted"
+
+
 # --- OliVe --------------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from broadsheet.core.models.folds import Fold, adds_one
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics import integer
-from broadsheet.core.numerics.packed import Packed, PackedLinear
+from broadsheet.core.numerics.packed import Form, Packed, PackedLinear
 from broadsheet.core.numerics.packing import packed_size
 
 from .base import Shape
@@ -172,6 +173,24 @@ class IntegerLinear(PackedLinear):
             input_bits=input_bits, output=output, output_bits=output_bits, output_shape=output_shape,
         )  # fmt: skip
 
+    def form(self) -> dict[str, Form]:
+        rows, columns = self.out_features, self.in_features
+        if not (2 <= self.bits <= 8 and 2 <= self.input_bits <= 8 and self.output_bits in (0, *range(2, 9))):
+            raise ValueError(f"{self.bits}, {self.input_bits} and {self.output_bits} bits are not covered")
+        if self.input not in INPUTS or self.output not in OUTPUTS or columns > WIDEST:
+            raise ValueError(f"an input '{self.input}' of {columns} channels or an output '{self.output}' is not covered")
+        if self.output_shape is not None and (len(self.output_shape) != 3 or prod(self.output_shape) != rows):
+            raise ValueError(f"outputs of shape {self.output_shape} are not {rows}")
+        codes: Form = (torch.uint8, (rows, packed_size(columns, self.bits)))
+        form = {**super().form(), "scale": (torch.float32, (rows,))}
+        form["codes"] = (torch.int8, (rows, columns)) if self.bits == 8 else codes
+        if self.zero is not None:
+            form["zero"] = (torch.int8, (rows,))
+        if self.input == "static":
+            single = self.input_scale is not None and self.input_scale.numel() == 1
+            form["input_scale"] = (torch.float32, (1,) if single else (columns,))
+        return form
+
     @property
     def rows(self) -> Rows:
         return Rows(integer.unpack_codes(self.codes, self.bits, self.in_features), self.scale, self.zero, self.bits)
@@ -252,6 +271,13 @@ class FoldedNorm(Packed):
         super().__init__(tensors, **plain)
         if "bias" not in tensors:
             self.register_buffer("bias", None)
+
+    def form(self) -> dict[str, Form]:
+        if self.kind not in ("layer", "rms") or not (self.bits == 0 or 2 <= self.bits <= 8):
+            raise ValueError(f"a norm of kind '{self.kind}' with {self.bits} bits is not covered")
+        if self.weight.ndim != 1 or not self.weight.is_floating_point():
+            raise ValueError(f"a norm's weight cannot be {self.weight.dtype} {list(self.weight.shape)}")
+        return {name: (tensor.dtype, tuple(self.weight.shape)) for name, tensor in self.tensors.items()}
 
     @classmethod
     def of(cls, norm: nn.Module, biased: bool = False) -> Self:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from broadsheet.core.models.walker import Block
-from broadsheet.core.numerics.packed import PackedLinear, bias_of
+from broadsheet.core.numerics.packed import Form, PackedLinear, bias_of
 
 from .base import Shape, Unreachable, WeightMethod
 
@@ -43,15 +43,17 @@ def quantised(weight: torch.Tensor, bits: int, group_size: int) -> Any:
 
 
 @lru_cache
-def _context(shape: Shape, bits: int, group_size: int) -> tuple[type, Any]:
-    """torchao's class and what it keeps beside tensors, for a weight of this shape."""
-    some = quantised(torch.zeros(shape, dtype=torch.bfloat16), bits, group_size)
-    return type(some), some.__tensor_flatten__()[1]
+def _pattern(shape: Shape, bits: int, group_size: int) -> tuple[type, Any, dict[str, Form]]:
+    """For a weight of this shape torchao's class, what it keeps beside tensors, and the form of these."""
+    some = quantised(torch.zeros(shape, dtype=torch.bfloat16, device="cpu"), bits, group_size)
+    names, context = some.__tensor_flatten__()
+    return type(some), context, {name: (getattr(some, name).dtype, tuple(getattr(some, name).shape)) for name in names}
 
 
 class TorchAOLinear(PackedLinear):
     """A linear layer whose weight is a tensor of torchao; its inner tensors, by torchao's names, are what is stored."""
 
+    scale_and_zero: torch.Tensor
     bits: int
     group_size: int
 
@@ -67,9 +69,17 @@ class TorchAOLinear(PackedLinear):
             group_size=group_size,
         )
 
+    def form(self) -> dict[str, Form]:
+        TorchAO(self.bits, self.group_size).check([(self.out_features, self.in_features)])
+        *_, inner = _pattern((self.out_features, self.in_features), self.bits, self.group_size)
+        form = {**super().form(), **inner}
+        if self.bits == 4 and self.scale_and_zero.is_floating_point():  # in the dtype that the weight had
+            form["scale_and_zero"] = (self.scale_and_zero.dtype, form["scale_and_zero"][1])
+        return form
+
     def theirs(self, dtype: torch.dtype) -> torch.Tensor:
         """The tensor of torchao, to be multiplied with inputs of ``dtype``."""
-        kind, context = _context((self.out_features, self.in_features), self.bits, self.group_size)
+        kind, context, _ = _pattern((self.out_features, self.in_features), self.bits, self.group_size)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name != "bias"}
         if self.bits == 4:  # its product wants them in the dtype of the inputs
             tensors["scale_and_zero"] = tensors["scale_and_zero"].to(dtype)

@@ -20,12 +20,13 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from broadsheet import resolve
-from broadsheet.core.numerics.packed import Packed
+from broadsheet.core.numerics.packed import Packed, PackedLinear
 
 from .base import WeightMethod
 
@@ -58,6 +59,9 @@ class PackedConfig(QuantizationConfigMixin):
         self.version = version
         if version > VERSION:
             raise ValueError(f"this folder was written by a newer broadsheet (format {version}); update to read it")
+        for entry in self.modules:
+            if not isinstance(entry, dict) or entry.keys() != {"kind", "plain", "names"}:
+                raise ValueError("config.json lists a module without kind, plain fields and names; save the model again")
 
 
 class PackedQuantizer(HfQuantizer):
@@ -80,15 +84,19 @@ class PackedQuantizer(HfQuantizer):
                 if not tensors and not kind.stored_apart:
                     raise ValueError(f"the weights hold nothing for {name}; the folder is incomplete, save it again")
                 try:
-                    model.get_submodule(name)
-                    model.set_submodule(name, kind(tensors, **entry["plain"]))
-                except (AttributeError, TypeError) as error:
-                    raise ValueError(f"config.json does not fit this model at {name}: {error}") from None
+                    module = kind(tensors, **entry["plain"])
+                    _check(module, model.get_submodule(name))
+                    model.set_submodule(name, module)
+                except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+                    raise ValueError(f"this folder does not fit together at {name}: {error}") from None
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if _stored_apart(model):
             method_class(self.quantization_config.method).load_beside(model, self.folder)
+            for module in model.modules():
+                if isinstance(module, Packed):
+                    module.check()
             _save_what_is_apart(model)
         return model
 
@@ -98,6 +106,16 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check(module: Packed, original: nn.Module) -> None:
+    """Raises ValueError unless what a file says of a module fits its tensors and the layer whose place it takes."""
+    if isinstance(module, PackedLinear):
+        shape = (module.out_features, module.in_features)
+        if not isinstance(original, nn.Linear) or shape != (original.out_features, original.in_features):
+            raise ValueError(f"a linear layer of {shape[0]} x {shape[1]} for {original}")
+    if not module.stored_apart:  # those are checked when all is there
+        module.check()
 
 
 def packed_class(kind: str) -> type[Packed]:
@@ -174,6 +192,7 @@ def seal(model: PreTrainedModel, method: WeightMethod) -> PreTrainedModel:
     entries: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Packed):
+            module.check()
             kind = f"{type(module).__module__}:{type(module).__qualname__}"
             key = json.dumps([kind, module.plain], sort_keys=True)
             entries.setdefault(key, {"kind": kind, "plain": module.plain, "names": []})["names"].append(name)

@@ -15,7 +15,8 @@ from torch import nn
 
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
-from broadsheet.core.numerics.packed import PackedLinear, bias_of
+from broadsheet.core.numerics.packed import Form, PackedLinear, bias_of
+from broadsheet.core.numerics.packing import packed_size
 
 from .base import Shape, Unreachable, WeightMethod
 
@@ -42,6 +43,14 @@ class GroupLinear(PackedLinear):
             bits=quantised.bits,
             group_size=quantised.group_size,
         )
+
+    def form(self) -> dict[str, Form]:
+        if not (1 <= self.bits <= 8 and 1 <= self.group_size <= self.in_features):
+            raise ValueError(f"{self.bits} bits in groups of {self.group_size} do not fit {self.in_features} inputs")
+        rows, groups = self.out_features, -(-self.in_features // self.group_size)
+        grid = (torch.float16, (rows, groups))
+        codes = (torch.uint8, (rows, groups, packed_size(self.group_size, self.bits)))
+        return {**super().form(), "codes": codes, "scale": grid, "zero": grid}
 
     @property
     def stored(self) -> GroupQuantised:

@@ -45,9 +45,13 @@ def forward(x: torch.Tensor, codes: torch.Tensor, places: torch.Tensor | None, g
 
 @cache
 def _table(layout: Sparsity) -> np.ndarray:
-    """The places that a stored number stands for, uint64 [numbers, places of one]."""
+    """The places that a stored number stands for, uint64 [2**bits, places of one].
+
+    Numbers that `Sparsity.encode` never writes, which a damaged file may hold, stand for the first places: no write ends
+    up beside the row.
+    """
     found = patterns(layout.n, layout.m) if layout.places == "patterns" else [(place,) for place in range(layout.m)]
-    return np.array(found, dtype=np.uint64)
+    return np.array([*found, *[found[0]] * (2**layout.bits - len(found))], dtype=np.uint64)
 
 
 def _unpack_row(packed: Any, bits: int, out: Any) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from broadsheet.core.numerics.integer import quantise_per_token
-from broadsheet.core.numerics.packed import PackedLinear, bias_of
+from broadsheet.core.numerics.packed import Form, PackedLinear, bias_of
+from broadsheet.core.numerics.packing import packed_size
 
 from .clipping import Grid
 from .sparsity import Sparsity
@@ -62,6 +63,20 @@ class SparseLinear(PackedLinear):
             places=layout.places,
             activation_bits=activation_bits,
         )
+
+    def form(self) -> dict[str, Form]:
+        rows, kept = self.out_features, self.layout.kept(self.in_features)
+        if self.bits not in (*range(1, 9), 16) or not self.m <= self.group_size <= self.in_features:
+            raise ValueError(f"{self.bits} bits in groups of {self.group_size} do not fit {self.in_features} inputs")
+        if not 0 <= self.activation_bits <= 8:
+            raise ValueError(f"activations cannot have {self.activation_bits} bits")
+        form = super().form()
+        if not self.layout.dense:
+            form["positions"] = (torch.uint8, (rows, self.layout.row_bytes(self.in_features)))
+        if self.bits == 16:
+            return {**form, "values": (self.values.dtype, (rows, kept))}
+        grid = (torch.float16, (rows, -(-kept // self.grid.group)))
+        return {**form, "values": (torch.uint8, (rows, packed_size(kept, self.bits))), "scale": grid, "zero": grid}
 
     @property
     def layout(self) -> Sparsity:

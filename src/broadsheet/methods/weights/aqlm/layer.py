@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from broadsheet.core.numerics.packed import PackedLinear
-from broadsheet.core.numerics.packing import pack, unpack
+from broadsheet.core.numerics.packed import Form, PackedLinear
+from broadsheet.core.numerics.packing import pack, packed_size, unpack
 
 from .additive import Additive
 
@@ -42,6 +42,20 @@ class AQLMLinear(PackedLinear):
         tensors = {"codes": pack(codes.to(torch.uint8) if nbits <= 8 else codes, nbits)}
         tensors |= {"codebooks": codebooks, "scales": scales, **({} if bias is None else {"bias": bias.detach().clone()})}
         return cls(tensors, in_features=groups * in_group, out_features=rows * out_group, nbits=nbits, **plain)
+
+    def form(self) -> dict[str, Form]:
+        if self.codebooks.ndim != 4 or not self.codebooks.numel() or not 1 <= self.nbits <= 16:
+            raise ValueError(f"codebooks of {list(self.codebooks.shape)} and {self.nbits} bits are no codebooks")
+        books, _, out_group, in_group = self.codebooks.shape
+        if self.in_features % in_group or self.out_features % out_group:
+            raise ValueError(f"groups of {out_group} x {in_group} do not divide {self.out_features} x {self.in_features}")
+        rows, count = self.out_features // out_group, self.in_features // in_group * books
+        return {
+            **super().form(),
+            "codes": (torch.uint8, (rows, packed_size(count, self.nbits))),
+            "codebooks": (HALF, (books, 2**self.nbits, out_group, in_group)),
+            "scales": (HALF, (rows,)),
+        }
 
     @property
     def stored(self) -> Additive:

@@ -107,8 +107,6 @@ class BitStack(WeightMethod):
         """
         check_model(model)
         self.check(shapes(model))
-        if not linears(model):
-            raise ValueError(f"{type(model).__name__} has no nn.Linear in its decoder blocks, and BitStack covers no others")
         tuning, held_out = self._split(calibration)
         names = list(linears(model))
         layouts = {name: self.layout(*linear.weight.shape) for name, linear in linears(model).items()}

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, TypedDict
 import torch
 from torch import nn
 
-from broadsheet.core.numerics.packed import PackedLinear
+from broadsheet.core.numerics.packed import Form, PackedLinear
 
 from . import kernel
 from .decompose import Layout, compose
@@ -39,6 +39,11 @@ class BitStackLinear(PackedLinear):
         self.n_loaded = sum(name.startswith("block") for name in tensors)
         self.stack: Stack | None = None
         self.place = 0
+
+    def form(self) -> dict[str, Form]:
+        """Of what lies in the model's own files; the stack's file is checked when it is read."""
+        names = [name for name in self.tensors if name.startswith("block")]
+        return {**super().form(), **dict.fromkeys(names, (torch.uint8, (self.layout.nbytes,)))}
 
     def attach(self, stack: Stack, place: int) -> None:
         """Names where more blocks are read: layer ``place`` of ``stack``."""

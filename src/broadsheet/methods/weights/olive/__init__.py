@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.observers import Keep
 from broadsheet.core.models.walker import Block, walk
-from broadsheet.core.numerics.packed import PackedLinear, bias_of
+from broadsheet.core.numerics.packed import Form, PackedLinear, bias_of
 
 from ..base import Progress, Shape, Unreachable, WeightMethod, check_model, linears, shapes
 from .grids import PairType
@@ -56,6 +56,18 @@ class OVPLinear(PackedLinear):
         super().__init__(tensors, in_features, out_features, **plain)
         #: input values since the module was made, and those of them that saturated
         self.seen = self.saturated = 0
+
+    def form(self) -> dict[str, Form]:
+        if self.oo_policy not in POLICIES or self.pairing not in PAIRINGS:
+            raise ValueError(f"pairs '{self.pairing}' with '{self.oo_policy}' outliers are not covered")
+        even = self.in_features + self.in_features % 2
+        codes = (torch.uint8, (self.out_features, even * self.weight_kind.bits // 8))
+        form = {**super().form(), "codes": codes, "alpha": (torch.float32, (self.out_features,))}
+        if self.input_kind is not None:
+            form["input_alpha"] = (torch.float32, (1,))
+        if self.pairing == "spread":
+            form["order"] = (torch.int32, (self.in_features,))
+        return form
 
     @property
     def weight_kind(self) -> PairType:
