@@ -103,7 +103,8 @@ def main() -> None:
                 records.append(
                     Record(
                         paper="dfloat11", method="DFloat11", bench="dfloat11-context", metric="context_ratio",
-                        value=ours / max(theirs, 1), unit="times as many tokens", setting=setting, time=now(), **provenance(),
+                        value=ours / max(theirs, 1), unit="times as many tokens", setting=setting,
+                        time=now(), **provenance(),
                     )
                 )  # fmt: skip
     write_json(records, str(RESULTS))

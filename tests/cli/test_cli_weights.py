@@ -48,8 +48,8 @@ def test_what_run_keeps_loads_and_answers(method, folder, tmp_path):
     assert torch.isfinite(kept(IDS).logits).all()
     assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(folder))
     records = json.loads((tmp_path / "records.json").read_text())
-    held = next(r["value"] for r in records if r["method"] == method and r["metric"] == "held_bytes")
-    plain = next(r["value"] for r in records if r["method"] == "bf16" and r["metric"] == "held_bytes")
+    held = next(r["value"] for r in records if r["method"] == method and r["metric"] == "disk_bytes")
+    plain = next(r["value"] for r in records if r["method"] == "bf16" and r["metric"] == "disk_bytes")
     assert held < plain
 
 
