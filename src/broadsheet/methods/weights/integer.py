@@ -244,11 +244,15 @@ class IntegerLinear(PackedLinear):
         return (integer.round_to_codes(parts / scale, self.output_bits) * scale).view(y.shape)
 
 
-def integer_bits(bits: int, layers: Iterable[Shape], scales: int, zeros: bool = True) -> float:
-    """Bits a weight of such layers, when every layer has ``scales`` (a layer) or, if 0, a scale for each input channel."""
-    held = weights = 0
+def integer_bits(bits: int, layers: Iterable[Shape], zeros: bool = True, channels: bool = False) -> float:
+    """Bits a weight of such layers. ``channels``: at most, with a scale for each channel that a norm makes.
+
+    Norms keep these for all the layers that they feed. Which those are cannot be told from shapes: half of the layers are
+    charged with a scale a channel, which covers two norms in a block of four layers or more.
+    """
+    held = weights = 0.0
     for rows, columns in layers:
-        held += rows * (8 * packed_size(columns, bits) + 32 + 8 * zeros) + 32 * (scales or columns)
+        held += rows * (8 * packed_size(columns, bits) + 32 + 8 * zeros) + 16 * columns * channels
         weights += rows * columns
     return held / weights
 

@@ -258,11 +258,11 @@ class OutlierTune(WeightMethod):
         )  # fmt: skip
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
-        """As many bits a weight as fit. Every layer is charged with a scale a channel, which only norm-fed ones need."""
+        """As many bits a weight as fit, see `integer_bits`."""
         for codes in range(8, 1, -1):
-            if integer_bits(codes, layers, scales=0) <= bits:
+            if integer_bits(codes, layers, channels=True) <= bits:
                 return replace(self, w_bits=codes)
-        raise Unreachable(integer_bits(2, layers, scales=0))
+        raise Unreachable(integer_bits(2, layers, channels=True))
 
 
 @dataclass(frozen=True)

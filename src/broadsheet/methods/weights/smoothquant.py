@@ -88,9 +88,9 @@ class SmoothQuant(WeightMethod):
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """As many bits a weight as fit."""
         for codes in range(8, 1, -1):
-            if integer_bits(codes, layers, scales=1, zeros=not self.symmetric) <= bits:
+            if integer_bits(codes, layers, zeros=not self.symmetric) <= bits:
                 return replace(self, w_bits=codes)
-        raise Unreachable(integer_bits(2, layers, scales=1, zeros=not self.symmetric))
+        raise Unreachable(integer_bits(2, layers, zeros=not self.symmetric))
 
 
 def smoothing(largest: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
