@@ -158,8 +158,8 @@ class Chat:
     """A model to talk to, over any backend.
 
     ``ledger``: a `Ledger`, a path, or None for one in memory. ``concurrency``: calls under way at once. ``price``: what
-    tokens cost. ``budget``: hard limits, which may be shared by several chats. ``tries``: attempts at a call whose failure may pass
-    (429, 5xx, time-outs, garbage), with pauses that double within ``backoff`` seconds, or what ``Retry-After`` says.
+    tokens cost. ``budget``: hard limits, which may be shared by several chats. ``tries``: attempts at a call whose failure
+    may pass (429, 5xx, time-outs, garbage), with pauses that double within ``backoff`` seconds, or as ``Retry-After`` says.
 
     Answers come in the order of the requests, whatever the order in which they arrive. A truncated or refused answer is a
     `Choice` that is not ``ok``: a failure to be counted by whoever asked. ``used`` says what was paid for, by tag;

@@ -1,8 +1,8 @@
 """What the evals family stands on: a *benchmark* asks and marks, a *loop* makes answers better.
 
 A benchmark is a small dataclass with three parts: the `Sample` list, how one answer is marked, and (where a mean will not
-do) how marks become numbers. Asking, retries, resume, failures, intervals, transcripts, Inspect and lm-eval tasks are the same
-for all. A loop takes a chat and a prompt and returns an `Answer` with every step and its cost.
+do) how marks become numbers. Asking, retries, resume, failures, intervals, transcripts, Inspect and lm-eval tasks are the
+same for all. A loop takes a chat and a prompt and returns an `Answer` with every step and its cost.
 
 A failure to answer (cut off, refused, no answer after all tries) and an answer that cannot be read are outcomes of their
 own: they score 0, are counted, and are never dropped.

@@ -1,0 +1,106 @@
+"""Reading what models wrote: yes or no, numbers, labelled parts, tags, JSON, code blocks.
+
+Every reader returns None where the reply cannot be read, which is an outcome of its own: never a yes, a no or a zero. Where a
+reply says several things, the last one counts, since models think before they answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_THOUGHT = re.compile(r"^.*</think>", re.S)
+_NEGATED = re.compile(r"\b(?:not|never|isn't|aren't|doesn't|cannot|can't)\s+(?:\w+\s+)?$", re.I)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)
+
+
+def answer_part(text: str) -> str:
+    """The reply without its reasoning: what follows the last ``</think>``, stripped."""
+    return _THOUGHT.sub("", text).strip()
+
+
+def after_label(text: str, label: str) -> str | None:
+    """What follows the last ``label`` (any case; colon, asterisks and quotes around it are passed over), or None."""
+    found = list(re.finditer(re.escape(label) + r"[\s:*\"'_]*", text, re.I))
+    return text[found[-1].end() :].strip() if found else None
+
+
+def yes_no(text: str, label: str = "", yes: str = "yes", no: str = "no") -> bool | None:
+    """Yes or no, as whole words; with ``label`` only after its last occurrence, where the first of the two counts, else the
+    last. A negated "yes" ("not yes") is no answer."""
+    part = answer_part(text)
+    if label:
+        found = after_label(part, label)
+        if found is None:
+            return None
+        part = found
+    words = list(re.finditer(rf"\b(?:({re.escape(yes)})|({re.escape(no)}))\b", part, re.I))
+    if not words:
+        return None
+    word = words[0] if label else words[-1]
+    if _NEGATED.search(part[: word.start()]):
+        return None
+    return word[1] is not None
+
+
+def number(text: str, low: float = float("-inf"), high: float = float("inf"), label: str = "") -> float | None:
+    """The last number (after the last ``label``: the first), or None where there is none, it lies outside [low, high] or
+    it is a percentage."""
+    part = answer_part(text)
+    if label:
+        found = after_label(part, label)
+        if found is None:
+            return None
+        part = found
+    numbers = list(_NUMBER.finditer(part))
+    if not numbers:
+        return None
+    match = numbers[0] if label else numbers[-1]
+    if part[match.end() :].lstrip().startswith("%"):
+        return None
+    value = float(match[0])
+    return value if low <= value <= high else None
+
+
+def tag(text: str, name: str) -> str | None:
+    """The contents of the last ``<name>...</name>`` (any case), stripped, or None."""
+    found = re.findall(rf"<{re.escape(name)}\b[^>]*>(.*?)</{re.escape(name)}\s*>", text, re.S | re.I)
+    return found[-1].strip() if found else None
+
+
+def between(text: str, start: str, end: str) -> str | None:
+    """What stands between the last ``start`` and the next ``end``, stripped, or None."""
+    place = text.rfind(start)
+    if place < 0:
+        return None
+    stop = text.find(end, place + len(start))
+    return text[place + len(start) : stop].strip() if stop >= 0 else None
+
+
+def code_blocks(text: str, language: str = "") -> list[str]:
+    """Fenced blocks in order; with ``language`` (any case) only those of that language. Unclosed blocks are none."""
+    return [match[3] for match in _FENCE.finditer(text) if not language or match[2].lower() == language.lower()]
+
+
+def json_of(text: str) -> Any:
+    """The last JSON object or list of the reply (in a fenced block, or bare), or None."""
+    part = answer_part(text)
+    for block in reversed([*code_blocks(part, "json"), *code_blocks(part)]):
+        try:
+            return json.loads(block)
+        except (ValueError, RecursionError):
+            continue
+    decoder, found, place = json.JSONDecoder(), None, 0
+    while (start := min((at for at in (part.find("{", place), part.find("[", place)) if at >= 0), default=-1)) >= 0:
+        try:
+            found, place = decoder.raw_decode(part, start)
+        except (ValueError, RecursionError):
+            place = start + 1
+    return found
+
+
+def numbered(text: str) -> list[str]:
+    """The items of a numbered or bulleted list, in order."""
+    return [match[1].strip() for match in re.finditer(r"^[ \t]*(?:\d+[.)]|[-*•])[ \t]+(.+)$", answer_part(text), re.M)]
