@@ -71,4 +71,4 @@ def test_no_text_breaks_a_reader(text):
     ):
         reader(text)
     replies.tag(text, "a")
-    replies.json_of("[" * 5000 + text)
+    replies.json_of(text + "[" * 5000)

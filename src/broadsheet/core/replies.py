@@ -1,7 +1,7 @@
 """Reading what models wrote: yes or no, numbers, labelled parts, tags, JSON, code blocks.
 
-Every reader returns None where the reply cannot be read, which is an outcome of its own: never a yes, a no or a zero. Where a
-reply says several things, the last one counts, since models think before they answer.
+Every reader returns None where the reply cannot be read, which is an outcome of its own: never a yes, a no or a zero. Where
+a reply says several things, the last one counts, since models think before they answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 _THOUGHT = re.compile(r"^.*</think>", re.S)
 _NEGATED = re.compile(r"\b(?:not|never|isn't|aren't|doesn't|cannot|can't)\s+(?:\w+\s+)?$", re.I)
+#: so many brackets are tried as the beginning of JSON
+_STARTS = 200
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)
 
@@ -93,11 +95,16 @@ def json_of(text: str) -> Any:
         except (ValueError, RecursionError):
             continue
     decoder, found, place = json.JSONDecoder(), None, 0
-    while (start := min((at for at in (part.find("{", place), part.find("[", place)) if at >= 0), default=-1)) >= 0:
+    for _ in range(_STARTS):  # brackets that open nothing must not make this quadratic
+        start = min((at for at in (part.find("{", place), part.find("[", place)) if at >= 0), default=-1)
+        if start < 0:
+            break
         try:
             found, place = decoder.raw_decode(part, start)
-        except (ValueError, RecursionError):
+        except ValueError:
             place = start + 1
+        except RecursionError:
+            break
     return found
 
 
