@@ -27,7 +27,7 @@ _VERDICT_LABEL = re.compile(r"\b(?:verdict|judge?ment|answer|result)\b[*_\"']*\s
 _MARKS = str.maketrans({"✓": " yes ", "✔": " yes ", "✅": " yes ", "✗": " no ", "✘": " no ", "❌": " no ", "’": "'"})
 #: turns a verdict that follows in the same clause: "is not fully met", "no violation", "fails to comply", "partly met"
 _TURN = re.compile(
-    r"(?<![\w-])(?:(?:not|never|\w+n't|cannot|hardly|barely|nor|no longer|fail(?:s|ed)? to|far from|part(?:ly|ially)|half),?\s+"
+    r"(?<![\w-])(?:(?:not|never|\w+n't|cannot|hardly|barely|nor|no longer|fail(?:s|ed)? to|far from|part(?:ly|ially)),?\s+"
     r"(?:[\w'-]+,?\s+){0,3}|no\s+(?:[\w'-]+\s+){0,3})$",
     re.I,
 )
@@ -85,7 +85,7 @@ def verdict(text: str) -> bool | None:
     found = set()
     for word in _VERDICT.finditer(part):
         after = part[word.end() :]
-        if word[2] and re.match(r"\s+\w", after) and re.fullmatch("no|fail(?:s|ed)?", word[0], re.I):
+        if re.match(r"no\s+\w|fail(?:s|ed)?\s+to\b", word[0] + after, re.I):
             continue  # "no violation", "fails to meet": belongs to the next word
         clause = re.split(r"[.;:!\n]|\bbut\b", part[max(0, word.start() - 80) : word.start()])[-1]
         found.add(bool(word[1]) != bool(_TURN.search(clause)))
