@@ -29,7 +29,7 @@ _OPENINGS = ("Listen", "Imagine", "Today", "Recently")
 _TOPICS = "a walk,an old boat,the market,a letter,winter,a garden,a train,the sea,bread,a clock".split(",")
 
 #: at least so many words where length is asked for; texts without it stay well below
-_LONG = 150
+_LONG = 160
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,14 @@ def request_of(text: str, requests: Sequence[Request]) -> Request:
     return requests[int(found[1])]
 
 
-def write(request: Request, state: Sequence[bool], draw: Draw) -> str:
-    """A text that meets exactly the constraints whose ``state`` is true; its other words are drawn."""
+def write(request: Request, state: Sequence[bool], draw: Draw, sheet: str = "", notes: Sequence[str] = ()) -> str:
+    """A text that meets exactly the constraints whose ``state`` is true.
+
+    Its other words are those of ``sheet`` (see `sheet_of`), or new ones: a rewriting on the same sheet changes little but what
+    it must. Every text says which draft it is, so that no two are equal. ``notes`` are sentences added as they are.
+    """
+    sheet = sheet or f"{int(draw.uniform('sheet') * 2**32):08x}"
+    words = Draw(sheet)
     want = {feature.kind: (met, feature.value) for feature, met in zip(request.features, state, strict=True)}
 
     def met(kind: str) -> bool:
@@ -148,15 +154,13 @@ def write(request: Request, state: Sequence[bool], draw: Draw) -> str:
     def value(kind: str) -> str:
         return want[kind][1]
 
-    count = 0
-
-    def sentence() -> str:
-        nonlocal count
-        count += 1
-        one, verb, two, place = (draw.pick(f"{count} {n}", some) for n, some in enumerate((_NOUNS, _VERBS, _NOUNS, _PLACES)))
+    def sentence(name: str) -> str:
+        one, verb, two, place = (words.pick(f"{name} {n}", some) for n, some in enumerate((_NOUNS, _VERBS, _NOUNS, _PLACES)))
         return f"The {one} {verb} the {two} {place}."
 
-    lines = [f"{value('opening')} to this." if met("opening") else "Here is the note.", sentence(), sentence()]
+    draft = f"{int(draw.uniform('draft') * 2**32):08x}"
+    lines = [f"{value('opening')} to this." if met("opening") else "Here is the note.", f"Sheet {sheet} draft {draft}.", *notes]
+    lines += [sentence(f"body {n}") for n in range(5)]
     if met("keyword"):
         lines.append(f"A {value('keyword')} is part of it.")
     if "twice" in want:
@@ -178,16 +182,22 @@ def write(request: Request, state: Sequence[bool], draw: Draw) -> str:
     if met("capitals"):
         lines.append("It was GREAT.")
     if met("length"):
-        lines += [sentence() for _ in range(_LONG // 7 + 1)]
+        lines += [sentence(f"more {n}") for n in range(_LONG // 7 - 4)]
     blocks = [" ".join(lines)]
     if met("title"):
         blocks.append("<<A short note>>")
     if "bullets" in want:
         points = int(value("bullets")) + (0 if met("bullets") else draw.pick("points", (-1, 1)))
-        blocks.append("\n".join(f"- {draw.pick(f'point {n}', _NOUNS)}" for n in range(points)))
+        blocks.append("\n".join(f"- {words.pick(f'point {n}', _NOUNS)}" for n in range(points)))
     if met("divider"):
         blocks.append("===")
     if met("postscript"):
-        blocks.append(f"P.S. {sentence()}")
-    blocks.append(value("ending") if met("ending") else sentence())
+        blocks.append(f"P.S. {sentence('postscript')}")
+    blocks.append(value("ending") if met("ending") else sentence("end"))
     return "\n\n".join(blocks)
+
+
+def sheet_of(text: str) -> str:
+    """The sheet that a text is written on; "" for texts of others."""
+    found = re.search(r"\bSheet ([0-9a-f]{8}) draft\b", text)
+    return found[1] if found else ""

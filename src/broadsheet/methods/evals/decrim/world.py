@@ -14,7 +14,7 @@ from broadsheet.core import replies
 from broadsheet.core.chat import Request as ChatRequest
 from broadsheet.core.chat.simulated import Draw
 
-from ..checkable import Request, request_of, write
+from ..checkable import Request, request_of, sheet_of, write
 from . import prompts
 from .markov import Rates
 
@@ -63,7 +63,8 @@ class SimWriter:
         return f"Task: {about.task}\nConstraints:\n{prompts.numbered_list(listed)}"
 
     def _refine(self, about: Request, prompt: str, stage: str, draw: Draw) -> str:
-        state = about.state(replies.tag(prompt, "response") or "")
+        response = replies.tag(prompt, "response") or ""
+        state = about.state(response)
         if stage == "refine":
             told = set(replies.numbered(replies.between(prompt, "Not met yet:", "Write the whole response anew.") or ""))
             flagged = [any(line.startswith(feature.statement) for line in told) for feature in about.features]
@@ -76,7 +77,7 @@ class SimWriter:
                 new.append(not draw.chance(f"break {place}", self.rates.break_flagged if named else self.rates.break_other))
             else:
                 new.append(named and draw.chance(f"fix {place}", self.rates.fix))
-        return write(about, new, draw)
+        return write(about, new, draw, sheet_of(response))
 
 
 @dataclass(frozen=True)
