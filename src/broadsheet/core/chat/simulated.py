@@ -25,12 +25,13 @@ class Draw:
     """Randomness of one answer: the same question and sample always draw the same for the same ``kind``."""
 
     def __init__(self, key: str):
-        self.key = key
+        self._keyed = hashlib.blake2b(f"{key}\0".encode("utf-8", "surrogatepass"), digest_size=8)
 
     def uniform(self, kind: str) -> float:
         """In (0, 1)."""
-        digest = hashlib.blake2b(f"{self.key}\0{kind}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") + 0.5) / 2**64
+        hashed = self._keyed.copy()  # the key may be a long prompt: it is hashed once
+        hashed.update(kind.encode("utf-8", "surrogatepass"))
+        return (int.from_bytes(hashed.digest(), "big") + 0.5) / 2**64
 
     def chance(self, kind: str, probability: float) -> bool:
         return self.uniform(kind) < probability

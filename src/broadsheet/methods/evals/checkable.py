@@ -20,7 +20,15 @@ _NOUNS = (
     "hollow island jacket kernel ladder marble needle oyster pepper quarry raven silver timber umber velvet walnut"
 ).split()
 _VERBS = "finds keeps turns lifts holds paints carries follows guards mends seeks trades visits warms weighs".split()
-_PLACES = "at dawn,in the rain,by the road,under the bridge,near the mill,after the fair,on the hill,before supper".split(",")
+_PLACES = "at dawn,in the rain,by the road,under the bridge,near the mill,after the fair,on the hill,before supper".split(
+    ","
+)
+_FORMS = (
+    "The {0} {1} the {2} {3}.",
+    "A {0} {1} one {2} {3}.",
+    "My {2} is where some {0} {1} it {3}.",
+    "{0} and {2} are {3}.",
+)
 _KEYWORDS = "bicycle telescope volcano trumpet cinnamon glacier notebook penguin".split()
 _RARE = "orchestra pyramid tornado blanket magnet harvest".split()
 _FORBIDDEN = "very really quite rather simply".split()
@@ -156,11 +164,15 @@ def write(request: Request, state: Sequence[bool], draw: Draw, sheet: str = "", 
 
     def sentence(name: str) -> str:
         one, verb, two, place = (words.pick(f"{name} {n}", some) for n, some in enumerate((_NOUNS, _VERBS, _NOUNS, _PLACES)))
-        return f"The {one} {verb} the {two} {place}."
+        return words.pick(f"{name} form", _FORMS).format(one, verb, two, place)
 
     draft = f"{int(draw.uniform('draft') * 2**32):08x}"
-    lines = [f"{value('opening')} to this." if met("opening") else "Here is the note.", f"Sheet {sheet} draft {draft}.", *notes]
-    lines += [sentence(f"body {n}") for n in range(5)]
+    lines = [
+        f"{value('opening')} to this." if met("opening") else "Here is the note.",
+        f"Sheet {sheet} draft {draft}.",
+        *notes,
+    ]
+    lines += [sentence(f"body {n}") for n in range(8)]
     if met("keyword"):
         lines.append(f"A {value('keyword')} is part of it.")
     if "twice" in want:
@@ -182,7 +194,7 @@ def write(request: Request, state: Sequence[bool], draw: Draw, sheet: str = "", 
     if met("capitals"):
         lines.append("It was GREAT.")
     if met("length"):
-        lines += [sentence(f"more {n}") for n in range(_LONG // 7 - 4)]
+        lines += [sentence(f"more {n}") for n in range(_LONG // 6 - 4)]
     blocks = [" ".join(lines)]
     if met("title"):
         blocks.append("<<A short note>>")

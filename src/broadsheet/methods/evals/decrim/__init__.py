@@ -75,7 +75,9 @@ class _Corrector:
     temperature: float = 0.0
     max_tokens: int = 1024
 
-    async def _write(self, chat: Chat, messages: Sequence[Message] | str, kind: str, number: int = 0, **options: Any) -> Draft:
+    async def _write(
+        self, chat: Chat, messages: Sequence[Message] | str, kind: str, number: int = 0, **options: Any
+    ) -> Draft:
         asked = {"temperature": self.temperature, "max_tokens": self.max_tokens, **options}
         asked_messages = _user(messages) if isinstance(messages, str) else messages
         [choice] = await chat.acomplete(asked_messages, first=number, tag=f"decrim.{kind}", **asked)
@@ -125,9 +127,7 @@ def _verdict_of_whole(reply: str) -> bool | None:
     return None if said is None else replies.verdict(said)
 
 
-async def _checked(
-    checker: Checker, text: str, constraints: Sequence[str]
-) -> tuple[list[bool | None], list[str]]:
+async def _checked(checker: Checker, text: str, constraints: Sequence[str]) -> tuple[list[bool | None], list[str]]:
     found = checker(text, constraints)
     found = list(await found if isawaitable(found) else found)
     if len(found) != len(constraints):
@@ -242,7 +242,9 @@ class BestOf(_Corrector):
 
     def __post_init__(self) -> None:
         if self.n < 1 or (self.n > 1 and self.temperature == 0):
-            raise ValueError(f"best of n needs n >= 1, and a temperature above 0 beyond one, got {self.n}, {self.temperature}")
+            raise ValueError(
+                f"best of n needs n >= 1, and a temperature above 0 beyond one, got {self.n}, {self.temperature}"
+            )
 
     def solve(
         self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None, *, constraints: Sequence[str]
@@ -311,9 +313,7 @@ class RepeatConstraints(_Corrector):
 
     async def asolve(self, chat: Chat, messages: Sequence[Message] | str, *, constraints: Sequence[str]) -> Corrected:
         """`solve`, awaited."""
-        asked = prompts.REPEAT.format(
-            request=prompts.request_text(messages), constraints=prompts.numbered_list(constraints)
-        )
+        asked = prompts.REPEAT.format(request=prompts.request_text(messages), constraints=prompts.numbered_list(constraints))
         draft = await self._write(chat, asked, "generate")
         step = Step("generate", draft.text, draft.detail, draft.usage)
         return Corrected(draft.text, False, "done" if draft.text else "error", (step,), constraints=tuple(constraints))

@@ -200,7 +200,9 @@ class SPaR(TreeRefiner):
             return SearchResult("", False, "error", tuple(loop.steps), prompt=prompt)
         return await self._search(loop, prompt, draft.text, None)
 
-    async def abest_of(self, chat: Chat, messages: Sequence[Message] | str, refiner: Chat | None, n: int, first: int = 0) -> Answer:
+    async def abest_of(
+        self, chat: Chat, messages: Sequence[Message] | str, refiner: Chat | None, n: int, first: int = 0
+    ) -> Answer:
         """The rival: fresh answers, from sample ``first`` on, until the refiner accepts one, ``n`` at most."""
         prompt = request_text(messages)
 
