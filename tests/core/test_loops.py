@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from broadsheet.core.chat.protocol import Usage
-from broadsheet.core.loops import Draft, Judgement, Loop, Node, bfs, best_of, chain, dfs
+from broadsheet.core.loops import Draft, Judgement, Loop, Node, best_of, bfs, chain, dfs
 
 
 class Script:
@@ -135,7 +135,7 @@ def test_equal_texts_are_judged_once_and_refined_under_new_numbers():
     asked: list[tuple[str, int]] = []
     script = Script(lambda _: 0.2)
     script.refine = lambda text, said, number: refine(text, said, number)
-    _, loop = search(bfs, script, depth=2, loop=Loop(script.judge, refine=refine))
+    search(bfs, script, depth=2, loop=Loop(script.judge, refine=refine))
     assert script.judged == ["r", "same"]
     assert asked == [("r", n) for n in range(3)] + [("same", n) for n in range(6)]
 

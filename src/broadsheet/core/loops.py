@@ -6,8 +6,9 @@ A policy knows three asynchronous functions and nothing of prompts or models:
     judge(text) -> Judgement                     how good it is and what is wrong
     refine(text, judgement, number) -> Draft     a better one, the ``number``-th attempt from this text
 
-`Loop` calls them: it counts, keeps within the allowance, judges no text twice and writes down every call in an order that does
-not depend on which reply came first. A policy never sees whether an answer is right; ``accepted`` is the judge's word.
+`Loop` calls them: it counts, keeps within the allowance, judges no text twice and writes down every call in an order
+that does not depend on which reply came first. A policy never sees whether an answer is right; ``accepted`` is the
+judge's word.
 """
 
 from __future__ import annotations

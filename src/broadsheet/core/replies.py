@@ -33,9 +33,16 @@ _TURN = re.compile(
 )
 #: says that it does not know, or what would be
 _UNSURE = re.compile(
-    r"\b(?:un(?:clear|sure|certain|known|determined)|can(?:no|')t (?:be )?(?:determined?|verif(?:y|ied)|judged?|tell|said|say)|"
-    r"hard to (?:say|tell)|whether|m(?:ay|ight)|would|could|should|if|n(?:either|/a)|either)\b|\?",
-    re.I,
+    r"\b(?:un(?:clear|sure|certain|known|determined)|"
+   
+   
+   
+   
+   
+   
+   
+    r"can(?:no|')t (?:be
+    )?(?:determined?|verif(?:y|ied)|judged?|tell|said|say)|hard to (?:say|tell)|whether|m(?:ay|ight)|would|could|should|if|n(?:either|/a)|either)\b|\?", re.I,
 )
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)

@@ -250,21 +250,15 @@ def test_check6_vague_refinement_harms():
 
 
 def test_an_omitting_and_inventing_decomposer():
-    for omitted, invented in ((0.3, 0.0), (0.0, 1.0)):
-        rates = Rates(4, 0.9, 0.03, omitted=omitted)
-        with pytest.warns(UserWarning) if omitted else _nothing():
-            requests, answers = solved(rates, 400, invented=invented)
-        if omitted:
-            assert near(shares(requests, answers)[0], rates.decrim(10).instruction, 400)
-        assert all(len(a.constraints) == 5 for a in answers) == bool(invented)
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
+    rates = Rates(4, 0.9, 0.03, omitted=0.3)
+    with pytest.warns(UserWarning, match="no constraints"):
+        requests, answers = solved(rates, 300)
+    assert near(shares(requests, answers)[0], rates.decrim(10).instruction, 300)
+    rates = Rates(4, 0.9, 0.03)
+    requests, answers = solved(rates, 150, invented=1.0)
+    assert {len(answer.constraints) for answer in answers} == {5}
+    # A false alarm on the invented one is a refinement in which nothing that was asked for is mended.
+    assert near(shares(requests, answers)[0], rates.decrim(10).instruction, 150, errors=4)
 
 
 # --- 7: the parser ----------------------------------------------------------------------------------------------------------
@@ -388,7 +382,7 @@ def test_one_verdict_on_the_whole():
 
 def test_rivals():
     rates = Rates(4, *CRITICS["strong"])
-    requests, answers = solved(rates, 60, BestOf(n=5))
+    _, answers = solved(rates, 60, BestOf(n=5))
     assert max(a.generations for a in answers) <= 5
     assert all(set(a.verdicts) == {True} for a in answers if a.accepted)
     chat = Chat(Replies(lambda prompt, _: "ok" if prompt.endswith("1. a\n2. b") else ""))

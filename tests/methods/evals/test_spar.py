@@ -160,9 +160,8 @@ def test_a_search_that_fails_gives_back_the_root_and_one_without_children_does_n
 def test_sampling_by_value_is_the_same_again():
     requests = make_requests(6, 10)
     texts = []
-    for _ in range(2):
-        chat = chat_of(requests, lock=0.2)
-        texts.append([r.text for r in chat.map(lambda q: SPaR(select="sample").asolve(chat, q.prompt), requests)])
+    for chat in (chat_of(requests, lock=0.2), chat_of(requests, lock=0.2)):
+        texts.append([r.text for r in chat.map(lambda q, chat=chat: SPaR(select="sample").asolve(chat, q.prompt), requests)])
     assert texts[0] == texts[1]
 
 

@@ -90,7 +90,8 @@ class TreeRefiner:
     async def judge(self, refiner: Chat, prompt: str, text: str, tries: int | None = None) -> Judgement:
         """The judgement by votes. ``value``: share of yes among those that can be read; the feedback is the first reply that
         agrees with the majority. Undecided after ``tries`` ties."""
-        usage, read = NOTHING, ()
+        usage = NOTHING
+        read: tuple[bool | None, ...] = ()
         for attempt in range(tries or self.tries):
             choices = await refiner.acomplete(
                 judge_messages(prompt, text), n=self.votes, first=attempt * self.votes, tag="spar.judge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,8 @@ def build_refiner_sft(
             kinds["refine"].append({"messages": [*told, {"role": "assistant", "content": best.raw}]})
         below = list(root.walk())[1:] if root else []
         for kind, fits in (("tree_yes", _divided_yes), ("tree_no", _divided_no)):
-            if some := [node for node in below if fits(node)]:
-                node = rng.choice(some)
+            if divided := [node for node in below if fits(node)]:
+                node = rng.choice(divided)
                 assert node.judgement
                 kinds[kind].append(_judging(tree.prompt, node.text, node.judgement))
     for one in judged:
@@ -135,7 +135,7 @@ def build_refiner_sft(
     rows: list[Row] = []
     for kind, some in kinds.items():
         rng.shuffle(some)
-        new = []
+        new: list[Row] = []
         for row in some:
             if row["messages"][0]["content"] not in seen and len(new) < getattr(caps or Caps(), kind):
                 seen.add(row["messages"][0]["content"])
@@ -149,5 +149,9 @@ def _judging(prompt: str, text: str, judgement: Judgement) -> Row:
     return {"messages": [*judge_messages(prompt, text), {"role": "assistant", "content": judgement.feedback}]}
 
 
-_divided_yes: Callable[[Node], bool] = lambda node: 0.5 < node.value < 1  # noqa: E731
-_divided_no: Callable[[Node], bool] = lambda node: 0 < node.value < 0.5  # noqa: E731
+def _divided_yes(node: Node) -> bool:
+    return 0.5 < node.value < 1
+
+
+def _divided_no(node: Node) -> bool:
+    return 0 < node.value < 0.5
