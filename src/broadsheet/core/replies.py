@@ -34,15 +34,9 @@ _TURN = re.compile(
 #: says that it does not know, or what would be
 _UNSURE = re.compile(
     r"\b(?:un(?:clear|sure|certain|known|determined)|"
-   
-   
-   
-   
-   
-   
-   
-    r"can(?:no|')t (?:be
-    )?(?:determined?|verif(?:y|ied)|judged?|tell|said|say)|hard to (?:say|tell)|whether|m(?:ay|ight)|would|could|should|if|n(?:either|/a)|either)\b|\?", re.I,
+    r"can(?:no|')t (?:be )?(?:determined?|verif(?:y|ied)|judged?|tell|said|say)|"
+    r"hard to (?:say|tell)|whether|m(?:ay|ight)|would|could|should|if|n(?:either|/a)|either)\b|\?",
+    re.I,
 )
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)
@@ -80,8 +74,8 @@ def yes_no(text: str, label: str = "", yes: str = "yes", no: str = "no") -> bool
 def verdict(text: str) -> bool | None:
     """Whether a sentence on one constraint says that it is met: "satisfied", "is not fully met", "violated", "no violation".
 
-    Negations turn the word that they stand before; "partly met" is not met. A verdict after the last "verdict:" or "=>" counts
-    alone. A text that says both, that it does not know, or what would be, is None.
+    Negations turn the word that they stand before; "partly met" is not met. A verdict after the last "verdict:" or
+    "=>" counts alone. A text that says both, that it does not know, or what would be, is None.
     """
     part = answer_part(text).translate(_MARKS)
     labels = list(_VERDICT_LABEL.finditer(part))

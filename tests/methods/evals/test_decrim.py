@@ -72,7 +72,7 @@ class Replies:
         pass
 
 
-# --- 1: the exact chain -----------------------------------------------------------------------------------------------------
+# --- 1: the exact chain ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -119,8 +119,8 @@ def test_check1_engine_and_chain_agree_in_short(critic):
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", CRITICS)
 def test_check1_every_cell(critic):
-    """All cells of the table within 3 standard errors at 2,000 instructions. Constraints of one answer are not independent of
-    each other after refinement, so that their share is held to the error of its mean over instructions."""
+    """All cells of the table within 3 standard errors at 2,000 instructions. Constraints of one answer are not
+    independent of each other after refinement, so that their share is held to the error of its mean over instructions."""
     rates = Rates(4, *CRITICS[critic])
     requests, answers = solved(rates, 2000)
     for rounds in (1, 3, 10):
@@ -149,7 +149,7 @@ def test_fewer_rounds_are_the_beginning_of_more():
     assert [a.text for a in few] == [a.rounds[:4][-1].text for a in many]
 
 
-# --- 2, 4, 5: the loop's promises ---------------------------------------------------------------------------------------------
+# --- 2, 4, 5: the loop's promises -----------------------------------------------------------------------------------
 
 
 def test_check2_an_accepted_answer_is_untouched():
@@ -189,7 +189,7 @@ def test_check5_calls_are_within_the_budget_and_all_logged(rounds):
     assert sum(a.usage.calls for a in answers) == sum(used.values())
 
 
-# --- 3, 6: what helps and what harms --------------------------------------------------------------------------------------------
+# --- 3, 6: what helps and what harms --------------------------------------------------------------------------------
 
 
 def test_check3_the_gain_grows_with_recall_and_a_coin_harms():
@@ -261,22 +261,27 @@ def test_an_omitting_and_inventing_decomposer():
     assert near(shares(requests, answers)[0], rates.decrim(10).instruction, 150, errors=4)
 
 
-# --- 7: the parser ----------------------------------------------------------------------------------------------------------
+# --- 7: the parser --------------------------------------------------------------------------------------------------
 
 VERDICTS = [
     ("Met", True), ("met.", True), ("Not met", False), ("NOT MET", False), ("unmet", False), ("Yes", True), ("No", False),
     ("The constraint is satisfied.", True), ("The constraint is not satisfied.", False), ("This isn't satisfied", False),
     ("It isn’t fully satisfied", False), ("is not entirely fulfilled", False), ("Violated", False), ("not violated", True),
     ("No violation was found", True), ("No constraint is violated", True), ("fails to meet the limit", False),
-    ("The response fails this constraint", False), ("does not fail", True), ("Partially met", False), ("✓", True), ("❌", False),
+    ("The response fails this constraint", False), ("does not fail", True), ("Partially met", False), ("✓", True),
+    ("❌", False),
     ("only partly satisfied", False), ("No, the word is missing", False), ("There are no commas => MET", True),
     ("There are 3 commas => NOT MET", False), ("No commas are used, so it is satisfied", True), ("never satisfied", False),
     ("is not, however, met", False), ("It is far from satisfied.", False), ("unsatisfied", False), ("not unsatisfied", True),
     ("**Verdict**: not met", False), ("Verdict: Met", True), ("The response does not comply with it.", False),
-    ("non-compliant", False), ("It says yes twice. Final verdict: no", False), ("The response no longer satisfies it", False),
-    ("The word count is 120, which satisfies the limit.", True), ("The requirement was ignored.", False), ("hardly met", False),
-    ("It is unclear whether it is satisfied", None), ("Not met: it would be satisfied with two more words", None), ("", None),
-    ("maybe", None), ("The first half is met but the second is not met", None), ("Cannot be determined", None), ("met?", None),
+    ("non-compliant", False), ("It says yes twice. Final verdict: no", False),
+    ("The response no longer satisfies it", False),
+    ("The word count is 120, which satisfies the limit.", True), ("The requirement was ignored.", False),
+    ("hardly met", False),
+    ("It is unclear whether it is satisfied", None), ("Not met: it would be satisfied with two more words", None),
+    ("", None),
+    ("maybe", None), ("The first half is met but the second is not met", None), ("Cannot be determined", None),
+    ("met?", None),
     ("is neither met nor violated", None), ("It may or may not be met", None), ("I counted 120 words.", None),
 ]  # fmt: skip
 
@@ -322,7 +327,7 @@ def test_an_unread_verdict_neither_accepts_nor_refines():
     assert (answer.stopped, answer.accepted, answer.verdicts) == ("unparsed", False, (True, None))
 
 
-# --- 8: the score -----------------------------------------------------------------------------------------------------------
+# --- 8: the score ---------------------------------------------------------------------------------------------------
 
 
 def test_check8_a_trivial_decomposition_is_worth_nothing():
@@ -334,7 +339,7 @@ def test_check8_a_trivial_decomposition_is_worth_nothing():
     assert near(shares(requests, answers)[0], 0.85**4, 300)
 
 
-# --- the rest ---------------------------------------------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------------------------------------
 
 
 def test_a_checker_can_be_the_critic():

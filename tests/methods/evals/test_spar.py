@@ -165,7 +165,7 @@ def test_sampling_by_value_is_the_same_again():
     assert texts[0] == texts[1]
 
 
-# --- 4, 6: what is learnt from ----------------------------------------------------------------------------------------------
+# --- 4, 6: what is learnt from --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +239,9 @@ def test_check6_unanimous_judgements_teach_nothing_and_caps_hold(built):
 
 
 def test_divided_judgements_are_the_official_ones():
-    """The official code's choice among 60 judged answers. Of a divided vote it keeps the last reply of the majority before the
-    first dissent was met, not the first one, which is what its other half keeps: the answer and the verdict are compared."""
+    """The official code's choice among 60 judged answers. Of a divided vote it keeps the last reply of the majority
+    before the first dissent was met, not the first one, which is what its other half keeps: the answer and the verdict
+    are compared."""
 
     def which(reply):
         return reply.split(".")[0], parse_judgement(reply)
@@ -274,7 +275,7 @@ def test_prompts_are_made_from_seeds():
     assert len(GROUPS) == 14
 
 
-# --- 5: the table -----------------------------------------------------------------------------------------------------------
+# --- 5: the table ---------------------------------------------------------------------------------------------------
 
 #: (constraints, lock, fix) -> share right and mean generations of breadth-first search, greedy chain, best of 15
 TABLE = {
@@ -336,7 +337,7 @@ def test_acceptance_by_a_weak_judge_is_often_wrong():
         assert 0.65 < precision < 0.9
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

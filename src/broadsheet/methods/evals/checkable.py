@@ -1,8 +1,8 @@
 """Requests whose constraints can be read off a text, and a writer that meets exactly those it is told to.
 
 What the simulated worlds of this family's loops are made of (instruments, see `core.chat.simulated`): an answer carries its
-state as real features (words, endings, marks), which `Feature.met` reads back, so that a loop's code runs unchanged on models.
-Sixteen kinds, which can be met or missed independently of each other in one text.
+state as real features (words, endings, marks), which `Feature.met` reads back, so that a loop's code runs unchanged on
+models. Sixteen kinds, which can be met or missed independently of each other in one text.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def request_of(text: str, requests: Sequence[Request]) -> Request:
 def write(request: Request, state: Sequence[bool], draw: Draw, sheet: str = "", notes: Sequence[str] = ()) -> str:
     """A text that meets exactly the constraints whose ``state`` is true.
 
-    Its other words are those of ``sheet`` (see `sheet_of`), or new ones: a rewriting on the same sheet changes little but what
-    it must. Every text says which draft it is, so that no two are equal. ``notes`` are sentences added as they are.
+    Its other words are those of ``sheet`` (see `sheet_of`), or new ones: a rewriting on the same sheet changes little
+    but what it must. Every text says which draft it is, so that no two are equal. ``notes`` are sentences added as they are.
     """
     sheet = sheet or f"{int(draw.uniform('sheet') * 2**32):08x}"
     words = Draw(sheet)

@@ -4,10 +4,10 @@
     answer = DeCRIM().solve(chat, "Write a haiku about rain, without the word 'rain', in capitals.", critic=other)
     answer.text, answer.accepted, answer.stopped, answer.verdicts, answer.rounds, answer.usage
 
-One loop: the answer is written (the prompt is sent as it is, so that a baseline is the same prompt), the request is split into
-constraints once, a critic judges each constraint, and only those that fail go back to the writer with the reasons. An answer
-that the critic accepts is returned untouched. The gain is the critic's: see `markov` for what to expect of which, and the number
-of right verdicts below which the loop does harm.
+One loop: the answer is written (the prompt is sent as it is, so that a baseline is the same prompt), the request is
+split into constraints once, a critic judges each constraint, and only those that fail go back to the writer with the
+reasons. An answer that the critic accepts is returned untouched. The gain is the critic's: see `markov` for what to
+expect of which, and the number of right verdicts below which the loop does harm.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ class DeCRIM(_Corrector):
             raise ValueError(f"max_rounds must be at least 1, got {self.max_rounds}")
 
     def solve(self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None) -> Corrected:
-        """The corrected answer to ``messages``. ``critic``: None for ``chat`` itself, another chat, or a function from a text
-        and the list of constraints to a verdict each. Raises ChatError where a model cannot be reached."""
+        """The corrected answer to ``messages``. ``critic``: None for ``chat`` itself, another chat, or a function from
+        a text and the list of constraints to a verdict each. Raises ChatError where a model cannot be reached."""
         return run(self.asolve(chat, messages, critic))
 
     async def asolve(self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None) -> Corrected:

@@ -17,8 +17,8 @@ Split a request into its task and its constraints.
 </request>
 
 The task is what is to be produced, without any condition on it. A constraint is one single condition that a reply can be \
-checked against on its own: on content, style, format, quantity, audience or role. Word each so that it is understood without \
-the request, keep exact numbers, words and names, state none twice, and add none of your own.
+checked against on its own: on content, style, format, quantity, audience or role. Word each so that it is understood \
+without the request, keep exact numbers, words and names, state none twice, and add none of your own.
 
 Answer in this form:
 Task: ...
@@ -40,9 +40,9 @@ Check a response against constraints, one after the other.
 Constraints:
 {constraints}
 
-For every constraint look at what the response really says (count where numbers matter), give the reason in one sentence and \
-decide. A constraint that is met in part is not met. Answer with a JSON list and nothing else, one entry a constraint:
-[{{"constraint": 1, "reason": "...", "met": true}}, ...]"""
+For every constraint look at what the response really says (count where numbers matter), give the reason in one \
+sentence and decide. A constraint that is met in part is not met. Answer with a JSON list and nothing else, one entry a
+constraint: [{{"constraint": 1, "reason": "...", "met": true}}, ...]"""
 
 CRITIQUE_WHOLE = """\
 Check a response against a request.
@@ -75,8 +75,8 @@ All constraints:
 Not met yet:
 {failed}
 
-Write the whole response anew. Mend what is not met, keep what already works, and meet every constraint. Answer with the new \
-response only, without comments and without tags."""
+Write the whole response anew. Mend what is not met, keep what already works, and meet every constraint. Answer with \
+the new response only, without comments and without tags."""
 
 REFINE_WHOLE = """\
 Improve a response.

@@ -5,9 +5,10 @@ arXiv 2412.11605).
     SPaR().pairs(actor, prompts, refiner)                                              # rows prompt / chosen / rejected
     SPaR().refiner_data(...)                                                           # what the refiner learns from
 
-The search: the refiner judges an answer by several votes, writes ``branch`` refinements of it, judges those, goes on from the
-best ``keep``, and stops at the first level with an accepted one. A refined answer differs from the original in little but what
-was wrong, which is what makes the pair worth learning from. The refiner's word is not the truth: report a checker's.
+The search: the refiner judges an answer by several votes, writes ``branch`` refinements of it, judges those, goes on
+from the best ``keep``, and stops at the first level with an accepted one. A refined answer differs from the original
+in little but what was wrong, which is what makes the pair worth learning from. The refiner's word is not the truth:
+report a checker's.
 """
 
 from __future__ import annotations
@@ -216,8 +217,8 @@ class SPaR(TreeRefiner):
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def evolve(self, chat: Chat, seeds: Sequence[str]) -> list[dict[str, str]]:
-        """Prompts with constraints from plain ones: rows ``seed``, ``group`` (drawn from the fourteen), ``prompt``. Seeds for
-        which the model declines (mathematics, programming) or gives nothing that can be read are left out."""
+        """Prompts with constraints from plain ones: rows ``seed``, ``group`` (drawn from the fourteen), ``prompt``.
+        Seeds for which the model declines (mathematics, programming) or gives nothing that can be read are left out."""
         rng = random.Random(self.seed)
         drawn = [(seed, rng.choice(list(GROUPS))) for seed in seeds]
 
@@ -234,8 +235,8 @@ class SPaR(TreeRefiner):
         return [row for row in chat.map(one, drawn) if row]
 
     def pairs(self, actor: Chat, prompts: Sequence[str], refiner: Chat | None = None) -> Pairs:
-        """Preference pairs: a negative answer of the actor (one a prompt, drawn from those that the majority rejects) and its
-        accepted repair. Also holds every tree and judgement, for `refiner_data`. Raises ValueError without prompts."""
+        """Preference pairs: a negative answer of the actor (one a prompt, drawn from those that the majority rejects) and
+        its accepted repair. Also holds every tree and judgement, for `refiner_data`. Raises ValueError without prompts."""
         if not prompts:
             raise ValueError("there are no prompts to build pairs from")
         judge_by = refiner or actor

@@ -21,7 +21,8 @@ Row = dict[str, Any]
 
 
 def edit_similarity(a: str, b: str) -> float:
-    """1 - Levenshtein distance / length of the longer text; 1 for equal texts. Time grows with the product of the lengths."""
+    """1 - Levenshtein distance / length of the longer text; 1 for equal texts. Time grows with the product of the
+    lengths."""
     if a == b:
         return 1.0
     if not a or not b:
@@ -108,10 +109,11 @@ def build_refiner_sft(
 ) -> list[Row]:
     """Rows ``messages``, ``kind`` for tuning the refiner, shuffled.
 
-    ``refine``: the step to an accepted answer (its parent's judgement, then the refinement); ``tree_yes`` and ``tree_no``: one
-    judgement a tree on which the votes were divided, in favour and against; ``root_no`` and ``root_yes``: judgements of the
-    actor's answers on which they were divided. Unanimous judgements teach nothing and are left out. No two rows begin with
-    the same judgement prompt; the first kind that has it keeps it, before the caps (after them in the official code).
+    ``refine``: the step to an accepted answer (its parent's judgement, then the refinement); ``tree_yes`` and
+    ``tree_no``: one judgement a tree on which the votes were divided, in favour and against; ``root_no`` and
+    ``root_yes``: judgements of the actor's answers on which they were divided. Unanimous judgements teach nothing and
+    are left out. No two rows begin with the same judgement prompt; the first kind that has it keeps it, before the
+    caps (after them in the official code).
     """
     rng = random.Random(seed)
     kinds: dict[str, list[Row]] = {name: [] for name in Caps.__dataclass_fields__}

@@ -19,14 +19,14 @@ Judge whether an output follows its prompt exactly.
 {output}
 </output>
 
-Find every constraint in the prompt, check the output against each, and name those that are not satisfied. The output follows \
-the prompt only if all of them are satisfied completely. Answer in this form:
+Find every constraint in the prompt, check the output against each, and name those that are not satisfied. The output \
+follows the prompt only if all of them are satisfied completely. Answer in this form:
 Step-by-step verification: ...
 Final Judgement: one word, Yes if the output follows the prompt, else No"""
 
 REFINE = """\
-By your judgement, refine the output so that it satisfies every constraint of the prompt. Change what is wrong and keep the rest \
-as it is. Answer in this form:
+By your judgement, refine the output so that it satisfies every constraint of the prompt. Change what is wrong and keep \
+the rest as it is. Answer in this form:
 Reflection on what to change: ...
 Refined output: [[start]] the whole refined output [[end]]"""
 
@@ -37,10 +37,10 @@ Rewrite a prompt into a harder test of following instructions, by adding constra
 {prompt}
 </prompt>
 
-The main constraint is about {group}: {kinds}. Add it, unless it contradicts the prompt, and one to three others of any kind \
-({groups}, or others). They must be possible together, make sense for this prompt and be checkable; prefer kinds other than \
-length. Weave them into the wording, without a list, without an answer, and without anything visual. If the prompt is a \
-mathematical or a programming problem, give None as the new prompt.
+The main constraint is about {group}: {kinds}. Add it, unless it contradicts the prompt, and one to three others of any \
+kind ({groups}, or others). They must be possible together, make sense for this prompt and be checkable; prefer kinds \
+other than length. Weave them into the wording, without a list, without an answer, and without anything visual. If the \
+prompt is a mathematical or a programming problem, give None as the new prompt.
 Answer in this form: [[start]] the new prompt [[end]]"""
 
 #: the fourteen groups that a main constraint is drawn from, and what they are about (paper appendix; constraint taxonomy)

@@ -1,8 +1,8 @@
 """An instrument for SPaR: actor and refiner whose rates are known, in a world where repairs can go astray.
 
 They answer the method's own prompts about requests of `checkable`; the state of an answer is read off its text, and so is
-whether its branch of the search is *locked*: each refinement locks the branch with probability ``lock``, and no fault is mended
-in a locked one any more (the text says "It is closed."). Everything measured with it is SIMULATED.
+whether its branch of the search is *locked*: each refinement locks the branch with probability ``lock``, and no fault
+is mended in a locked one any more (the text says "It is closed."). Everything measured with it is SIMULATED.
 """
 
 from __future__ import annotations
