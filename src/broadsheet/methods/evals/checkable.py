@@ -11,8 +11,11 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
+from broadsheet.core import replies
+from broadsheet.core.chat import Request as ChatRequest
 from broadsheet.core.chat.simulated import Draw
 
 _NOUNS = (
@@ -99,7 +102,7 @@ _CHECKS: Mapping[str, Callable[[str, str], bool]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """A request with its gold constraints. ``number`` stands in the prompt, so that no two are the same."""
+    """A request with its true constraints. ``number`` stands in the prompt, so that no two are the same."""
 
     number: int
     task: str
@@ -112,6 +115,63 @@ class Request:
     def state(self, text: str) -> tuple[bool, ...]:
         """Which constraints the text meets."""
         return _state(self.features, text)
+
+    def write(self, state: Sequence[bool], draw: Draw, sheet: str = "", notes: Sequence[str] = ()) -> str:
+        """See `write`."""
+        return write(self, state, draw, sheet, notes)
+
+
+class Stated(Protocol):
+    """A constraint in words."""
+
+    @property
+    def statement(self) -> str: ...
+
+
+class Checkable(Protocol):
+    """What a simulated world needs of a request: `Request`, or a prompt of IFEval (`ifeval_world`)."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def features(self) -> Sequence[Stated]: ...
+
+    def state(self, text: str) -> tuple[bool, ...]:
+        """Which constraints the text meets."""
+        ...
+
+    def write(self, state: Sequence[bool], draw: Draw, sheet: str = "", notes: Sequence[str] = ()) -> str:
+        """A text that meets exactly those."""
+        ...
+
+
+@dataclass(frozen=True)
+class SimWorld:
+    """Base of the worlds: finds the request that a prompt is about."""
+
+    requests: Sequence[Checkable]
+
+    @cached_property
+    def _by_prompt(self) -> dict[str, Checkable]:
+        return {request.prompt.strip(): request for request in self.requests}
+
+    def about(self, prompt: str) -> Checkable:
+        """Raises ValueError for a request of others."""
+        asked = replies.tag(prompt, "request") or replies.tag(prompt, "prompt") or prompt.strip()
+        if asked not in self._by_prompt:
+            raise ValueError("this world knows only its own requests")
+        return self._by_prompt[asked]
+
+
+def content(request: ChatRequest, place: int = -1) -> str:
+    """The text of one message of a chat."""
+    assert not isinstance(request.messages, str)
+    text: Any = request.messages[place]["content"]
+    return str(text)
 
 
 @lru_cache(maxsize=200_000)
@@ -133,14 +193,6 @@ def make_requests(count: int, constraints: int, seed: int = 0) -> list[Request]:
             features.append(Feature(kind, statement.format(value), type_, value))
         made.append(Request(number, f"Write a note about {rng.choice(_TOPICS)}.", tuple(features)))
     return made
-
-
-def request_of(text: str, requests: Sequence[Request]) -> Request:
-    """The request that a prompt is about."""
-    found = re.search(r"Request (\d+)\.", text)
-    if not found:
-        raise ValueError("this world knows only its own requests")
-    return requests[int(found[1])]
 
 
 def write(request: Request, state: Sequence[bool], draw: Draw, sheet: str = "", notes: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ from broadsheet.core import replies
 from broadsheet.core.chat import Request as ChatRequest
 from broadsheet.core.chat.simulated import Draw
 
-from ..checkable import Request, request_of, sheet_of, write
+from ..checkable import Checkable, SimWorld, content, sheet_of
 from . import prompts
 from .markov import Rates
 
@@ -27,6 +27,8 @@ _STAGES = {
     _first_line(getattr(prompts, name)): name.lower()
     for name in ("DECOMPOSE", "CRITIQUE", "CRITIQUE_WHOLE", "REFINE", "REFINE_WHOLE")
 }
+#: what follows the request where the constraints are repeated
+_REPEATED = prompts.REPEAT.removeprefix("{request}").split("{")[0]
 
 
 def stage_of(prompt: str) -> str:
@@ -35,18 +37,16 @@ def stage_of(prompt: str) -> str:
 
 
 @dataclass(frozen=True)
-class SimWriter:
+class SimWriter(SimWorld):
     """Writes, splits and rewrites. ``invented``: probability that the decomposition has a constraint that nobody asked for.
     Where it is told only that something is wrong, it takes one constraint, drawn at random, for the fault."""
 
-    requests: Sequence[Request]
     rates: Rates = Rates()  # noqa: RUF009  # frozen
     invented: float = 0.0
 
     def reply(self, request: ChatRequest, draw: Draw) -> str:
-        assert not isinstance(request.messages, str)
-        prompt = str(request.messages[-1]["content"])
-        about, stage = request_of(prompt, self.requests), stage_of(prompt)
+        prompt = content(request).split(_REPEATED)[0]
+        about, stage = self.about(prompt), stage_of(prompt)
         if stage == "decompose":
             return self._decompose(about, draw)
         if stage in ("refine", "refine_whole"):
@@ -54,15 +54,15 @@ class SimWriter:
         if stage != "generate":
             raise ValueError("a SimWriter does not judge; give DeCRIM a critic")
         count = len(about.features)
-        return write(about, [draw.chance(f"satisfied {n}", self.rates.satisfied) for n in range(count)], draw)
+        return about.write([draw.chance(f"satisfied {n}", self.rates.satisfied) for n in range(count)], draw)
 
-    def _decompose(self, about: Request, draw: Draw) -> str:
+    def _decompose(self, about: Checkable, draw: Draw) -> str:
         listed = [f.statement for n, f in enumerate(about.features) if not draw.chance(f"omitted {n}", self.rates.omitted)]
         if draw.chance("invented", self.invented):
             listed.append("Keep a friendly tone throughout.")
         return f"Task: {about.task}\nConstraints:\n{prompts.numbered_list(listed)}"
 
-    def _refine(self, about: Request, prompt: str, stage: str, draw: Draw) -> str:
+    def _refine(self, about: Checkable, prompt: str, stage: str, draw: Draw) -> str:
         response = replies.tag(prompt, "response") or ""
         state = about.state(response)
         if stage == "refine":
@@ -77,21 +77,19 @@ class SimWriter:
                 new.append(not draw.chance(f"break {place}", self.rates.break_flagged if named else self.rates.break_other))
             else:
                 new.append(named and draw.chance(f"fix {place}", self.rates.fix))
-        return write(about, new, draw, sheet_of(response))
+        return about.write(new, draw, sheet_of(response))
 
 
 @dataclass(frozen=True)
-class SimCritic:
+class SimCritic(SimWorld):
     """Judges each constraint: what is missed is flagged with probability ``recall``, what is met with ``false_alarm``.
     Constraints that are not the request's own count as met."""
 
-    requests: Sequence[Request]
     rates: Rates = Rates()  # noqa: RUF009  # frozen
 
     def reply(self, request: ChatRequest, draw: Draw) -> str:
-        assert not isinstance(request.messages, str)
-        prompt = str(request.messages[-1]["content"])
-        about, stage = request_of(prompt, self.requests), stage_of(prompt)
+        prompt = content(request)
+        about, stage = self.about(prompt), stage_of(prompt)
         response = replies.tag(prompt, "response") or ""
         if stage == "critique_whole":
             return "It could be better in places.\nVerdict: not met"

@@ -7,21 +7,20 @@ is mended in a locked one any more (the text says "It is closed."). Everything m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from broadsheet.core import replies
 from broadsheet.core.chat import Request as ChatRequest
 from broadsheet.core.chat.simulated import Draw
 
-from ..checkable import Request, request_of, sheet_of, write
+from ..checkable import Checkable, SimWorld, content, sheet_of
 from . import prompts
 
 _LOCKED = "It is closed."
 
 
 @dataclass(frozen=True)
-class SimSPaR:
+class SimSPaR(SimWorld):
     """Actor and refiner in one.
 
     ``satisfied``: probability that a fresh answer meets a constraint; ``vote``: that one vote on a text is right; ``named``
@@ -29,7 +28,6 @@ class SimSPaR:
     locked); ``spoil``: that a met constraint that was not named is broken by a refinement; ``lock``: see the module.
     """
 
-    requests: Sequence[Request]
     satisfied: float = 0.8
     vote: float = 0.85
     named: float = 0.85
@@ -39,17 +37,16 @@ class SimSPaR:
     lock: float = 0.0
 
     def reply(self, request: ChatRequest, draw: Draw) -> str:
-        assert not isinstance(request.messages, str)
-        first = str(request.messages[0]["content"])
-        about = request_of(first, self.requests)
+        first = content(request, 0)
+        about = self.about(first)
         if not first.startswith(prompts.JUDGE.split("\n")[0]):
-            return write(about, [draw.chance(f"met {n}", self.satisfied) for n in range(len(about.features))], draw)
+            return about.write([draw.chance(f"met {n}", self.satisfied) for n in range(len(about.features))], draw)
         output = replies.tag(first, "output") or ""
         if len(request.messages) == 1:
             return self._judge(about, output, draw)
-        return self._refine(about, output, str(request.messages[1]["content"]), draw)
+        return self._refine(about, output, content(request, 1), draw)
 
-    def _judge(self, about: Request, output: str, draw: Draw) -> str:
+    def _judge(self, about: Checkable, output: str, draw: Draw) -> str:
         state = about.state(output)
         says = all(state) == draw.chance("right", self.vote)
         named = [
@@ -60,7 +57,7 @@ class SimSPaR:
         lines = [f"- not satisfied: {statement}" for statement in named]
         return "\n".join(["Step-by-step verification:", *lines, f"Final Judgement: {'Yes' if says else 'No'}"])
 
-    def _refine(self, about: Request, output: str, critique: str, draw: Draw) -> str:
+    def _refine(self, about: Checkable, output: str, critique: str, draw: Draw) -> str:
         locked = _LOCKED in output or draw.chance("lock", self.lock)
         told = {line.removeprefix("- not satisfied: ") for line in critique.split("\n")}
         new = []
@@ -69,5 +66,5 @@ class SimSPaR:
                 new.append(met or (not locked and draw.chance(f"fix {place}", self.fix)))
             else:
                 new.append(met and not draw.chance(f"spoil {place}", self.spoil))
-        text = write(about, new, draw, sheet_of(output), [_LOCKED] if locked else [])
+        text = about.write(new, draw, sheet_of(output), [_LOCKED] if locked else [])
         return f"Reflection on what to change: what was named.\nRefined output: [[start]] {text} [[end]]"
