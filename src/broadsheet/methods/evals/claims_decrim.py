@@ -46,10 +46,8 @@ def weak_feedback(records: Sequence[Record]) -> Verdict:
     rival, _ = _pooled(records, "best-of-11", part="rivals", critic="weak", constraints=4)
     text = (
         f"{100 * (ours - _BASE):+.1f} points ({percent(_BASE)} to {percent(ours)}); best of 11 with the same critic "
-       
-       
-        f"{percent(rival)}; {sum(cells)} of {len(cells)} cells
-        within 3 standard errors of the exact chain (simulated, n={n})"
+        f"{percent(rival)}; {sum(cells)} of {len(cells)} cells within 3 standard errors of the exact chain "
+        f"(simulated, n={n})"
     )
     return graded([all(cells), ours - _BASE > 3 * _error(_BASE, n)], [ours > _BASE]), text
 
@@ -65,8 +63,6 @@ def feedback_quality(records: Sequence[Record]) -> Verdict:
     values = [value - _BASE for value, _ in gains]
     rises = all(a < b for a, b in pairwise(values))
     apart = all(b - a > 2 * _error(0.5, m) for (a, b), (_, m) in zip(pairwise(values), gains, strict=False))
-    text = (
-        f"gain by recall {', '.join(f'{100 * value:+.1f}' for value in values)} points at {recalls} and 10 % false alarms; coin "
-        f"{100 * (coin - _BASE):+.1f}; nothing gained where {percent(even[0].value)} of verdicts are right (simulated)"
-    )
+    shown = ", ".join(f"{100 * value:+.1f}" for value in values)
+    text = f"gain by recall {shown} points at {recalls} and 10 % false alarms; coin {100 * (coin - _BASE):+.1f}; nothing gained where {percent(even[0].value)} of verdicts are right (simulated)"
     return graded([rises, apart, coin < _BASE - 3 * _error(_BASE, n)], [rises, coin < _BASE]), text

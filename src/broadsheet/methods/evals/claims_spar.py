@@ -9,8 +9,11 @@ from broadsheet.core.verdicts import Verdict, find, graded
 
 #: constraints, lock -> share right of breadth-first search, greedy chain, best of 15 in the prototype
 _EXPECTED = {
-    (8, 0.0): (0.94, 0.96, 0.84), (8, 0.3): (0.77, 0.41, 0.85), (12, 0.15): (0.83, 0.57, 0.55), (16, 0.2): (0.80, 0.53, 0.28),
-}  # fmt: skip
+    (8, 0.0): (0.94, 0.96, 0.84),
+    (8, 0.3): (0.77, 0.41, 0.85),
+    (12, 0.15): (0.83, 0.57, 0.55),
+    (16, 0.2): (0.80, 0.53, 0.28),
+}
 _POLICIES = ("bfs", "chain", "best-of-15")
 
 
@@ -21,8 +24,8 @@ def _pooled(records: Sequence[Record], method: str, metric: str, **setting: obje
 
 
 def search_against_sampling(records: Sequence[Record]) -> Verdict:
-    """Tree search ends higher than best of 15, with no more generations, where fresh answers seldom succeed; where they often
-    do and refinements go astray, it does not. *Holds* asks for the paper's word in all four worlds."""
+    """Tree search ends higher than best of 15, at 15 generations at most, where fresh answers seldom succeed; where they
+    often do and refinements go astray, it does not. *Holds* asks for the paper's word in all four worlds."""
     rows, wins, close = [], [], []
     for (constraints, lock), expected in _EXPECTED.items():
         setting = {"part": "worlds", "constraints": constraints, "lock": lock}
