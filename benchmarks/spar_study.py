@@ -2,9 +2,9 @@
 
     python benchmarks/spar_study.py [--items 500] [--seeds 3] [--ifeval FOLDER]
 
-From the same negatives: breadth-first search (and depth-first, on the first seed), a greedy chain and best of 15, 15 generations at most
-each, in four worlds, those where the tree loses too; what is wrong among what a weak judge accepts; how alike the
-answers of a pair are, refined and independent ones; and IFEval's own prompts, right by the official checks.
+From the same negatives: breadth-first search (and depth-first, on the first seed), a greedy chain and best of 15, 15
+generations at most each, in four worlds, those where the tree loses too; what is wrong among what a weak judge accepts; how
+alike the answers of a pair are, refined and independent ones; and IFEval's own prompts, right by the official checks.
 """
 
 from __future__ import annotations
