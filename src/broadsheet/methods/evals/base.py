@@ -15,9 +15,9 @@ import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from broadsheet.core.chat import Chat, Choice, Message, Usage, run
 from broadsheet.core.chat.client import here, in_order
@@ -84,6 +84,7 @@ class Report:
     scored: tuple[Scored, ...]
     used: Usage  #: what was paid for now
     cost: Usage  #: what all its answers cost, those from the ledger too
+    answers: tuple[Answer, ...] = ()  #: of a loop: how it came to its answers
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -97,14 +98,16 @@ class Report:
         raise KeyError(name)
 
     def transcript(self) -> list[dict[str, Any]]:
-        """A JSON-able row an answer: what was asked, what came back, what it was worth and why."""
+        """A JSON-able row an answer: what was asked, what came back, what it was worth and why; a loop's steps too."""
+        steps = [[asdict(step) for step in answer.steps] for answer in self.answers]
         return [
             {
                 "id": one.sample.id, "messages": [dict(m) for m in one.sample.messages], "axes": dict(one.sample.axes),
                 "answer": choice.text, "finish_reason": choice.finish_reason, "outcome": mark.outcome,
                 "values": dict(mark.values), "evidence": mark.evidence, "usage": asdict(choice.usage),
+                **({"steps": steps[place]} if steps else {}),
             }
-            for one in self.scored
+            for place, one in enumerate(self.scored)
             for choice, mark in zip(one.answers, one.marks, strict=True)
         ]  # fmt: skip
 
@@ -127,6 +130,7 @@ class Benchmark(ABC):
 
     slug: ClassVar[str]
     primary: ClassVar[str]
+    budgeted: ClassVar[bool] = False
     #: parameters of every request, unless a sample has its own
     request: ClassVar[Mapping[str, Any]] = {}
     #: answers asked for a sample
@@ -238,14 +242,67 @@ class Answer:
         return sum(step.kind in ("generate", "refine") for step in self.steps)
 
 
-def records_of(report: Report, paper: str, method: str, parameters: Mapping[str, Any], **setting: Any) -> list[Record]:
-    """A report as records: every metric, the outcomes and the cost."""
+class Loop(ABC):
+    """Base of what makes answers better: dataclasses whose fields are their settings.
+
+    A loop sees the prompt and what it asks a model; it never sees how its answer will be marked, unless its critic is said
+    to be the oracle.
+    """
+
+    slug: ClassVar[str]
+    budgeted: ClassVar[bool] = True
+
+    @abstractmethod
+    async def asolve(self, chat: Chat, messages: Sequence[Message], **given: Any) -> Answer:
+        """The loop's answer to a prompt."""
+
+    @abstractmethod
+    def at_budget(self, answers: int) -> Self:
+        """This loop with at most so many answers written for a prompt. Raises ValueError below what it needs."""
+
+    def solve(self, chat: Chat, messages: Sequence[Message], **given: Any) -> Answer:
+        """`asolve`, waited for."""
+        return run(self.asolve(chat, messages, **given))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings, JSON-able."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+
+    def evaluate(
+        self, chat: Chat, work: Benchmark, limit: int | None = None, done: Callable[[int, int], None] | None = None
+    ) -> Report:
+        """The loop's answers to a benchmark's samples, marked by the benchmark."""
+        chosen, before = list(work.samples())[:limit], chat.spent
+
+        async def one(sample: Sample) -> tuple[Scored, Answer]:
+            answer = await self.asolve(chat, sample.messages)
+            reason = "error" if answer.stopped == "error" and not answer.text else "stop"
+            choice = Choice(answer.text, reason, answer.usage)
+            return Scored(sample, (choice,), (work.marked(sample, choice),)), answer
+
+        tell = (lambda count: done(count, len(chosen))) if done else None
+        found = run(in_order(one, chosen, chat.concurrency, tell))
+        scored, answers = [some for some, _ in found], tuple(answer for _, answer in found)
+        report = work.report(chat, scored, before)
+        written, content = [float(a.generations) for a in answers], [float(a.accepted) for a in answers]
+        extra = (
+            Metric("answers", statistics.fmean(written), bootstrap_ci(written), len(written)),
+            Metric("accepted", statistics.fmean(content), bootstrap_ci(content), len(content)),
+        )
+        return replace(report, benchmark=self.slug, metrics=(*report.metrics, *extra), answers=answers)
+
+
+def records_of(
+    report: Report, primary: str, paper: str, method: str, parameters: Mapping[str, Any], seed: int = 0, **setting: Any
+) -> list[Record]:
+    """A report as records: every metric (``primary`` is "score" too), the outcomes and the cost."""
     shared: dict[str, Any] = {
-        "paper": paper, "method": method, "bench": "evals", "model": report.model, "parameters": dict(parameters),
+        "paper": paper, "method": method, "bench": "evals", "model": report.model, "parameters": dict(parameters), "seed": seed,
         "time": now(), **provenance(),
     }  # fmt: skip
     found = []
-    for metric in report.metrics:
+    for metric in (replace(report.get(primary), name="score"), *report.metrics):
         cut = {metric.axis: metric.value_of} if metric.axis else {}
         found.append(
             Record(metric=metric.name, value=metric.value, ci=metric.ci, n=metric.n, setting={**setting, **cut}, **shared)
