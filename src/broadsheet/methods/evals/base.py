@@ -131,6 +131,7 @@ class Benchmark(ABC):
     slug: ClassVar[str]
     primary: ClassVar[str]
     budgeted: ClassVar[bool] = False
+    compared: ClassVar[bool] = False  #: no reference belongs beside it
     #: parameters of every request, unless a sample has its own
     request: ClassVar[Mapping[str, Any]] = {}
     #: answers asked for a sample
@@ -298,8 +299,8 @@ def records_of(
 ) -> list[Record]:
     """A report as records: every metric (``primary`` is "score" too), the outcomes and the cost."""
     shared: dict[str, Any] = {
-        "paper": paper, "method": method, "bench": "evals", "model": report.model, "parameters": dict(parameters), "seed": seed,
-        "time": now(), **provenance(),
+        "paper": paper, "method": method, "bench": "evals", "model": report.model, "parameters": dict(parameters),
+        "seed": seed, "time": now(), **provenance(),
     }  # fmt: skip
     found = []
     for metric in (replace(report.get(primary), name="score"), *report.metrics):

@@ -3,8 +3,8 @@
 A benchmark has no budget: its row is the model's score with its interval, what could not be read or was cut off, and what it
 cost. A loop's budget is how many answers it may write for one prompt; its row is the share of prompts all of whose
 constraints hold, judged by programs that the loop itself never sees. The model is any OpenAI-compatible endpoint or a local
-one. Every answer goes through the ledger under BROADSHEET_HOME, so the same command goes on where it was stopped and pays for
-nothing twice.
+one. Every answer goes through the ledger under BROADSHEET_HOME, so the same command goes on where it was stopped and pays
+for nothing twice.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ VIEW = View(
     top=1000.0,
     budget_name="answers that may be written for a prompt",
     unbudgeted="–",
-    note="Benchmarks (no budget) score the model; each has a scale of its own, so ranks between them mean nothing. Loops are "
-    "ranked within a budget of answers written for a prompt, by the share of prompts all of whose constraints hold, judged by "
-    "programs. Answers that could not be read, were cut off, refused or failed score 0 and are counted. Intervals are 95 % "
+    note="Benchmarks (no budget) score the model; each has a scale of its own, so ranks between them mean nothing. Loops "
+    "are ranked within a budget of answers written for a prompt, by the share of prompts all of whose constraints hold, judged "
+    "by programs. Answers that could not be read, were cut off, refused or failed score 0 and are counted. Intervals are 95 % "
     "bootstrap intervals over samples.",
 )
 
