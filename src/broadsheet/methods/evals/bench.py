@@ -51,10 +51,10 @@ VIEW = View(
     top=1000.0,
     budget_name="answers that may be written for a prompt",
     unbudgeted="–",
-    note="Benchmarks (no budget) score the model; each has a scale of its own, so ranks between them mean nothing. Loops "
-    "are ranked within a budget of answers written for a prompt, by the share of prompts all of whose constraints hold, judged "
-    "by programs. Answers that could not be read, were cut off, refused or failed score 0 and are counted. Intervals are 95 % "
-    "bootstrap intervals over samples.",
+    note="Benchmarks (no budget) score the model; each has a scale of its own, so ranks between them mean nothing. "
+    "Loops are ranked within a budget of answers written for a prompt, by the share of prompts all of whose constraints "
+    "hold, judged by programs. Answers that could not be read, were cut off, refused or failed score 0 and are counted. "
+    "Intervals are 95 % bootstrap intervals over samples.",
 )
 
 #: What the papers' loops are compared with, and a benchmark that everybody knows: name -> (class, parameters).
