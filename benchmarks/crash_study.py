@@ -3,11 +3,11 @@
     python benchmarks/crash_study.py [--base FOLDER] [--seeds 3] [--steps 60] [--random 20] [--layers 12]
 
 The base model is trained on the built-in world without the private tasks (`--base` keeps it, and resumes its training when
-that was stopped; what the study has measured is kept beside it, and not measured again). For every private task and seed each emulator's adapters (as many for all, as many steps, the learning
-rate chosen by the emulator's own loss) are tuned on the client's sessions and plugged into the full model. Measured on other
-sessions: answers that are right, and loss, of the full model before and after tuning all of it, of the emulator before and
-after, and of the full model with the adapters plugged in. Then the losses on the straight line between the full model tuned
-as a whole and the plugged-in one.
+that was stopped; what the study has measured is kept beside it, and not measured again). For every private task and seed
+each emulator's adapters (as many for all, as many steps, the learning rate chosen by the emulator's own loss) are tuned on
+the client's sessions and plugged into the full model. Measured on other sessions: answers that are right, and loss, of the
+full model before and after tuning all of it, of the emulator before and after, and of the full model with the adapters
+plugged in. Then the losses on the straight line between the full model tuned as a whole and the plugged-in one.
 """
 
 from __future__ import annotations
@@ -282,11 +282,10 @@ def main() -> None:
             )
     model, tokenizer = load(arguments.base, dtype=torch.float32)
     study, store = Study(arguments, model, tokenizer), RecordStore(Path(arguments.base) / "study.jsonl")
-    for seed in range(arguments.seeds):
-        for task in PRIVATE:
-            study.kept(store, f"{task} {seed}", partial(study.run, task, seed))
-        for draw in range(arguments.random if seed == 0 else 0):
-            study.kept(store, f"random {draw}", partial(study.random, PRIVATE[0], seed, draw))
+    cells = [(f"{task} {seed}", partial(study.run, task, seed)) for seed in range(arguments.seeds) for task in PRIVATE]
+    cells += [(f"random {draw}", partial(study.random, PRIVATE[0], 0, draw)) for draw in range(arguments.random)]
+    for cell, measure in cells:
+        study.kept(store, cell, measure)
         write_results(study.records, Path(__file__).parent / "results" / f"crash_study.{arguments.layers}.records.json")
 
 
