@@ -112,9 +112,9 @@ async def in_order(
 class Budget:
     """Hard limits of what chats may use; None is no limit. Several chats may share one.
 
-    A call is sent only if its worst case (`Request.most_tokens` read, ``max_tokens`` written a sample) fits into what is left
-    beside the calls under way, so that no limit is ever exceeded. What was cut off after it was sent counts with its worst
-    case, since it may have been charged. Answers from the ledger are free.
+    A call is sent only if its worst case (`Request.most_tokens` read, ``max_tokens`` written a sample) fits into what is
+    left beside the calls under way, so that no limit is ever exceeded. What was cut off after it was sent counts with its
+    worst case, since it may have been charged. Answers from the ledger are free.
     """
 
     calls: int | None = None
@@ -197,7 +197,7 @@ class Chat:
 
     Answers come in the order of the requests, whatever the order in which they arrive. A truncated or refused answer is a
     `Choice` that is not ``ok``: a failure to be counted by whoever asked. ``used`` says what was paid for, by tag;
-    ``replayed`` what the ledger gave. Whoever is cancelled waits for its call under way, so that what was paid for is stored.
+    ``replayed`` what the ledger gave. Whoever is cancelled waits for its call under way, so that what was paid for is kept.
     """
 
     def __init__(
@@ -393,8 +393,7 @@ class Chat:
     def _priced(self, choice: Choice, seconds: float, first: bool) -> Choice:
         usage = choice.usage
         money = self._money(usage.prompt_tokens, usage.completion_tokens)
-        shared = {"calls": 1, "seconds": seconds} if first else {"calls": 0, "seconds": 0.0}
-        return replace(choice, usage=replace(usage, money=money, **shared))
+        return replace(choice, usage=replace(usage, calls=int(first), money=money, seconds=seconds if first else 0.0))
 
     def _given_up(self, error: Transient, samples: int) -> list[Choice]:
         """A counted failure while the endpoint answers others, else the end of the run."""

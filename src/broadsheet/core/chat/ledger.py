@@ -86,24 +86,12 @@ class Ledger:
             if choice.tool_calls:
                 kept["tool_calls"] = choice.tool_calls
             used = choice.usage
-            rows.append(
-                (
-                    key,
-                    _storable(model),
-                    _storable(tag),
-                    sample,
-                    request.content,
-                    json.dumps(kept, default=dict),
-                    _storable(choice.finish_reason),
-                    used.calls,
-                    used.prompt_tokens,
-                    used.completion_tokens,
-                    used.money,
-                    used.seconds,
-                    used.estimated,
-                    time,
-                )  # fmt: skip
-            )
+            row = (
+                key, _storable(model), _storable(tag), sample, request.content, json.dumps(kept, default=dict),
+                _storable(choice.finish_reason), used.calls, used.prompt_tokens, used.completion_tokens, used.money,
+                used.seconds, used.estimated, time,
+            )  # fmt: skip
+            rows.append(row)
         if not rows:
             return
         try:

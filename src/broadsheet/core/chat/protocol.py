@@ -135,7 +135,7 @@ class Request:
     def most_tokens(self) -> int:
         """Tokens that the prompt has at most: one a byte of text and tools, what templates add, and the largest images.
 
-        Tokens of byte-level tokenizers have at least one byte each; templates and images are bounded by what models in use do.
+        Tokens of byte-level tokenizers have at least one byte each; templates and images are bounded by those in use.
         """
         return self.size if isinstance(self.messages, str) else self.size + _TEMPLATE + _IMAGE * self.images
 
