@@ -25,6 +25,7 @@ from .protocol import (
     Request,
     RequestRefused,
     Transient,
+    Unreachable,
     Usage,
 )
 
@@ -398,7 +399,7 @@ class Chat:
     def _given_up(self, error: Transient, samples: int) -> list[Choice]:
         """A counted failure while the endpoint answers others, else the end of the run."""
         self._dead += 1
-        if not self._answered or self._dead >= _DEAD:
+        if isinstance(error, Unreachable) or not self._answered or self._dead >= _DEAD:
             raise ChatError(f"{self.name} did not answer after {self.tries} tries: {error}") from None
         return [Choice("", "error") for _ in range(samples)]
 

@@ -26,6 +26,7 @@ from .protocol import (
     Request,
     RequestRefused,
     Transient,
+    Unreachable,
     Usage,
     estimated_tokens,
 )
@@ -183,7 +184,7 @@ class Endpoint:
         except openai.APIConnectionError as error:
             cause = type(error.__cause__ or error).__name__
             if cause in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"):
-                raise Transient(f"nobody answers at {self.url} ({cause}); is the server up?") from None
+                raise Unreachable(f"nobody answers at {self.url} ({cause}); is the server up?") from None
             raise Transient(f"the answer of {self.url} was cut off ({cause})", begun=True) from None
         except openai.APIStatusError as error:
             headers = error.response.headers

@@ -47,6 +47,10 @@ class Transient(Exception):
         self.after, self.begun = after, begun
 
 
+class Unreachable(Transient):
+    """Nobody listens: after all tries that ends the run, since no other request would be answered either."""
+
+
 #: so many tokens a chat template may add to a request (role marks, a default system prompt), and so many an image may be
 _TEMPLATE, _IMAGE = 256, 16_384
 
@@ -257,7 +261,7 @@ class Backend(Protocol):
     async def send(self, request: Request, samples: Sequence[int]) -> list[Choice]:
         """One answer for each of ``samples`` (consecutive numbers), or fewer where the server ignores ``n``.
 
-        Raises `Transient`, `RequestRefused` or `ChatError`.
+        Raises `Transient` (`Unreachable`), `RequestRefused` or `ChatError`.
         """
         ...
 
