@@ -146,14 +146,21 @@ def test_acceptance_5_blocks_are_those_of_the_official_code(golden, case, k, n_i
     weight = tensors["w"].float()
     layout = layout_of(*weight.shape, k, signed)
     blocks, _ = decompose(weight, layout, n_iter, parity="official")
+    residual = weight.double()
     for i, block in enumerate(blocks):
         a, b, signs = layout.split(block)
         theirs = tensors[f"{case}.u{i}"], tensors[f"{case}.vt{i}"]
         assert a.shape == theirs[0].shape
-        for mine, wanted in zip(aligned((a, b), theirs), theirs):
-            assert torch.allclose(mine, wanted.float(), rtol=2**-10, atol=1e-5)  # one step of float16
+        values = torch.linalg.svdvals(residual.abs() if signed else residual)
+        # Singular vectors are known to eps |R| / gap: libraries differ by that. 8 roundings before, and one to float16.
+        gaps = torch.minimum(values.diff().abs(), torch.cat([torch.tensor([torch.inf]), values.diff().abs()[:-1]]))[:k]
+        vague = (8 * 2**-24 * values[0] / gaps * values[:k].sqrt()).float()
+        for mine, wanted, unsure in zip(aligned((a, b), theirs), theirs, (vague, vague[:, None])):
+            assert ((mine - wanted.float()).abs() <= 2**-10 * wanted.float().abs() + 1e-5 + unsure).all()
+            assert vague.max() < 1e-3
         if signed:
             assert torch.equal(signs, tensors[f"{case}.signs{i}"])
+        residual = residual - compose([block], layout).double()
     assert (compose(blocks, layout) - tensors[f"{case}.w"].float()).abs().max() < 1e-3
 
 
