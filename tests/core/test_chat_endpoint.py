@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from time import time
+from time import sleep, time
 
 import pytest
 
@@ -572,3 +574,26 @@ def test_connect_finds_the_only_model_and_the_home_ledger(tmp_path, monkeypatch)
         chat.complete(ASK)
         chat.close()
     assert (tmp_path / "home" / "ledger.sqlite").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_nothing_and_pays_twice_at_most_for_calls_under_way(tmp_path):
+    script = (
+        "import sys; from broadsheet.core.chat import connect\n"
+        "chat = connect(sys.argv[1], 'sim:model', ledger=sys.argv[2], concurrency=8)\n"
+        "print([c[0].text for c in chat.map(chat.acomplete, map(str, range(400)))])\n"
+    )
+    backend, served = SimulatedChat(Echo(), seconds=0.01), Served()
+    with serving(backend, served=served) as url:
+        command = [sys.executable, "-c", script, url, str(tmp_path / "l.sqlite")]
+        for kill in (100, 250):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while served.requests < kill:
+                sleep(0.002)
+                assert process.poll() is None
+            process.kill()
+            process.wait()
+        texts = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    near = Chat(backend)
+    assert texts.strip() == str([choices[0].text for choices in near.map(near.acomplete, map(str, range(400)))])
+    assert 400 <= served.requests <= 400 + 2 * 8
