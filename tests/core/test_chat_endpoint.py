@@ -273,7 +273,13 @@ def test_a_model_that_wants_max_completion_tokens_gets_them():
     with scripted(reply) as (url, seen):
         chat = Chat(Endpoint(url, "m"))
         assert [chat.complete(ASK, max_tokens=size)[0].text for size in (5, 6)] == ["5", "6"]
-    assert len(seen) == 3
+        assert len(seen) == 3
+        chat = Chat(Endpoint(url, "m"))
+
+        async def many(number):
+            return await chat.acomplete([{"role": "user", "content": str(number)}], n=1 + number % 2, max_tokens=9)
+
+        assert [choices[0].text for choices in chat.map(many, range(8))] == ["9"] * 8  # those that learn it at once, too
 
 
 # --- failures -------------------------------------------------------------------------------------------------------------
@@ -414,25 +420,26 @@ FAULTS = ["rate_429", "rate_500", "stall", "cut", "garbage", "html"]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_survived(fault):
-    """Half of all requests fail in that way; all questions are answered as without faults, each paid for once."""
+    """Many requests fail in that way; all questions are answered as without faults, each paid for once."""
     backend, served = SimulatedChat(Echo()), Served()
     wanted = [choices[0].text for choices in Chat(backend).map(Chat(backend).acomplete, map(str, range(30)))]
-    faults = ServerFaults(**{fault: 0.5}, stall_seconds=0.3, retry_after="0.001", seed=1)
+    stalls = fault == "stall"
+    faults = ServerFaults(**{fault: 0.3 if stalls else 0.5}, stall_seconds=3, retry_after="0.001", seed=1)
     with serving(backend, faults=faults, served=served) as url:
-        chat = over_http(url, seconds=0.15, tries=30)
+        chat = over_http(url, seconds=1.0 if stalls else 30, tries=30, concurrency=32)
         answers = chat.map(chat.acomplete, map(str, range(30)))
     assert [choices[0].text for choices in answers] == wanted
-    assert served.outcomes[fault] > 8
+    assert served.outcomes[fault] > 6
     assert chat.spent.calls == served.outcomes["answered"] == len(chat.ledger) == 30
     begun = fault not in ("rate_429", "rate_500")  # the model worked for these, and may have been charged for
     assert chat.budget.spent.calls == 30 + begun * served.outcomes[fault]
 
 
 def test_all_faults_at_once_and_a_budget():
-    faults = ServerFaults(**dict.fromkeys(FAULTS, 0.1), stall_seconds=0.3, retry_after="0.001")
+    faults = ServerFaults(**{**dict.fromkeys(FAULTS, 0.1), "stall": 0.04}, stall_seconds=5, retry_after="0.001")
     served = Served()
     with serving(SimulatedChat(Echo()), faults=faults, served=served) as url:
-        chat = over_http(url, seconds=0.15, tries=30, budget=Budget(calls=40))
+        chat = over_http(url, seconds=2.0, tries=30, budget=Budget(calls=40))
         with pytest.raises(ChatError, match="budget of 40 calls is spent"):
             chat.map(chat.acomplete, map(str, range(200)))
     worked = sum(count for fault, count in served.outcomes.items() if fault not in ("rate_429", "rate_500"))

@@ -44,7 +44,7 @@ def serve_model(
 
         from broadsheet.core.chat.server import application
     except ImportError:
-        raise ValueError("serving needs starlette and uvicorn: pip install 'broadsheet[serve]'") from None
+        raise ValueError("serving needs starlette and uvicorn: pip install starlette uvicorn") from None
     from broadsheet.core.chat.local import LocalModel
 
     key = os.environ.get("BROADSHEET_API_KEY", "")

@@ -28,6 +28,7 @@ from .protocol import (
     Transient,
     Unreachable,
     Usage,
+    best_first,
     estimated_tokens,
 )
 
@@ -74,7 +75,7 @@ class Endpoint:
         try:
             from openai import AsyncOpenAI
         except ImportError:
-            raise ChatError("endpoints need the openai package: pip install 'broadsheet[evals]'") from None
+            raise ChatError("endpoints need the openai package: pip install openai") from None
         self.name, self.url, self.seconds, self.seeded = model, address(url), seconds, seeded
         self.identity = identity or self.url
         key = (api_key or os.environ.get("BROADSHEET_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none").strip()
@@ -117,12 +118,13 @@ class Endpoint:
         while True:
             if fewer or not self._several:
                 samples = samples[:1]
+            length = self._length
             try:
                 choices = await self._asked(request, samples)
             except _Missing as missing:
                 raise await self._explained(missing) from None
             except _Refusal as refusal:
-                if "max_completion_tokens" in str(refusal) and self._length == "max_tokens":
+                if "max_completion_tokens" in str(refusal) and length == "max_tokens":
                     self._length = "max_completion_tokens"  # OpenAI's reasoning models
                 elif len(samples) > 1:
                     fewer = True  # many servers give one choice only: perhaps that is it
@@ -371,7 +373,7 @@ def _logprobs(found: Any) -> tuple[dict[str, Any], ...] | None:
             {
                 "token": row["token"],
                 "logprob": float(row["logprob"]),
-                "top": {top["token"]: float(top["logprob"]) for top in reversed(row.get("top_logprobs") or ())},
+                "top": best_first((top["token"], float(top["logprob"])) for top in row.get("top_logprobs") or ()),
             }
             for row in found["content"]
         )

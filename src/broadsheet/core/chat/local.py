@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .protocol import NOTHING, ChatError, Choice, Request, RequestRefused, Usage
+from .protocol import NOTHING, ChatError, Choice, Request, RequestRefused, Usage, best_first
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +205,7 @@ class LocalModel:
                 {
                     "token": self.tokenizer.decode([one["token"]]),
                     "logprob": one["logprob"],
-                    "top": {self.tokenizer.decode([token]): value for token, value in reversed(one["top"])},
+                    "top": best_first((str(self.tokenizer.decode([token])), value) for token, value in one["top"]),
                 }
                 for one in told[:used]
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -248,6 +248,14 @@ class Choice:
     def ok(self) -> bool:
         """Whether the answer is whole."""
         return self.finish_reason in ("stop", "tool_calls")
+
+
+def best_first(alternatives: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The ``top`` of a token's log-probabilities: of tokens that are spelled alike, the likeliest."""
+    found: dict[str, float] = {}
+    for token, logprob in sorted(alternatives, key=lambda one: -one[1]):
+        found.setdefault(token, logprob)
+    return found
 
 
 class Backend(Protocol):
