@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import subprocess
 import sys
 import threading
@@ -26,6 +27,12 @@ from broadsheet.core.chat.simulated import Faults, SimulatedChat
 
 ASK = [{"role": "user", "content": "hello"}]
 KEY = "sk-do-not-tell-anyone-7f3a"
+
+
+@pytest.fixture(autouse=True)
+def _no_certificates(monkeypatch):
+    """Every client reads the certificates anew, which takes most of a test's time; nothing here is https."""
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 
 
 @dataclass(frozen=True)
