@@ -14,6 +14,30 @@ _THOUGHT = re.compile(r"^.*</think>", re.S)
 _NEGATED = re.compile(r"\b(?:not|never|isn't|aren't|doesn't|cannot|can't)\s+(?:\w+\s+)?$", re.I)
 #: so many brackets are tried as the beginning of JSON
 _STARTS = 200
+_GOOD = (
+    "met|meets?|satisf(?:ied|ies|y)|fulfil(?:s|l|ls|led)?|compl(?:y|ies|ied)|compliant|respect(?:s|ed)?|adhere[sd]?|"
+    "follow(?:s|ed)?|pass(?:es|ed)?|yes|true|ok"
+)
+_BAD = (
+    "unmet|unsatisfied|unfulfilled|violat(?:e|es|ed|ion|ions)|breach(?:es|ed)?|fail(?:s|ed|ure)?|broken|ignore[sd]|missed|"
+    "non-?compliant|no|false"
+)
+_VERDICT = re.compile(rf"(?<![\w-])(?:({_GOOD})|({_BAD}))(?![\w-])", re.I)
+_VERDICT_LABEL = re.compile(r"\b(?:verdict|judge?ment|answer|result)\b[*_\"']*\s*(?::|is\b)|=+>|→", re.I)
+_MARKS = str.maketrans({"✓": " yes ", "✔": " yes ", "✅": " yes ", "✗": " no ", "✘": " no ", "❌": " no ", "’": "'"})
+#: turns a verdict that follows in the same clause: "is not fully met", "no violation", "fails to comply", "partly met"
+_TURN = re.compile(
+    r"(?<![\w-])(?:(?:not|never|\w+n't|cannot|hardly|barely|nor|no longer|fail(?:s|ed)? to|far from|part(?:ly|ially)),?\s+"
+    r"(?:[\w'-]+,?\s+){0,3}|no\s+(?:[\w'-]+\s+){0,3})$",
+    re.I,
+)
+#: says that it does not know, or what would be
+_UNSURE = re.compile(
+    r"\b(?:un(?:clear|sure|certain|known|determined)|"
+    r"can(?:no|')t (?:be )?(?:determined?|verif(?:y|ied)|judged?|tell|said|say)|"
+    r"hard to (?:say|tell)|whether|m(?:ay|ight)|would|could|should|if|n(?:either|/a)|either)\b|\?",
+    re.I,
+)
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)
 
@@ -45,6 +69,28 @@ def yes_no(text: str, label: str = "", yes: str = "yes", no: str = "no") -> bool
     if _NEGATED.search(part[: word.start()]):
         return None
     return word[1] is not None
+
+
+def verdict(text: str) -> bool | None:
+    """Whether a sentence on one constraint says that it is met: "satisfied", "is not fully met", "violated", "no violation".
+
+    Negations turn the word that they stand before; "partly met" is not met. A verdict after the last "verdict:" or
+    "=>" counts alone. A text that says both, that it does not know, or what would be, is None.
+    """
+    part = answer_part(text).translate(_MARKS)
+    labels = list(_VERDICT_LABEL.finditer(part))
+    if labels and _VERDICT.search(part, labels[-1].end()):
+        part = part[labels[-1].end() :]
+    if _UNSURE.search(part):
+        return None
+    found = set()
+    for word in _VERDICT.finditer(part):
+        after = part[word.end() :]
+        if re.match(r"no\s+\w|fail(?:s|ed)?\s+to\b", word[0] + after, re.I):
+            continue  # "no violation", "fails to meet": belongs to the next word
+        clause = re.split(r"[.;:!\n]|\bbut\b", part[max(0, word.start() - 80) : word.start()])[-1]
+        found.add(bool(word[1]) != bool(_TURN.search(clause)))
+    return found.pop() if len(found) == 1 else None
 
 
 def number(text: str, low: float = float("-inf"), high: float = float("inf"), label: str = "") -> float | None:

@@ -22,6 +22,8 @@ from typing import Any, ClassVar, Literal, Self
 from broadsheet.core.chat import Chat, Choice, Message, Usage, run
 from broadsheet.core.chat.client import here, in_order
 from broadsheet.core.chat.protocol import NOTHING
+from broadsheet.core.loops import Answer as Answer
+from broadsheet.core.loops import Step as Step
 from broadsheet.core.records import Record, StorageError, now, provenance
 from broadsheet.core.stats import bootstrap_ci
 
@@ -211,36 +213,6 @@ def means(scored: Sequence[Scored], names: Sequence[str] | None = None) -> list[
 
 
 # --- loops --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a loop: what it was (generate, judge, refine, ...), what came back, and what it cost."""
-
-    kind: str
-    text: str
-    detail: Mapping[str, Any] = field(default_factory=dict)
-    usage: Usage = NOTHING
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A loop's answer. ``stopped``: why it ended (accepted, budget, no_change, error, ...); ``accepted``: whether its own
-    judge was satisfied, which is never the same as being right."""
-
-    text: str
-    accepted: bool
-    stopped: str
-    steps: tuple[Step, ...] = ()
-
-    @property
-    def usage(self) -> Usage:
-        return sum((step.usage for step in self.steps), NOTHING)
-
-    @property
-    def generations(self) -> int:
-        """How many answers were written (the first one and every rewriting)."""
-        return sum(step.kind in ("generate", "refine") for step in self.steps)
 
 
 class Loop(ABC):
