@@ -61,11 +61,11 @@ def _argument(index, high=False):
     return 16 + 8 * index + 4 * high
 
 
-def seccomp_filter(machine, executes=False, writes=False, forks=False, signals=False):
+def seccomp_filter(machine, executes=False, writes=False, forks=False, signals=False, threads=True):
     """The filter as a list of (code, jump if true, jump if false, k): a small program in classic BPF.
 
     ``executes``: it may become another program; ``writes``: change files; ``forks``: have processes; ``signals``: signal
-    others than itself.
+    others than itself; ``threads``: have threads.
     Every rule is "equal to this number, or skip the rule", so no jump leaves its rule.
     """
     architecture, column = MACHINES[machine]
@@ -88,7 +88,9 @@ def seccomp_filter(machine, executes=False, writes=False, forks=False, signals=F
         "x86_64": (56, 62, 234, 257, 302, 160), "aarch64": (220, 129, 131, 56, 261, 164),
     }[machine]  # fmt: skip
     flags = (_LOAD, 0, 0, _argument(0))
-    if forks:
+    if not threads:
+        rule(clone, refuse)
+    elif forks:
         rule(clone, flags, (_JUMP_MASK, 0, 1, _CLONE_NEW), refuse, allow)  # but no namespaces, in which it had powers
     else:
         rule(clone, flags, (_JUMP_MASK, 0, 1, _CLONE_THREAD), allow, refuse)
@@ -136,10 +138,10 @@ def control(option, *arguments):
     _checked(_libc().prctl(number, *padded), f"prctl {option}")
 
 
-def confine(executes=False, writes=False, forks=False, signals=False):
+def confine(executes=False, writes=False, forks=False, signals=False, threads=True):
     """Gives up all capabilities and, by a seccomp filter, the calls above. Raises OSError when it cannot be done."""
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    lines = seccomp_filter(os.uname().machine, executes, writes, forks, signals)
+    lines = seccomp_filter(os.uname().machine, executes, writes, forks, signals, threads)
     code = b"".join(struct.pack("HBBI", *line) for line in lines)
     filters = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(filters))
