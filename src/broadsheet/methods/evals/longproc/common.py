@@ -70,20 +70,21 @@ def lines_of(text: str) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
-def compare(found: Sequence[str], wanted: Sequence[str]) -> tuple[int, float, str]:
+def compare(found: Sequence[str], wanted: Sequence[str], whole: bool = True) -> tuple[int, float, str]:
     """(right lines before the first wrong one, partial score, the difference).
 
     The partial score is the right prefix over the longer of the two, so that it is 0 when the first line is wrong, 1 only
-    when all lines are equal, and never above the share of the reference that is right.
+    when all lines are equal, and never above the share of the reference that is right. A trace that is not ``whole`` (its end
+    mark is missing) lacks a line.
     """
     prefix = 0
     for one, other in zip(found, wanted, strict=False):
         if one != other:
             break
         prefix += 1
-    partial = prefix / max(len(found), len(wanted), 1)
+    partial = prefix / max(len(found), len(wanted) + (not whole), 1)
     if prefix == len(found) == len(wanted):
-        return prefix, partial, ""
+        return prefix, partial, "" if whole else "it does not end"
     said = found[prefix] if prefix < len(found) else "(nothing)"
     meant = wanted[prefix] if prefix < len(wanted) else "(nothing)"
     return prefix, partial, f"line {prefix + 1}: '{said[:200]}' instead of '{meant[:200]}'"

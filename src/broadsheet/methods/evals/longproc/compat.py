@@ -9,8 +9,9 @@ What they get wrong (measured at the commit in `tests/golden/README.md`):
 - countdown: partial scores are one line short (a complete search without its solution 0.99, one of a single line below 0); a
   bare solution has partial score 1; wrong results in "Try" lines and results that break the rules (negative or beyond 2000)
   pass; the equations go through Python's ``eval``, so that "x = 1" or "1 / 0 = 0" stops the whole run.
-- travel_planning: as countdown, one line short; a line passes when it contains the right one; cities after the right ones do
-  not count, and names of two words never match.
+- travel_planning: as countdown, one line short; a line passes when it contains the right one; stays are read from the flights
+  alone, so that wrong dates of visits pass; cities after the right ones do not count; names of two words never match; a plan
+  without its search has partial score 1.
 - html_to_tsv: a right row may be written any number of times; a quote in a cell swallows what follows; without a header the
   first row is lost; a table of another width, or with no rows, scores 0 as a failed extraction.
 - pseudo_to_code: compiled and run unconfined in the working directory.

@@ -125,9 +125,11 @@ def make_countdown(steps: int, seed: int = 0, tolerance: float = 0.2) -> Item:
         nums = [draw.randint(1, 49) for _ in range(4)]
         first: dict[int, int] = {}
         for place, (_, value, _) in enumerate(_walk(nums, None, 0, ()), 2):  # the first line is the initial state
+            if place > (1 + tolerance) * steps:
+                break
             if value is not None:
                 first.setdefault(value, place)
-        near = sorted(v for v, place in first.items() if 10 <= v <= 50 and abs(place - steps) <= tolerance * steps)
+        near = sorted(v for v, place in first.items() if 10 <= v <= 50 and place >= (1 - tolerance) * steps)
         if near:
             target = draw.choice(near)
             return Item(_prompt(nums, target), trace(nums, target), {"nums": nums, "target": target, "steps": first[target]})

@@ -89,5 +89,5 @@ def score(item: Item, text: str) -> Score:
     found, wanted = section(text, "Route"), _route(item.reference)
     if found is None:
         return Score(0.0, 0.0, 0, len(wanted), False, evidence="no <Route>")
-    prefix, partial, difference = compare([line.strip() for line in lines_of(found[0])], wanted)
-    return Score(float(found[1] and partial == 1), partial, prefix, len(wanted), found[1], evidence=difference)
+    prefix, partial, difference = compare([line.strip() for line in lines_of(found[0])], wanted, whole=found[1])
+    return Score(float(partial == 1), partial, prefix, len(wanted), found[1], evidence=difference)

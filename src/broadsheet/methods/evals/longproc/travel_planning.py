@@ -232,17 +232,17 @@ def _drawn(draw: random.Random, cities: int, fixed: int, extra: int) -> dict[str
 
 #: how many cities, fixed stays and misleading flights make traces of the length wanted; found by trying
 def _shape(draw: random.Random, steps: int) -> tuple[int, int, int]:
-    cities = 3 if steps < 40 else draw.randint(4, 5) if steps < 70 else draw.randint(5, 7) if steps < 150 else draw.randint(7, 10)
+    cities = 3 if steps < 50 else 4 if steps < 80 else draw.randint(5, 6) if steps < 150 else draw.randint(6, 10)
     return cities, draw.randint(0, 1 + cities // 4), draw.randint(cities - 1, 4 * cities)
 
 
 def make_travel(steps: int, seed: int = 0, tolerance: float = 0.25) -> Item:
-    """A problem with exactly one plan whose trace has about ``steps`` lines (3 cities: 30; 10 cities: hundreds).
+    """A problem with exactly one plan whose trace has about ``steps`` lines (3 cities: 38 or more; 10 cities: hundreds).
 
     Raises ValueError when none within ``tolerance`` of ``steps`` is found.
     """
-    if steps < 20:
-        raise ValueError(f"the trace of the smallest problem has 20 lines, got {steps}")
+    if steps < 38:
+        raise ValueError(f"the trace of the smallest problem has 38 lines, got {steps}")
     draw = random.Random(f"travel {seed} {steps}")
     example = _drawn(random.Random("travel example"), 3, 1, 1)
     for _ in range(4000):
@@ -254,7 +254,7 @@ def make_travel(steps: int, seed: int = 0, tolerance: float = 0.25) -> Item:
         if abs(lines - steps) <= tolerance * steps:
             prompt = _PROMPT.format(problem0=_asked(example), answer0=trace(example), problem=_asked(problem))
             return Item(prompt, reference, {**problem, "steps": lines})
-    raise ValueError(f"no plan with a trace of about {steps} lines was found: ask for 20 to 1000")
+    raise ValueError(f"no plan with a trace of about {steps} lines was found: ask for 38 to 2000")
 
 
 # --- scoring ------------------------------------------------------------------------------------------------------------
