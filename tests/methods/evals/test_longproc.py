@@ -201,7 +201,9 @@ def test_check4_routes_are_unique():
     for seed in range(COUNT):
         hops = 3 + seed % 30
         item = make_path_traversal(hops, hops + 1 + seed % 17, seed)
-        read = re.findall(r"You can travel from (.+?) to (.+?) by (\w+)\.", item.prompt.split("These are the connections")[1])
+        read = re.findall(
+            r"You can travel from (.+?) to (.+?) by (\w+)\.", item.prompt.split("These are the connections")[1]
+        )
         leads = {a: (b, by) for a, b, by in read}
         assert len(leads) == len(read) == hops + 1 + seed % 17  # one way out of every city
         assert all(a != b for a, (b, _) in leads.items())
@@ -448,12 +450,16 @@ def test_benchmark_in_steps_meets_its_closed_form():
 
 @needs_files
 def test_benchmark_reads_official_files():
-    bench = LongProc(tasks="countdown_0.5k,path_traversal_0.5k,html_to_tsv_0.5k,tom_tracking_0.5k", path=str(SHARED), items=15)
+    bench = LongProc(
+        tasks="countdown_0.5k,path_traversal_0.5k,html_to_tsv_0.5k,tom_tracking_0.5k", path=str(SHARED), items=15
+    )
     report = bench.evaluate(simulated_chat(bench))
     assert report.get("accuracy").value == 1
     assert len(report.scored) == 60
     rows = load_longproc("countdown_0.5k", SHARED)[:4]
-    summary = evaluate("countdown_0.5k", [row["reference_output"] for row in rows[:3]] + ["?"], rows, cut=[False] * 3 + [True])
+    summary = evaluate(
+        "countdown_0.5k", [row["reference_output"] for row in rows[:3]] + ["?"], rows, cut=[False] * 3 + [True]
+    )
     assert (summary.accuracy, summary.extraction, summary.truncated) == (0.75, 0.75, 0.25)
 
 
@@ -490,7 +496,11 @@ def test_damaged_files_are_errors(tmp_path):
     folder = tmp_path / "tom_tracking"
     folder.mkdir()
     (folder / "prompts.yaml").write_text("USER_PROMPT: '{story}'")
-    for text, message in (("version https://git-lfs", "is not JSON"), ("{}", "is no list"), ('[{"story": 1}]', "is no file of")):
+    for text, message in (
+        ("version https://git-lfs", "is not JSON"),
+        ("{}", "is no list"),
+        ('[{"story": 1}]', "is no file of"),
+    ):
         (folder / "tom_tracking_2k.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_longproc("tom_tracking_2k", tmp_path)
@@ -504,7 +514,9 @@ def test_pages_outside_the_folder_are_not_read(tmp_path):
     folder.mkdir()
     (folder / "prompts.yaml").write_text("USER_PROMPT: '{html_str}'")
     (tmp_path / "secret").write_text("x")
-    row = dict.fromkeys(("task_id", "website_id", "task_topic", "task_description", "tsv_header", "filtering_instruction", "gt"), "")
+    row = dict.fromkeys(
+        ("task_id", "website_id", "task_topic", "task_description", "tsv_header", "filtering_instruction", "gt"), ""
+    )
     (folder / "html_to_tsv_2k.json").write_text(json.dumps([{**row, "html_path": "../secret"}]))
     with pytest.raises(ValueError, match="leads out of"):
         load_longproc("html_to_tsv_2k", tmp_path)

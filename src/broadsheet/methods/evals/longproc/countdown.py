@@ -60,7 +60,11 @@ def _walk(nums: list[int], target: int | None, depth: int, made: tuple[str, ...]
     inner = depth + (len(nums) > 2)
     for one, other, left in _pairs(nums):
         if len(nums) > 2:
-            yield f"{_indent(inner)}Pick two numbers ({one}, {other}) (numbers left: {left}). Try possible operations.", None, made
+            yield (
+                f"{_indent(inner)}Pick two numbers ({one}, {other}) (numbers left: {left}). Try possible operations.",
+                None,
+                made,
+            )
         a, b = max(one, other), min(one, other)
         for sign, result in (("+", a + b), ("-", a - b), ("*", a * b)):
             yield from _try(f"{a} {sign} {b} = {result}", result, left, target, inner + 1, made)
@@ -72,7 +76,9 @@ def _walk(nums: list[int], target: int | None, depth: int, made: tuple[str, ...]
             yield from _try(f"{a} / {b} = {a // b}", a // b, left, target, inner + 1, made)
 
 
-def _try(equation: str, result: int, left: list[int], target: int | None, depth: int, made: tuple[str, ...]) -> Iterator[_Line]:
+def _try(
+    equation: str, result: int, left: list[int], target: int | None, depth: int, made: tuple[str, ...]
+) -> Iterator[_Line]:
     tried, made = f"{_indent(depth)}Try {equation}.", (*made, equation)
     if result >= LIMIT:
         yield f"{tried} {result} exceeds the maximum intermediate result, drop this branch.", None, made

@@ -41,7 +41,9 @@ def make_html(rows: int, seed: int = 0, filtered: bool | None = None) -> Item:
     cards, wanted = [], []
     while len(wanted) < rows:
         colour = draw.choice("red blue green black white grey".split())
-        item = draw.choice("desk lamp|office chair|tea kettle|wall clock|paper tray|book end|hand drill|rain coat".split("|"))
+        item = draw.choice(
+            "desk lamp|office chair|tea kettle|wall clock|paper tray|book end|hand drill|rain coat".split("|")
+        )
         name = f"{draw.choice('Nordal Vesper Calder Brio Tamsin Oku Pell Juno'.split())} {item} {draw.randint(100, 999)}, {colour}"
         price = f"${draw.randint(5, 480)}.{draw.choice(('00', '50', '95', '99'))}"
         maker = "" if draw.random() < 0.1 else draw.choice("Hale & Sons|Ostrava Works|Mill Lane Co.|Tarn".split("|"))
@@ -120,5 +122,3 @@ def score(item: Item, text: str) -> Score:
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     evidence = f"{hits} of {len(found)} rows right, {len(wanted)} wanted"
     return Score(f1, partial, prefix, len(wanted), bool(readable), {"precision": precision, "recall": recall}, evidence)
-
-

@@ -40,7 +40,12 @@ These are the connections:
 
 Now write the route from {source} to {target}.
 """
-_EXAMPLE = (("Malden", "Tressel", "ferry"), ("Corby", "Malden", "train"), ("Tressel", "Arlen", "bus"), ("Pym", "Corby", "bus"))
+_EXAMPLE = (
+    ("Malden", "Tressel", "ferry"),
+    ("Corby", "Malden", "train"),
+    ("Tressel", "Arlen", "bus"),
+    ("Pym", "Corby", "bus"),
+)
 
 
 def _listed(edges: list[tuple[str, str, str]] | tuple[tuple[str, str, str], ...]) -> str:

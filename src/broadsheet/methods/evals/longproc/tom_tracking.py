@@ -95,7 +95,9 @@ def track(story: str, question: str) -> str:
             else:
                 raise ValueError(f"cannot read the step '{step}'")
         state.look()
-        changed = ["changed" if old != new else "unchanged" for old, new in zip(before, (state.agent, state.thing), strict=True)]
+        changed = [
+            "changed" if old != new else "unchanged" for old, new in zip(before, (state.agent, state.thing), strict=True)
+        ]
         lines.append(line(number, f"{agent} location {changed[0]}; {name} location {changed[1]}"))
     lines.append(f"Final Answer: {'None' if state.belief is None else 'the ' + state.belief}")
     return "\n".join(lines)
@@ -154,9 +156,7 @@ def make_tom(steps: int, agents: int = 2, objects: int = 2, rooms: int = 2, cont
 
 
 #: words that make no difference, beside articles, as in the official evaluator
-_FILLERS = re.compile(
-    r"\b(a|an|the|on|in|at|step|thinks|think|believes|believe|is|are|of|location|know|knows|belief)\b"
-)
+_FILLERS = re.compile(r"\b(a|an|the|on|in|at|step|thinks|think|believes|believe|is|are|of|location|know|knows|belief)\b")
 _STEP = re.compile(r"^\s*[-*•]?\s*Step\s+(\d+)\s*:", re.I)
 
 

@@ -147,7 +147,9 @@ def trace(problem: Mapping[str, Any]) -> str:
     def windowed(city: str, label: str = "Fixed Schedule") -> str:
         return f", {label}: Day {fixed[city].start} - {fixed[city].end}." if city in fixed else "."
 
-    lines = ["Read the requirements and identify the cities that have fixed schedules and the cities that need to be arranged."]
+    lines = [
+        "Read the requirements and identify the cities that have fixed schedules and the cities that need to be arranged."
+    ]
     lines += [f"* City: {city}, Duration: {days} days{windowed(city)}" for city, days in stays]
     lines += ["", f"Cities that have fixed schedules{' (sorted by their arrival days):' if fixed else ': None.'}"]
     lines += [f"* City: {stay.city}{windowed(stay.city)}" for stay in order]
@@ -158,9 +160,7 @@ def trace(problem: Mapping[str, Any]) -> str:
     if plan is None:
         raise ValueError("the problem has no plan")
     search = "\n".join([*lines, "", *searcher.lines])
-    return (
-        f"<{_HEADING}>\n{search}\n</{_HEADING}>\n\nOutput the plan in the required format:\n<Plan>\n{_written(plan)}\n</Plan>"
-    )
+    return f"<{_HEADING}>\n{search}\n</{_HEADING}>\n\nOutput the plan in the required format:\n<Plan>\n{_written(plan)}\n</Plan>"
 
 
 def plans(problem: Mapping[str, Any], most: int = 2) -> list[list[str]]:

@@ -11,7 +11,7 @@ for a trace of L lines,
 
 from __future__ import annotations
 
-import re
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -21,7 +21,7 @@ from broadsheet.core.chat.simulated import Draw
 
 from .common import Item
 
-_LAST_WORD = re.compile(r"\w+(?=\W*$)")
+_AFTER_WORDS = string.punctuation + string.whitespace
 
 
 def accuracy(error: float, lines: int) -> float:
@@ -45,7 +45,9 @@ def line_share(error: float, recovery: float, lines: int) -> float:
 
 def spoiled(line: str) -> str:
     """A line that says something else in its last word."""
-    return _LAST_WORD.sub("nowhere", line, count=1)
+    end = len(line.rstrip(_AFTER_WORDS))
+    start = max(line.rfind(" ", 0, end), line.rfind("\t", 0, end)) + 1
+    return f"{line[:start]}nowhere{line[end:]}"
 
 
 @dataclass(frozen=True)
@@ -76,5 +78,7 @@ class LineByLine:
                 on ^= draw.chance(f"line {number}", chance)
             written.append(line if on else spoiled(line))
         if not on:  # the answer below the trace is wrong too; its tags are not
-            tail = "\n".join(part if part.startswith("<") or not part.strip() else spoiled(part) for part in tail.split("\n"))
+            tail = "\n".join(
+                part if part.startswith("<") or not part.strip() else spoiled(part) for part in tail.split("\n")
+            )
         return head + "\n".join(written) + tail
