@@ -125,8 +125,8 @@ class FinGPTBenchmark(Benchmark):
     def mark(self, sample: Sample, text: str) -> Mark:
         row: Row = sample.data["row"]
         if self.compat and not row.options:
-            right = score_rows([row], [text], compat=True).metrics
-            return Mark({"accuracy": float(right.get("accuracy", right.get("f1")) == 1)}, "official rules")
+            said, gold = (scoring.official_reading(row.family, one, row.input) for one in (text, row.output))
+            return Mark({"accuracy": float(said == gold)}, f"officially read as {said}")
         said, gold = _read(row, text), _read(row, row.output)
         outcome = "unparsed" if said is None else "scored"
         return Mark({"accuracy": float(said == gold)}, f"read as {said}", outcome)  # type: ignore[arg-type]

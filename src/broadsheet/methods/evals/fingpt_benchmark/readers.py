@@ -1,8 +1,8 @@
 """Readers of the public files, from paths that the user gives. Each raises one-line ValueErrors.
 
 Two readers have known mistakes in the official preparation, which ``official=True`` repeats for comparison: "price or not" is
-copied from the *constant price* column, and an entity that reaches the end of its sentence loses its last token (with only one,
-it is lost).
+copied from the *constant price* column; and an entity that reaches the end of its sentence loses its last token (with only one,
+it is lost, and an answer "." may be left), as the last sentence of a file is lost that does not end in a blank line.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def read_conll(path: str | Path, official: bool = False) -> list[tuple[Row, Enti
     """A CoNLL file (token first, tag last, blank lines between sentences): rows of the sentences that have an entity, with
     their entities. MISC is none."""
     found, sentence = [], []
-    for line in [*_text(path).splitlines(), ""]:
+    for line in [*_text(path).splitlines(), *([] if official else [""])]:
         fields = line.split()
         if fields:
             sentence.append((fields[0], fields[-1]))

@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +46,9 @@ Counts = np.ndarray  # [answers, what is counted]
 def _result(counts: Counts, of: Callable[[Counts], dict[str, np.ndarray]], unparsed: int, draws: int = 2000) -> Result:
     """Metrics of summed counts, and of sums of counts drawn with replacement. ``of``: [draws, counted] -> [draws] by name."""
     n = len(counts)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
-    drawn = of(weights @ counts)
+    kinds, times = np.unique(counts, axis=0, return_counts=True)  # equal answers are drawn together: few kinds, many answers
+    weights = np.random.default_rng(0).multinomial(n, times / n, draws)
+    drawn = of(weights @ kinds)
     ci = {
         name: tuple(np.nanquantile(values, (0.025, 0.975)).tolist())
         for name, values in drawn.items()
@@ -95,7 +97,12 @@ def _classes(golds: Sequence[str], answers: Sequence[str | None], labels: Sequen
     return _result(counts, of, sum(said is None for said in answers))
 
 
-_NOT = re.compile(r"(?:\b(?:not|never|neither|nor|no|without|hardly)|n't)\s+(?:\w+\s+){0,2}$", re.I)
+#: a negation, with up to three words behind it that do not end its reach
+_NOT = re.compile(
+    r"(?:\b(?:not|never|neither|nor|no|without|hardly)|n't)\s+"
+    r"(?:(?!(?:but|so|hence|rather|yet|negative|neutral|positive)\b)\w+\s+){0,3}$",
+    re.I,
+)
 _SENTIMENT = re.compile(r"\b(?:(strong|moderate|mild)(?:ly)?\s+)?(negative|neutral|positive)\b", re.I)
 
 
@@ -275,38 +282,49 @@ def _official_triples(text: str, source: str) -> list[tuple[str, str, str]]:
 def score_re(preds: Sequence[str], golds: Sequence[str], inputs: Sequence[str], compat: bool = False) -> Result:
     """Micro precision, recall and F1 of triples, and of relations alone (``relation_*``)."""
     _checked(preds, golds, inputs)
-    counts, unparsed = [], 0
+    counts, unparsed = [], 0  # true positives, false positives, false negatives; of triples, of relations
     for said, gold, text in zip(preds, golds, inputs, strict=True):
-        row: list[int] = []
         if compat:
-            lists = [_official_triples(one, text) for one in (said, gold)]
-            for some, wanted in (lists, [[triple[0] for triple in one] for one in lists]):
-                # Membership, not matching: said twice counts twice.
-                row += [sum(one in wanted for one in some), len(some), sum(one in some for one in wanted), len(wanted)]  # type: ignore[operator]
+            found, wanted = _official_triples(said, text), _official_triples(gold, text)
         else:
-            read, wanted_triples = read_triples(said, text), read_triples(gold, text)
-            if wanted_triples is None:
+            read, known = read_triples(said, text), read_triples(gold, text)
+            if known is None:
                 raise ValueError(f"a gold answer has no triple: '{gold[:80]}'")
-            for name, _, _ in wanted_triples:
+            for name, _, _ in known:
                 check_relation(name)
             unparsed += read is None
-            for cut in (3, 1):
-                pair = [Counter(triple[:cut] for triple in some) for some in (read or [], wanted_triples)]
-                hits, many, gold_count = _overlap([(pair[0], pair[1])])[0]
-                row += [hits, many, hits, gold_count]
+            found, wanted = read or [], known
+        row: list[int] = []
+        for cut in (3, 1):
+            some, all_of = [triple[:cut] for triple in found], [triple[:cut] for triple in wanted]
+            if compat:  # membership, not matching: what is said twice counts twice
+                hits, missed = sum(one in all_of for one in some), sum(one not in some for one in all_of)
+            else:
+                hits = (Counter(some) & Counter(all_of)).total()
+                missed = len(all_of) - hits
+            row += [hits, len(some) - hits, missed]
         counts.append(row)
     nothing = float("nan") if compat else 0.0
 
     def of(sums: Counts) -> dict[str, np.ndarray]:
-        found = {}
-        for prefix, (right, said, got, wanted) in (("", sums[:, :4].T), ("relation_", sums[:, 4:].T)):
-            precision, recall = _ratio(right, said, nothing), _ratio(got, wanted, nothing)
-            found[f"{prefix}precision"], found[f"{prefix}recall"] = precision, recall
+        made = {}
+        for prefix, (hits, wrong, missed) in (("", sums[:, :3].T), ("relation_", sums[:, 3:].T)):
+            precision, recall = _ratio(hits, hits + wrong, nothing), _ratio(hits, hits + missed, nothing)
             both = precision + recall
-            found[f"{prefix}f1"] = np.divide(2 * (precision * recall), both, out=np.full_like(both, nothing), where=both > 0)
-        return found
+            f1 = np.divide(2 * (precision * recall), both, out=np.full_like(both, nothing), where=both > 0)
+            made |= {f"{prefix}precision": precision, f"{prefix}recall": recall, f"{prefix}f1": f1}
+        return made
 
     return _result(np.array(counts), of, unparsed)
+
+
+def official_reading(family: str, text: str, source: str) -> Any:
+    """What the official scorers make of one answer to an input, in a form that can be compared."""
+    if family in ("sentiment", "headline"):
+        return official_sentiment(text) if family == "sentiment" else official_yes_no(text)
+    if family == "ner":
+        return _placed(_spans(source.lower().split(), _official_entities(text)))
+    return Counter(_official_triples(text, source))
 
 
 def read_option(text: str, options: Sequence[str]) -> str | None:

@@ -108,6 +108,9 @@ class FinTask:
         made = {
             "sentiment": self._sentiment, "headline": self._headline, "ner": self._ner, "re": self._relations,
         }[self.family](draw)  # fmt: skip
+        if self.path is None:  # templates meet: what is trained on is no test
+            seen = {row.digest for row in made.train}
+            made = Split(made.train, tuple(row for row in made.test if row.digest not in seen))
         if not made.test:
             raise ValueError(
                 f"the test split of {self.name} is empty: put {FILES.get(self.family, 'its files')} into {self.path}"
@@ -176,7 +179,7 @@ class FinTask:
             if self.cls:
                 made.append(tuple(row for one, entities in part for row in self._typed(one, entities, draw)))
             else:
-                made.append(tuple(row for row, entities in part if entities))
+                made.append(tuple(row for row, _ in part))
         return Split(*made)
 
     def _typed(self, row: Row, entities: Entities, draw: random.Random) -> list[Row]:
