@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from broadsheet.core.microworld.tasks import make_sessions
-from broadsheet.core.models import fingerprint, load
+from broadsheet.core.models import fingerprint, load, with_cache
 from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci, paired_difference
 from broadsheet.methods.caches.base import CacheMethod
@@ -50,9 +50,9 @@ def play(model: PreTrainedModel, items: Sequence[Item], method: CacheMethod) -> 
     outcome = Outcome()
     for item in items:
         cache = method.cache(model, dtype=torch.bfloat16)
-        model(item.prefix, past_key_values=cache, logits_to_keep=1)
+        model(item.prefix, **with_cache(cache), logits_to_keep=1)
         outcome.nbytes.append(cache.nbytes)
-        logits = model(item.rest[:, :-1], past_key_values=cache).logits[0, -item.scored :].float()
+        logits = model(item.rest[:, :-1], **with_cache(cache)).logits[0, -item.scored :].float()
         log_probs, gold = logits.log_softmax(-1), item.rest[0, -item.scored :]
         if item.reference is None:
             item.reference = log_probs

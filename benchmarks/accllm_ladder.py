@@ -29,6 +29,7 @@ from _study import Item, Study, play
 from transformers import PreTrainedModel
 
 from broadsheet.core.microworld.tasks import SHORT, make_sessions
+from broadsheet.core.models import with_cache
 from broadsheet.core.texts import pieces
 from broadsheet.methods.caches.base import CacheMethod, Geometry
 from broadsheet.methods.caches.full import Full
@@ -173,7 +174,7 @@ def long_text(bench: Bench, window: int, length: int) -> None:
     for label, method in methods.items():
         cache, losses = method.cache(study.model, dtype=torch.bfloat16), []
         for chunk, following in zip(stream[:-1].split(32), stream[1:].split(32), strict=True):
-            logits = study.model(chunk[None], past_key_values=cache).logits[0].float()
+            logits = study.model(chunk[None], **with_cache(cache)).logits[0].float()
             losses += torch.nn.functional.cross_entropy(logits, following, reduction="none").tolist()
         for first in range(0, length - 1, trained):
             some = losses[first : first + trained]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from broadsheet.core.microworld.sessions import Session
 from broadsheet.core.microworld.tasks import make_sessions
-from broadsheet.core.models import load
+from broadsheet.core.models import load, with_cache
 from broadsheet.core.models.outliers import inject_input_outliers, inject_key_outliers
 from broadsheet.core.models.rotary import find_rotary, rotate
 from broadsheet.core.models.taps import attention_modules
@@ -368,7 +368,7 @@ def similarity(begin: Begin, work: Work) -> Iterator[Study]:
     found: dict[tuple[str, int], list[float]] = {}
     for _, ids in contexts:
         cache = Full().cache(work.model)
-        work.model(ids[None], past_key_values=cache)
+        work.model(ids[None], **with_cache(cache))
         states: dict[str, list[torch.Tensor]] = {"keys": [], "keys before rotation": [], "values": []}
         for layer in cache.layers:
             keys, values = layer.stored_keys, layer.stored_values

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import broadsheet  # noqa: F401  # teaches transformers the format
+from broadsheet.core.models import cache_of, with_cache
 from broadsheet.core.records import Record, now, provenance, write_json
 from broadsheet.methods.weights.base import size
 from broadsheet.methods.weights.dfloat11 import DFloat11
@@ -57,7 +58,7 @@ def child(folder: str, room: int) -> None:
     try:
         while True:
             tokens = cache.get_seq_length()
-            cache = model(piece, past_key_values=cache, logits_to_keep=1).past_key_values
+            cache = cache_of(model(piece, **with_cache(cache), logits_to_keep=1))
     except (MemoryError, RuntimeError):
         print(tokens)
 

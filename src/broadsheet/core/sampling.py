@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .codetasks import first_stop
+from .models import cache_of, with_cache
 
 #: How many steps pass between looks at which rows are done.
 _EVERY = 4
@@ -51,7 +52,7 @@ def sample(
     output: Any = model(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1
     )
-    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(samples, 0)
+    cache, logits = cache_of(output), output.logits[:, -1].repeat_interleave(samples, 0)
     cache.batch_repeat_interleave(samples)
     mask = mask.repeat_interleave(samples, 0)
     live = torch.arange(len(prompts) * samples, device=model.device)
@@ -83,7 +84,7 @@ def sample(
             input_ids=chosen[:, None],
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
+            **with_cache(cache),
             use_cache=True,
         )
         logits = output.logits[:, -1]

@@ -23,7 +23,7 @@ class AccLLMConfig:
 
 
 class Compressed(NamedTuple):
-    """``model`` is generated with as ``model.generate(..., past_key_values=compressed.cache())``."""
+    """``model`` is generated with as ``model.generate(..., cache=compressed.cache())``."""
 
     model: PreTrainedModel
     cache_method: LambdaKV4

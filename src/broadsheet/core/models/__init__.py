@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,23 @@ def load(
     tokenizer.padding_side = "left"
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     return model.eval(), tokenizer
+
+
+@lru_cache
+def _cache_argument() -> str:
+    from transformers import LlamaModel
+
+    return "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """``model(ids, **with_cache(cache))``: the argument is ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    return {_cache_argument(): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output brings, whatever transformers calls it."""
+    return output[_cache_argument()]
 
 
 def load_config(name: str) -> PreTrainedConfig:

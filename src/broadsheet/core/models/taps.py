@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "broadsheet"
+#: What attention modules have called their cache: since transformers 5.24, before it, and GPT-NeoX before it.
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 
 @dataclass
@@ -98,9 +100,7 @@ def sdpa(
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        cache = kwargs.get("layer_past")
+    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     layers = getattr(cache, "layers", None)
     module.__dict__.pop("_broadsheet_tap", None)
     index = getattr(module, "layer_idx", None)

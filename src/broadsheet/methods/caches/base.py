@@ -273,7 +273,7 @@ class CacheMethod:
         return [self.Layer(self, index, module, rotary) for index, module in enumerate(attention_modules(model))]
 
     def cache(self, model: PreTrainedModel, chunked: bool = False, dtype: torch.dtype | None = None) -> MethodCache:
-        """A fresh cache for ``model``; pass it as ``past_key_values``.
+        """A fresh cache for ``model``; pass it as ``cache`` (``past_key_values`` before transformers 5.24).
 
         Raises ValueError when the model's attention is not covered or the method's parameters do not fit the model.
         """

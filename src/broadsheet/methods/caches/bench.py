@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from broadsheet import resolve
 from broadsheet.catalogue import papers
-from broadsheet.core.models import fingerprint, load
+from broadsheet.core.models import fingerprint, load, with_cache
 from broadsheet.core.records import Record, now, provenance
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.core.texts import documents
@@ -289,12 +289,12 @@ def likelihood(
     [batch, T - prefix - 1, vocabulary], and the bytes held when the prefix had been compressed.
     """
     cache = method.cache(model, dtype=torch.bfloat16)
-    model(ids[:, :prefix], past_key_values=cache)
+    model(ids[:, :prefix], **with_cache(cache))
     size = cache.nbytes
     parts = []
     for first in range(prefix, ids.shape[1] - 1, step):
         last = min(first + step, ids.shape[1] - 1)
-        parts.append(model(ids[:, first:last], past_key_values=cache).logits.float().log_softmax(-1))
+        parts.append(model(ids[:, first:last], **with_cache(cache)).logits.float().log_softmax(-1))
     log_probs = torch.cat(parts, 1)
     nll = F.nll_loss(log_probs.transpose(1, 2), ids[:, prefix + 1 :], reduction="none")
     return nll, log_probs, size
@@ -353,10 +353,10 @@ def _timing(make: _Maker, method: CacheMethod, tokens: int, model: PreTrainedMod
     def once(which: CacheMethod) -> tuple[float, float]:
         cache = which.cache(model, dtype=torch.bfloat16)
         start = time.perf_counter()
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **with_cache(cache), logits_to_keep=1)
         middle = time.perf_counter()
         for _ in range(4):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **with_cache(cache))
         return middle - start, (time.perf_counter() - middle) / 4
 
     full = Full()

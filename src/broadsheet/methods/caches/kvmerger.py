@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from broadsheet.core.models import with_cache
 from broadsheet.core.models.rotary import find_rotary
 from broadsheet.core.models.taps import Tokens, attention_modules
 
@@ -650,7 +651,7 @@ def profile_model(model: PreTrainedModel, prompts: Iterable[torch.Tensor], metho
     for prompt in prompts:
         cache = profiler.cache(model)
         with torch.no_grad():
-            model(prompt.reshape(1, -1).to(model.device), past_key_values=cache, use_cache=True)
+            model(prompt.reshape(1, -1).to(model.device), **with_cache(cache), use_cache=True)
         layers = cast("list[ProfilingLayer]", cache.layers)
         ratios.append(torch.stack([layer.ratio for layer in layers]))
         norms.append([layer.norm_ratio for layer in layers])

@@ -250,7 +250,8 @@ def _evaluate(coefficients: Mapping[str, float], features: Mapping[str, float]) 
 
 
 def _fit(features: list[dict[str, float]], values: list[float]) -> dict[str, float]:
-    """Non-negative least squares on the *relative* error; coefficients that come out as 0 are left out.
+    """Non-negative least squares on the *relative* error; coefficients that come out as 0, or as what rounding leaves of it
+    (which depends on the machine), are left out.
 
     Relative first to the values, then to what that fit expects: where values are random (top-k's pivots, refills of
     a pool), dividing by the value itself would let chance lows count most.
@@ -264,7 +265,8 @@ def _fit(features: list[dict[str, float]], values: list[float]) -> dict[str, flo
         scale = np.maximum(relative.max(0), 1e-300)
         solution = nnls(relative / scale, y / expected)[0] / scale
         expected = np.maximum(x @ solution, 1e-300)
-    return {name: float(c) for name, c in zip(names, solution) if c > 0}
+    shares = (x * solution / expected[:, None]).max(0)
+    return {name: float(c) for name, c, share in zip(names, solution, shares) if share > 1e-9}
 
 
 def calibrate(results_path: str | Path = RESULTS, out: str | Path = FITTED) -> dict[str, Any]:

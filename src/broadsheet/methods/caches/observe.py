@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 import torch
 from transformers import PreTrainedModel
 
+from broadsheet.core.models import with_cache
 from broadsheet.core.models.taps import Tokens
 
 from .base import CacheLayer
@@ -30,7 +31,7 @@ def observe(model: PreTrainedModel, tokens: torch.Tensor) -> list[Tokens]:
     if training := model.training:
         model.eval()
     cache = _Observe().cache(model)
-    model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True)
+    model(input_ids=tokens.to(model.device), **with_cache(cache), use_cache=True)
     if training:
         model.train()
     return [cast(_ObserveLayer, layer).prompt for layer in cache.layers]

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from broadsheet.core.microworld.checkers import check, gold_answers, strict
 from broadsheet.core.microworld.sessions import Session, Turn, read_sessions
 from broadsheet.core.microworld.tasks import SCBENCH_MINI, make_sessions
+from broadsheet.core.models import with_cache
 
 from .base import CacheMethod, MethodCache
 
@@ -385,7 +386,7 @@ class _Stream:
         self.mask = torch.cat([self.mask, new], 1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         return model(
-            ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            ids, attention_mask=self.mask, position_ids=positions, **with_cache(self.cache), use_cache=True
         ).logits.float()
 
     def decode(self, logits: torch.Tensor, caps: list[int]) -> list[tuple[int, ...]]:

@@ -30,7 +30,7 @@ from broadsheet import resolve
 from broadsheet.catalogue import papers
 from broadsheet.core.microworld.encoding import IGNORE, encode_session, padded
 from broadsheet.core.microworld.tasks import TASKS, make_sessions
-from broadsheet.core.models import fingerprint, load
+from broadsheet.core.models import cache_of, fingerprint, load, with_cache
 from broadsheet.core.models.outliers import inject_input_outliers
 from broadsheet.core.numerics.ledger import PeakBytes
 from broadsheet.core.records import Record, now, provenance
@@ -382,10 +382,10 @@ def _cost(make: _Maker, small: PreTrainedModel, model: PreTrainedModel) -> Itera
 
     def once(which: PreTrainedModel) -> tuple[float, float]:
         start = time.perf_counter()
-        cache = which(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(which(ids, use_cache=True, logits_to_keep=1))
         middle = time.perf_counter()
         for _ in range(8):
-            which(ids[:, :1], past_key_values=cache)
+            which(ids[:, :1], **with_cache(cache))
         return middle - start, (time.perf_counter() - middle) / 8
 
     once(model), once(small)
@@ -396,9 +396,9 @@ def _cost(make: _Maker, small: PreTrainedModel, model: PreTrainedModel) -> Itera
             metric, statistics.median(ratios), ci=(ratios[0], ratios[-1]), unit="of the bf16 model's time", n=len(ratios)
         )
     yield make("tokens_per_s", 1 / statistics.median(ours[1] for _, ours in pairs), unit="tokens/s, batch 1")
-    cache = small(ids[:, :8], use_cache=True).past_key_values
+    cache = cache_of(small(ids[:, :8], use_cache=True))
     with PeakBytes() as meter:
-        small(ids[:, :1], past_key_values=cache)
+        small(ids[:, :1], **with_cache(cache))
     yield make("peak_bytes", size(small).bytes + meter.peak, unit="bytes held at the peak of a decode step")
 
 
