@@ -1,5 +1,6 @@
 """FinGPT-Benchmark: official scores and splits, strict scores, data, mixtures, masks, baselines, the instrument."""
 
+import itertools
 import json
 import math
 import os
@@ -88,7 +89,9 @@ def test_check1_phrasebank_and_its_split():
     assert (len(rows), len(split.train), len(split.test)) == (4846, 6 * 3634, 1212)
     assert len(split.train) == 21_804
     assert Counter(row.output for row in rows) == {"neutral": 2879, "positive": 1363, "negative": 604}
-    assert rows[0].prompt.startswith("Instruction: What is the sentiment of this news? Please choose an answer from {negative/neu")
+    assert rows[0].prompt.startswith(
+        "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neu"
+    )
     assert 21_804 + 19_698 + 19_086 + 16_184 == 76_772  # with FiQA 938 x 21, TFNS 9,543 x 2, NWGI 16,184, which are not here
 
 
@@ -111,9 +114,9 @@ def test_check1_splits_are_those_of_datasets(count):
 
 
 HEADLINE = (
-    "Dates,URL,News,Price or Not,Price Direction Up,Price Direction Constant,Price Direction Down,Asset Comparision,PastPrice,FuturePrice,"
-    "PastNews,FutureNews\n"
-)  # fmt: skip
+    "Dates,URL,News,Price or Not,Price Direction Up,Price Direction Constant,Price Direction Down,Asset Comparision,"
+    "PastPrice,FuturePrice,PastNews,FutureNews\n"
+)
 
 
 def test_check1_headlines(tmp_path):
@@ -152,7 +155,10 @@ def test_other_public_formats(tmp_path):
     )  # fmt: skip
     assert [row.output for row in read_fiqa(tmp_path / "fiqa.jsonl")] == ["negative", *["neutral"] * 3, *["positive"] * 2]
     (tmp_path / "nwgi_train.jsonl").write_text(json.dumps({"news": "n", "label": "mildly positive"}))
-    assert "strong negative/moderately negative/mildly negative/neutral" in read_nwgi(tmp_path / "nwgi_train.jsonl")[0].instruction
+    assert (
+        "strong negative/moderately negative/mildly negative/neutral"
+        in read_nwgi(tmp_path / "nwgi_train.jsonl")[0].instruction
+    )
     for part in ("train", "test"):
         (tmp_path / f"{part}.sent").write_text("Acme was founded by Jo .\n")
         (tmp_path / f"{part}.tup").write_text("Acme ; Jo ; founded by | Acme ; Jo ; chairperson\n")
@@ -180,7 +186,10 @@ class Letters:
 
 @pytest.mark.parametrize("mask", ["ignore", "official"])
 def test_check2_gradient_of_the_prompt(mask):
-    rows = [Row("Say it.", "gold rose", "Yes", "headline", "x"), Row("Say it.", "gold fell after a long day", "No", "headline", "x")]
+    rows = [
+        Row("Say it.", "gold rose", "Yes", "headline", "x"),
+        Row("Say it.", "gold fell after a long day", "No", "headline", "x"),
+    ]
     encoded, dropped = encode(rows, Letters(), mask=mask)
     batch = collate(encoded, Letters.pad_token_id)
     assert dropped == 0
@@ -253,12 +262,20 @@ def test_check3_strict_scores_flag_what_cannot_be_read():
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        ("positive", "positive"), ("Not negative, so neutral", "neutral"), ("not positive", None), ("positive or negative", None),
-        ("It is neither positive nor negative, hence neutral.", "neutral"), ("", None), ("positively", None), ("mildly positive", "neutral"),
-        ("strong negative", "negative"), ("<think>maybe positive</think> negative", "negative"), ("It isn't positive. Negative.", "negative"),
+        ("positive", "positive"),
+        ("Not negative, so neutral", "neutral"),
+        ("not positive", None),
+        ("positive or negative", None),
+        ("It is neither positive nor negative, hence neutral.", "neutral"),
+        ("", None),
+        ("positively", None),
+        ("mildly positive", "neutral"),
+        ("strong negative", "negative"),
+        ("<think>maybe positive</think> negative", "negative"),
+        ("It isn't positive. Negative.", "negative"),
         ("{negative/neutral/positive}", None),
     ],
-)  # fmt: skip
+)
 def test_reading_sentiment(text, label):
     assert read_sentiment(text) == label
 
@@ -273,7 +290,12 @@ def test_reading_the_others():
     assert read_triples("founded_by: Acme, Inc., Jo", source) == [("founded_by", "Acme, Inc.", "Jo")]
     assert read_triples("nothing", source) is None
     options = ("owner of", "owned by", "operator")
-    assert [read_option(text, options) for text in ("Owned_by", "owner of or operator", "not operator", "")] == ["owned by", None, None, None]
+    assert [read_option(text, options) for text in ("Owned_by", "owner of or operator", "not operator", "")] == [
+        "owned by",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_hallucinated_entities_and_triples_cost_precision():
@@ -292,7 +314,11 @@ def test_hallucinated_entities_and_triples_cost_precision():
 def test_check4_no_predictions_and_gold_as_prediction():
     assert OFFICIAL["re_nothing"]["raises"] == "ZeroDivisionError"
     ner_rows = [row for row, _ in synthetic.make_ner(40)]
-    re_rows = [row for text, triples in synthetic.make_relations(40) for row in relations(text, triples, "synthetic", classify=False)]
+    re_rows = [
+        row
+        for text, triples in synthetic.make_relations(40)
+        for row in relations(text, triples, "synthetic", classify=False)
+    ]
     for rows, score in ((ner_rows, score_ner), (re_rows, score_re)):
         golds, inputs = [row.output for row in rows], [row.input for row in rows]
         nothing, all_right = score([""] * len(rows), golds, inputs), score(golds, golds, inputs)
@@ -326,7 +352,10 @@ def test_check5_simulated_classifier(seed):
     rows = synthetic.make_sentiment(3000, 40 + seed)
     world = SimClassifier(rows, CONFUSION, format_error=0.12)
     draws = [Draw(f"{seed} {i}") for i in range(len(rows))]
-    preds, golds = [world.answer(row.output, draw) for row, draw in zip(rows, draws, strict=True)], [row.output for row in rows]
+    preds, golds = (
+        [world.answer(row.output, draw) for row, draw in zip(rows, draws, strict=True)],
+        [row.output for row in rows],
+    )
     result = score_sentiment(preds, golds)
     expected = world.expected_accuracy(golds)
     assert abs(result.metrics["accuracy"] - expected) < 2 * math.sqrt(expected * (1 - expected) / len(rows))
@@ -359,8 +388,11 @@ def test_check6_leaks_are_errors():
 
 
 def test_options_are_shuffled_and_wordings_as_many_as_in_the_paper():
-    firsts = Counter(row.instruction.split("Options: ")[1].split(",")[0] for row in FinTask("sentiment-cls", items=200).load().train)
-    assert set(firsts) == {"positive", "negative"} and min(firsts.values()) > 20
+    firsts = Counter(
+        row.instruction.split("Options: ")[1].split(",")[0] for row in FinTask("sentiment-cls", items=200).load().train
+    )
+    assert set(firsts) == {"positive", "negative"}
+    assert min(firsts.values()) > 20
     wordings = {name: len({row.instruction.split("\nOptions")[0].replace(row.group.split(" ", 1)[-1], "") for row in rows})
                 for name, rows in (("ner", FinTask("ner-cls").load().train),)}  # fmt: skip
     assert wordings["ner"] == 17
@@ -384,7 +416,8 @@ def test_check7_tfidf_on_tweets():
     result = score_sentiment(baselines.cross_validated(rows), golds)
     usual = score_sentiment(baselines.majority(rows, rows), golds)
     low, high = result.ci95["accuracy"]
-    assert low < result.metrics["accuracy"] < high and high - low < 0.05
+    assert low < result.metrics["accuracy"] < high
+    assert high - low < 0.05
     assert low > usual.metrics["accuracy"] == pytest.approx(1566 / 2388)
 
 
@@ -427,7 +460,7 @@ def test_mixtures_are_parsed():
     assert parse_mix("sentiment, headline,finred*3,ner * 15") == {"sentiment": 1, "headline": 1, "finred": 3, "ner": 15}
     seen = [row.input for name, row in build_mix("ner*3", items=50).named()]
     assert max(Counter(seen).values()) >= 3
-    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(seen))
 
 
 # --- the benchmark, tuning, errors ----------------------------------------------------------------------------------------
@@ -459,7 +492,8 @@ def test_benchmark_counts_unread_and_cut_answers():
     bench = FinGPTBenchmark(task="sentiment", items=300)
     world = SimClassifier(bench.rows()["sentiment"], CONFUSION, format_error=0.2)
     report = bench.evaluate(Chat(SimulatedChat(world, "sim:classifier", faults=Faults(truncate=0.1))))
-    assert report.outcomes["truncated"] > 10 and report.outcomes["unparsed"] > 20
+    assert report.outcomes["truncated"] > 10
+    assert report.outcomes["unparsed"] > 20
     total = sum(report.outcomes.values())
     unread = report.get("unparsed", "task", "sentiment").value * total
     assert round(unread, 6) == report.outcomes["truncated"] + report.outcomes["unparsed"]
@@ -470,16 +504,32 @@ def test_benchmark_counts_unread_and_cut_answers():
     assert official.outcomes == {"scored": 300}
 
 
+@pytest.fixture
+def one_thread():
+    """So small a model is slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    )  # fmt: skip
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
 
 
-def test_tuning_learns_and_counts_its_price():
+def test_tuning_learns_and_counts_its_price(one_thread):
     rows = [Row("Up?", f"gold {'up' if i % 2 else 'down'}", "Yes" if i % 2 else "No", "headline", "x") for i in range(24)]
     tuned = tune(tiny(), Letters(), rows, lora=None, epochs=6, learning_rate=1e-2, batch_size=8)
     assert tuned.losses[-1] < 0.3 * tuned.losses[0]
@@ -488,7 +538,7 @@ def test_tuning_learns_and_counts_its_price():
     assert tune(tiny(), Letters(), rows, lora=None, max_steps=3, batch_size=8).tokens < tuned.tokens
 
 
-def test_lora_trains_only_its_adapters():
+def test_lora_trains_only_its_adapters(one_thread):
     pytest.importorskip("peft", reason="LoRA needs peft, which is not installed")
     phase = phase_data("single", "headline", items=20)
     tuned = run_phase(tiny(), Letters(), phase, lora={"r": 2}, max_steps=2, batch_size=4, max_length=4000)
@@ -513,7 +563,9 @@ def test_splits_have_hashes():
 def test_synthetic_rows_are_consistent():
     for text, triples in synthetic.make_relations(400):
         for head, tail, relation in triples:
-            assert head in text and tail in text and relation in RELATIONS
+            assert head in text
+            assert tail in text
+            assert relation in RELATIONS
     assert {r for _, triples in synthetic.make_relations(400) for *_, r in triples} == set(RELATIONS)
     for row, entities in synthetic.make_ner(200):
         assert all(text in row.input for text, _ in entities)

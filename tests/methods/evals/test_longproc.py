@@ -1,4 +1,5 @@
-"""LongProc: official traces and scores, own scores, generators against solvers of other makes, the instrument's closed forms."""
+"""LongProc: official traces and scores, own scores, generators against solvers of other makes, the instrument's closed
+forms."""
 
 import hashlib
 import itertools
@@ -7,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import statistics
 from fractions import Fraction
 from pathlib import Path
@@ -179,8 +181,30 @@ def test_check3_ten_thousand_texts_never_raise():
     draw = random.Random(11)
     items = {name: (Item("", held["reference"], held["data"]), whole(name, Item("", held["reference"], held["data"])))
              for name, held in GOLDEN["items"].items()}  # fmt: skip
-    pieces = ["<Solution>", "</Solution>", "<Route>", "</Plan>", "<Plan>", "```tsv", "```", "\n", "\t", '"', "- Step 0:", "= ", "9" * 50,
-              "**Day 1-", "\x00", "\ud800", "é", " / 0 = 0", "__import__('os')", "# Search Procedure", "{", "- Step 99999999999999:"]  # fmt: skip
+    pieces = [
+        "<Solution>",
+        "</Solution>",
+        "<Route>",
+        "</Plan>",
+        "<Plan>",
+        "```tsv",
+        "```",
+        "\n",
+        "\t",
+        '"',
+        "- Step 0:",
+        "= ",
+        "9" * 50,
+        "**Day 1-",
+        "\x00",
+        "\ud800",
+        "é",
+        " / 0 = 0",
+        "__import__('os')",
+        "# Search Procedure",
+        "{",
+        "- Step 99999999999999:",
+    ]
     for number in range(10_000):
         name = draw.choice(list(items))
         item, text = items[name]
@@ -189,7 +213,8 @@ def test_check3_ten_thousand_texts_never_raise():
         for _ in range(draw.randrange(8)):
             part.insert(draw.randrange(len(part) + 1), draw.choice(pieces))
         one = score(name, item, "".join(part), compat=number % 2 == 1)
-        assert 0 <= one.accuracy <= 1 and one.partial <= 1
+        assert 0 <= one.accuracy <= 1
+        assert one.partial <= 1
 
 
 # --- 4: generators --------------------------------------------------------------------------------------------------------
@@ -273,7 +298,8 @@ def test_check4_countdown_solutions_and_pruning():
         assert countdown.flaw(nums, target, solution) == ""
         lines = item.reference.split("\n\nNow we")[0].splitlines()[1:]
         assert len(lines) == item.data["steps"]
-        assert sum("target found" in line for line in lines) == 1 and "target found" in lines[-1]
+        assert sum("target found" in line for line in lines) == 1
+        assert "target found" in lines[-1]
         for line in lines:  # every verdict is right on its own
             if read := re.search(r"Try (\d+) ([-+*/]) (\d+) = ([\d.]+)\. (.*)", line):
                 a, sign, b = int(read[1]), read[2], int(read[3])
@@ -406,6 +432,41 @@ def test_a_row_that_is_there_twice_may_be_written_twice():
     item = Item("", "a\tb\n1\t2\n1\t2\n3\t4", {})
     assert score("html_to_tsv", item, "```tsv\na\tb\n1\t2\n3\t4\n1\t2\n```").accuracy == 1
     assert score("html_to_tsv", item, "```tsv\na\tb\n1\t2\n3\t4\n```").values == {"precision": 1.0, "recall": 2 / 3}
+
+
+# --- C++ ------------------------------------------------------------------------------------------------------------------
+
+TWICE = "int main() { int n; cin >> n; cout << 2 * n << endl; return 3; }"
+
+
+def code_item(*tests) -> Item:
+    if not shutil.which("g++"):
+        pytest.skip("pseudo_to_code needs g++")
+    return Item("", TWICE, {"testcases": [[[given], [wanted]] for given, wanted in tests]})
+
+
+def test_programs_are_compiled_and_tested_in_the_sandbox():
+    item = code_item(("2", "4"), ("5", "10"))
+    assert score("pseudo_to_code", item, f"```cpp\n{TWICE}\n```").accuracy == 1  # the exit code does not matter
+    assert score("pseudo_to_code", item, f"```c++\n{TWICE}\n```", compat=True).accuracy == 1
+    for code, why in (
+        (TWICE.replace("2 *", "3 *"), "test 1: another output"),
+        (TWICE.replace("cin >> n", "cin >> m"), "does not compile"),
+    ):
+        one = score("pseudo_to_code", item, f"```cpp\n{code}\n```")
+        assert (one.accuracy, one.extracted) == (0, True)
+        assert why in one.evidence
+    nothing = score("pseudo_to_code", item, "int main() {}")
+    assert (nothing.accuracy, nothing.extracted) == (0, False)
+
+
+@pytest.mark.slow
+@needs_files
+@pytest.mark.parametrize("name", ["pseudo_to_code_0.5k", "pseudo_to_code_2k"])
+def test_official_programs_pass_their_tests(name):
+    code_item()
+    items = [Item.of(row) for row in load_longproc(name, SHARED)[:12]]
+    assert [score("pseudo_to_code", item, whole("pseudo_to_code", item)).evidence for item in items] == [""] * 12
 
 
 # --- the benchmark --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """FinGPT-Benchmark: what instruction tuning on financial tasks gives (Wang et al. 2023, arXiv 2310.04793).
 
-Four families of tasks, all of them instruction, input and answer: sentiment (three classes), headline (nine questions to a gold
-headline), ner (persons, organisations, locations in agreements), re (29 relations). Three phases: *single*, a model for each
-task; *multi*, one for all; *zero*, tuned on classification versions with options of three families and tested on the fourth.
+Four families of tasks, all of them instruction, input and answer: sentiment (three classes), headline (nine questions to a
+gold headline), ner (persons, organisations, locations in agreements), re (29 relations). Three phases: *single*, a model
+for each task; *multi*, one for all; *zero*, tuned on classification versions with options of three families and tested on
+the fourth.
 
-`FinGPTBenchmark` asks any model the test questions; `phase_data` says what a phase trains on, `tune` trains. Data are the public
-files from the user's path, or SYNTHETIC rows of our own (`synthetic`). Scores are strict by default and the official ones with
-``compat=True``; see `scoring` for the official scorers' faults, `readers` for those of the data and `training` for the mask's.
-Extraction sets are small (98 test rows): every number has its bootstrap interval.
+`FinGPTBenchmark` asks any model the test questions; `phase_data` says what a phase trains on, `tune` trains. Data are the
+public files from the user's path, or SYNTHETIC rows of our own (`synthetic`). Scores are strict by default and the official
+ones with ``compat=True``; see `scoring` for the official scorers' faults, `readers` for those of the data and `training`
+for the mask's. Extraction sets are small (98 test rows): every number has its bootstrap interval.
 """
 
 from __future__ import annotations
@@ -37,10 +38,31 @@ from .tasks import MULTI, NAMES, FinTask, Mix, Phase, Split, build_mix, phase_da
 from .training import LORA, Tuned, tune
 
 __all__ = [
-    "FAMILIES", "LORA", "MULTI", "NAMES", "RELATIONS", "FinGPTBenchmark", "FinTask", "Mix", "Phase", "Result", "Row", "Split",
-    "Tuned", "baselines", "build_mix", "check_apart", "phase_data", "run_phase", "score_headline", "score_ner", "score_re",
-    "score_rows", "score_sentiment", "tune",
-]  # fmt: skip
+    "FAMILIES",
+    "LORA",
+    "MULTI",
+    "NAMES",
+    "RELATIONS",
+    "FinGPTBenchmark",
+    "FinTask",
+    "Mix",
+    "Phase",
+    "Result",
+    "Row",
+    "Split",
+    "Tuned",
+    "baselines",
+    "build_mix",
+    "check_apart",
+    "phase_data",
+    "run_phase",
+    "score_headline",
+    "score_ner",
+    "score_re",
+    "score_rows",
+    "score_sentiment",
+    "tune",
+]
 
 #: the test of a family in the phases that tune on it, and in the zero-shot phase
 _TESTS = {"sentiment": "sentiment", "headline": "headline", "ner": "ner", "re": "finred-re"}
@@ -48,7 +70,8 @@ _ZERO = {"sentiment": "sentiment-cls", "headline": "headline-cls", "ner": "ner-c
 
 
 def score_rows(rows: Sequence[Row], preds: Sequence[str], compat: bool = False) -> Result:
-    """The scores of answers to rows of one family, by the family's rule (or, where options were listed, by the option chosen)."""
+    """The scores of answers to rows of one family, by the family's rule (or, where options were listed, by the option
+    chosen)."""
     golds = [row.output for row in rows]
     if not rows:
         raise ValueError("the test split is empty: there is nothing to score")
@@ -65,10 +88,11 @@ def score_rows(rows: Sequence[Row], preds: Sequence[str], compat: bool = False) 
 
 @dataclass(frozen=True)
 class FinGPTBenchmark(Benchmark):
-    """``task``: families, comma-separated, or "all". ``phase``: "zero" asks the versions with options (sentiment: each question
-    in five wordings, and their vote), the others the plain ones; which phase a model was tuned in is yours to say truly. ``path``:
-    a folder with the public files (see `tasks.FILES`), else SYNTHETIC rows. ``items``: so many test rows a family (0: all; those of
-    one question or sentence stay together, so that it may be a few more). ``compat``: the official scores.
+    """``task``: families, comma-separated, or "all". ``phase``: "zero" asks the versions with options (sentiment: each
+    question in five wordings, and their vote), the others the plain ones; which phase a model was tuned in is yours to say
+    truly. ``path``: a folder with the public files (see `tasks.FILES`), else SYNTHETIC rows. ``items``: so many test rows a
+    family (0: all; those of one question or sentence stay together, so that it may be a few more). ``compat``: the official
+    scores.
 
     ``accuracy`` is the share of answers that are right as a whole: the class, or all entities and triples and no more.
     """
@@ -132,7 +156,8 @@ class FinGPTBenchmark(Benchmark):
         return Mark({"accuracy": float(said == gold)}, f"read as {said}", outcome)  # type: ignore[arg-type]
 
     def metrics(self, scored: Sequence[Scored]) -> list[Metric]:
-        """Accuracy by task and source; every family's own scores, with the share of unread answers; the vote over wordings."""
+        """Accuracy by task and source; every family's own scores, with the share of unread answers; the vote over
+        wordings."""
         found = means(scored)
         for family in dict.fromkeys(one.sample.axes["task"] for one in scored):
             pairs = [

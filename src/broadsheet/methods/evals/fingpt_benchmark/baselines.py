@@ -1,4 +1,5 @@
-"""Rivals that need no language model, and that every table shows: the majority, TF-IDF with logistic regression, a gazetteer."""
+"""Rivals that need no language model, and that every table shows: the majority, TF-IDF with logistic regression, a
+gazetteer."""
 
 from __future__ import annotations
 

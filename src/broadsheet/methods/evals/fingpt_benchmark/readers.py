@@ -1,8 +1,9 @@
 """Readers of the public files, from paths that the user gives. Each raises one-line ValueErrors.
 
-Two readers have known mistakes in the official preparation, which ``official=True`` repeats for comparison: "price or not" is
-copied from the *constant price* column; and an entity that reaches the end of its sentence loses its last token (with only one,
-it is lost, and an answer "." may be left), as the last sentence of a file is lost that does not end in a blank line.
+Two readers have known mistakes in the official preparation, which ``official=True`` repeats for comparison: "price or not"
+is copied from the *constant price* column; and an entity that reaches the end of its sentence loses its last token (with
+only one, it is lost, and an answer "." may be left), as the last sentence of a file is lost that does not end in a blank
+line.
 """
 
 from __future__ import annotations
@@ -96,11 +97,17 @@ def score_label(score: float) -> str:
 
 
 def read_fiqa(path: str | Path) -> list[Row]:
-    """JSON lines with sentence, sentiment_score, format ("post" or "headline"): train, validation and test of FiQA, in order."""
+    """JSON lines with sentence, sentiment_score, format ("post" or "headline"): train, validation and test of FiQA, in
+    order."""
     return [
-        sentiment(row["sentence"], score_label(float(row["sentiment_score"])), "fiqa", "tweet" if row["format"] == "post" else "news")
+        sentiment(
+            row["sentence"],
+            score_label(float(row["sentiment_score"])),
+            "fiqa",
+            "tweet" if row["format"] == "post" else "news",
+        )
         for row in _objects(path, ("sentence", "sentiment_score", "format"))
-    ]  # fmt: skip
+    ]
 
 
 def read_nwgi(path: str | Path) -> list[Row]:
@@ -116,9 +123,16 @@ def read_nwgi(path: str | Path) -> list[Row]:
 
 
 _HEADLINE_COLUMNS = (
-    "Price or Not", "Price Direction Up", "Price Direction Constant", "Price Direction Down", "PastPrice", "FuturePrice", "PastNews",
-    "FutureNews", "Asset Comparision",
-)  # fmt: skip
+    "Price or Not",
+    "Price Direction Up",
+    "Price Direction Constant",
+    "Price Direction Down",
+    "PastPrice",
+    "FuturePrice",
+    "PastNews",
+    "FutureNews",
+    "Asset Comparision",
+)
 
 
 def read_headline(path: str | Path, official: bool = False) -> list[list[Row]]:

@@ -20,15 +20,23 @@ SEVEN = {
 }  # fmt: skip
 ENTITY_TYPES = {"PER": "person", "ORG": "organization", "LOC": "location"}
 RELATIONS = (
-    "product_or_material_produced manufacturer distributed_by industry position_held original_broadcaster owned_by founded_by "
-    "distribution_format headquarters_location stock_exchange currency parent_organization chief_executive_officer "
-    "director_/_manager owner_of operator member_of employer chairperson platform subsidiary legal_form publisher developer brand "
-    "business_division location_of_formation creator"
+    "product_or_material_produced manufacturer distributed_by industry position_held original_broadcaster owned_by "
+    "founded_by distribution_format headquarters_location stock_exchange currency parent_organization chief_executive_officer "
+    "director_/_manager owner_of operator member_of employer chairperson platform subsidiary legal_form publisher developer "
+    "brand business_division location_of_formation creator"
 ).split()
 #: the nine questions to a headline, in their order
 QUESTIONS = (
-    "price or not", "price up", "price stable", "price down", "price past", "price future", "event past", "event future", "asset comp"
-)  # fmt: skip
+    "price or not",
+    "price up",
+    "price stable",
+    "price down",
+    "price past",
+    "price future",
+    "event past",
+    "event future",
+    "asset comp",
+)
 _SUBJECTS = (
     "price", "price going up", "price staying constant", "price going down", "price in the past", "price in the future",
     "a general event (apart from prices) in the past", "a general event (apart from prices) in the future",
@@ -37,8 +45,9 @@ _SUBJECTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row. ``family``: the kind of task; ``source``: the data it is from; ``kind``: the question to a headline; ``group``:
-    what it asks about, the same for all wordings of one question; ``options``: what may be answered, where they are listed."""
+    """One row. ``family``: the kind of task; ``source``: the data it is from; ``kind``: the question to a headline;
+    ``group``: what it asks about, the same for all wordings of one question; ``options``: what may be answered, where they
+    are listed."""
 
     instruction: str
     input: str
@@ -74,7 +83,8 @@ def shared_inputs(train: Iterable[Row], test: Sequence[Row]) -> list[Row]:
     return [row for row in test if row.digest in seen]
 
 
-# --- wordings. Those of the three tuned phases are the benchmark's; of the reformulations (CLS) only the number is. ---------
+# --- wordings. Those of the three tuned phases are the benchmark's; of the reformulations (CLS) only the number is.
+# ---------
 
 
 def sentiment(text: str, label: str, source: str, kind: str = "news", classes: Sequence[str] = LABELS) -> Row:
@@ -115,11 +125,11 @@ def relations(text: str, triples: Sequence[tuple[str, str, str]], source: str, c
     named = [(head, tail, check_relation(relation)) for head, tail, relation in triples]
     answer, form = "; ".join(f"{r}: {h}, {t}" for h, t, r in named), '"relation1: word1, word2; relation2: word3, word4"'
     asked = (
-        "Given phrases that describe the relationship between two words/phrases as options, extract the word/phrase pair and the "
-        f"corresponding lexical relationship between them from the input text. The output format should be {form}. "
+        "Given phrases that describe the relationship between two words/phrases as options, extract the word/phrase pair and "
+        f"the corresponding lexical relationship between them from the input text. The output format should be {form}. "
         f"Options: {', '.join(RELATIONS)}.",
-        "Given the input sentence, please extract the subject and object containing a certain relation in the sentence according "
-        f"to the following relation types, in the format of {form}. Relations include: {'; '.join(RELATIONS)}.",
+        "Given the input sentence, please extract the subject and object containing a certain relation in the sentence "
+        f"according to the following relation types, in the format of {form}. Relations include: {'; '.join(RELATIONS)}.",
     )
     rows = [Row(question, text, answer, "re", source, "extract") for question in asked]
     for head, tail, relation in named if classify else ():
@@ -143,22 +153,41 @@ _SENTIMENT_CLS = (
 _HEADLINE_CLS = tuple(
     text + " {subject}?"
     for text in (
-        "Does the headline mention", "Is the headline about", "Would you say that the headline concerns", "Does this headline deal with",
-        "Can one read in the headline of", "Is there anything in the headline on", "Does the headline report on",
-        "Does the text of the headline refer to", "Judging by the headline, is it about", "Does the news item speak of",
+        "Does the headline mention",
+        "Is the headline about",
+        "Would you say that the headline concerns",
+        "Does this headline deal with",
+        "Can one read in the headline of",
+        "Is there anything in the headline on",
+        "Does the headline report on",
+        "Does the text of the headline refer to",
+        "Judging by the headline, is it about",
+        "Does the news item speak of",
         "Is a subject of the headline",
     )
-)  # fmt: skip
+)
 _NER_CLS = tuple(
     text.replace("*", "'{entity}'")
     for text in (
-        "What type of entity is *?", "Which of the types fits * in the sentence?", "Name the entity type of *.", "Say what kind of entity * is.",
-        "Read the sentence and give the type of *.", "In this sentence, * is an entity of which type?", "Choose the type of the entity *.",
-        "Assign a type to *.", "What does * stand for in the input?", "Classify the entity *.", "To which type does * belong?",
-        "Find * in the sentence and tell its type.", "How would you label *?", "Pick the right type for *.", "The entity * is a what?",
-        "Determine what * denotes here.", "Give the category of *.",
+        "What type of entity is *?",
+        "Which of the types fits * in the sentence?",
+        "Name the entity type of *.",
+        "Say what kind of entity * is.",
+        "Read the sentence and give the type of *.",
+        "In this sentence, * is an entity of which type?",
+        "Choose the type of the entity *.",
+        "Assign a type to *.",
+        "What does * stand for in the input?",
+        "Classify the entity *.",
+        "To which type does * belong?",
+        "Find * in the sentence and tell its type.",
+        "How would you label *?",
+        "Pick the right type for *.",
+        "The entity * is a what?",
+        "Determine what * denotes here.",
+        "Give the category of *.",
     )
-)  # fmt: skip
+)
 _RE_CLS = tuple(
     text.replace("*", "'{head}'").replace("+", "'{tail}'")
     for text in (
@@ -194,7 +223,8 @@ def headline_cls(row: Row, draw: random.Random) -> Row:
 
 
 def ner_cls(row: Row, entities: Sequence[tuple[str, str]], draw: random.Random) -> list[Row]:
-    """The type of every entity of a sentence, in seventeen wordings. An entity of two types in one sentence has no answer."""
+    """The type of every entity of a sentence, in seventeen wordings. An entity of two types in one sentence has no
+    answer."""
     options = tuple(ENTITY_TYPES.values())
     kinds: dict[str, set[str]] = {}
     for text, kind in entities:

@@ -1,15 +1,15 @@
 """Scores of answers: strict by default, ``compat=True`` for the official ones (paper section 4).
 
-Strict scoring reads whole words, takes negation for what it is, and counts what cannot be read as *unparsed*: wrong, and shown.
-The official scorers differ in this (each measured, see ``tests/golden/README.md``):
+Strict scoring reads whole words, takes negation for what it is, and counts what cannot be read as *unparsed*: wrong, and
+shown. The official scorers differ in this (each measured, see ``tests/golden/README.md``):
 
-- sentiment: "positive" anywhere wins, so "not positive" is positive, and so is "negative, not positive"; whatever names no class
-  is *neutral*, the most frequent class, an empty answer too.
+- sentiment: "positive" anywhere wins, so "not positive" is positive, and so is "negative, not positive"; whatever names no
+  class is *neutral*, the most frequent class, an empty answer too.
 - headline: "yes" anywhere, so "yesterday" and "eyes" are yes; everything else is no.
-- ner: answers are cut at every comma, so that "Acme, Inc." is never found; entities that the sentence does not have cost nothing; a
-  type that does not exist becomes a type of its own.
-- re: a triple whose relation or words do not exist costs nothing; a right triple may be said twice and counts twice; without any
-  prediction it divides by zero (nan here).
+- ner: answers are cut at every comma, so that "Acme, Inc." is never found; entities that the sentence does not have cost
+  nothing; a type that does not exist becomes a type of its own.
+- re: a triple whose relation or words do not exist costs nothing; a right triple may be said twice and counts twice;
+  without any prediction it divides by zero (nan here).
 
 For single-label classes micro-F1 is accuracy; it is given with the official scores alone.
 """
@@ -44,7 +44,8 @@ Counts = np.ndarray  # [answers, what is counted]
 
 
 def _result(counts: Counts, of: Callable[[Counts], dict[str, np.ndarray]], unparsed: int, draws: int = 2000) -> Result:
-    """Metrics of summed counts, and of sums of counts drawn with replacement. ``of``: [draws, counted] -> [draws] by name."""
+    """Metrics of summed counts, and of sums of counts drawn with replacement. ``of``: [draws, counted] -> [draws] by
+    name."""
     n = len(counts)
     kinds, times = np.unique(counts, axis=0, return_counts=True)  # equal answers are drawn together: few kinds, many answers
     weights = np.random.default_rng(0).multinomial(n, times / n, draws)
@@ -256,8 +257,8 @@ def _of(spans: Counter, kind: str) -> Counter:
 
 
 def read_triples(text: str, source: str) -> list[tuple[str, str, str]] | None:
-    """(relation, head, tail) of every "relation: head, tail" between semicolons, or None where there is none. Of several commas
-    the one counts that leaves two parts which ``source`` has."""
+    """(relation, head, tail) of every "relation: head, tail" between semicolons, or None where there is none. Of several
+    commas the one counts that leaves two parts which ``source`` has."""
     found = []
     for part in re.split(r"[;\n]", answer_part(text).rstrip(". ")):
         name, colon, rest = part.partition(":")

@@ -15,7 +15,7 @@ from .rows import RELATIONS, Row, headline, ner, sentiment
 _FIRST = (
     "Anna Bruno Carla Dario Edith Falk Greta Henrik Ilse Jaro Katja Lorenz Mira Nils Olga Pavel Rita Sven Tilda Urs".split()
 )
-_LAST = "Abel Brandt Cerny Dahl Egger Fink Gruber Holm Iversen Jansen Koch Lund Maro Novak Olsen Pohl Roth Sand Thoma Weiss".split()
+_LAST = "Abel Brandt Cerny Dahl Egger Fink Gruber Holm Iversen Jansen Koch Lund Maro Novak Olsen Pohl Roth Weiss".split()
 _STEM = "Nor Vesta Kalu Brim Orto Selva Pax Tarn Ember Quill Delph Arga Zent Lumo Hexa Cobal Rivo Stell Umbra Fjor".split()
 _KIND = "Holdings Bank Energy Foods Systems Motors Pharma Media Capital Steel".split()
 _PLACE = "Oslo Tallinn Porto Graz Lyon Turin Ghent Malmo Krakow Split Cork Leeds Basel Trier Aarhus Bergen".split()
@@ -23,19 +23,26 @@ _PRODUCT = "turbines|insulin|sensors|cement|tractors|batteries|cheese|paper|engi
 _SECTOR = "banking|shipping|mining|insurance|retail|logistics|biotechnology|telecommunications".split("|")
 
 _GOOD = (
-    "{c} profit rose to {n} million from {m} million a year before .", "{c} wins a {n} million order from {d} .",
-    "{c} 's operating loss narrowed to {m} million from {n} million .", "{c} raises its outlook after strong demand for {p} .",
-    "costs at {c} fell by {n} % and margins improved .", "{c} did not cut its dividend , as analysts had feared .",
-)  # fmt: skip
+    "{c} profit rose to {n} million from {m} million a year before .",
+    "{c} wins a {n} million order from {d} .",
+    "{c} 's operating loss narrowed to {m} million from {n} million .",
+    "{c} raises its outlook after strong demand for {p} .",
+    "costs at {c} fell by {n} % and margins improved .",
+    "{c} did not cut its dividend , as analysts had feared .",
+)
 _BAD = (
     "{c} profit fell to {m} million from {n} million a year before .", "{c} loses a {n} million order to {d} .",
     "{c} 's operating loss widened to {n} million from {m} million .", "{c} lowers its outlook on weak demand for {p} .",
     "costs at {c} rose by {n} % and margins shrank .", "{c} did not raise its dividend , as analysts had hoped .",
 )  # fmt: skip
 _PLAIN = (
-    "{c} is based in {l} and makes {p} .", "{c} will publish its report on {n} May .", "{c} and {d} said they employ {n} people in {l} .",
-    "the annual meeting of {c} is held in {l} .", "{c} sells {p} in {n} countries .", "sales of {c} were {n} million , as in the year before .",
-)  # fmt: skip
+    "{c} is based in {l} and makes {p} .",
+    "{c} will publish its report on {n} May .",
+    "{c} and {d} said they employ {n} people in {l} .",
+    "the annual meeting of {c} is held in {l} .",
+    "{c} sells {p} in {n} countries .",
+    "sales of {c} were {n} million , as in the year before .",
+)
 
 
 def _company(draw: random.Random) -> str:
@@ -72,9 +79,12 @@ def make_headline(count: int, seed: int = 0) -> list[Row]:
         price, compared, past = direction != "none", draw.random() < 0.2, when == "past"
         if price:
             past_verb, future_verb = {
-                "up": ("gains", "seen gaining"), "flat": ("holds steady", "seen holding steady"), "down": ("slips", "seen slipping"),
-            }[direction]  # fmt: skip
-            text = f"Gold {past_verb if past else future_verb} {draw.choice(('on dollar moves', 'in thin trade', 'before data'))}"
+                "up": ("gains", "seen gaining"),
+                "flat": ("holds steady", "seen holding steady"),
+                "down": ("slips", "seen slipping"),
+            }[direction]
+            where = draw.choice(("on dollar moves", "in thin trade", "before data"))
+            text = f"Gold {past_verb if past else future_verb} {where}"
         else:
             text = draw.choice(
                 ("Gold imports through {l} were counted again", "{c} closed a gold mine last year")
@@ -118,27 +128,68 @@ def make_ner(count: int, seed: int = 0) -> list[tuple[Row, Entities]]:
 
 
 _SAID = {
-    "product_or_material_produced": "{a} produces {p}", "manufacturer": "the {p} are made by {b}", "distributed_by": "the {p} are distributed by {b}",
-    "industry": "{a} is active in {s}", "position_held": "{q} serves as treasurer", "original_broadcaster": "the show Ledger first ran on {b}",
-    "owned_by": "{a} is owned by {b}", "founded_by": "{a} was founded by {q}", "distribution_format": "the show Ledger is sold as download",
-    "headquarters_location": "{a} has its headquarters in {l}", "stock_exchange": "{a} is listed in {l}", "currency": "{l} pays in crowns",
-    "parent_organization": "{a} belongs to its parent {b}", "chief_executive_officer": "{a} is led by its chief executive {q}",
-    "director_/_manager": "{a} has {q} as its manager", "owner_of": "{a} owns {b}", "operator": "the port of {l} is operated by {b}",
-    "member_of": "{a} is a member of the Guild", "employer": "{q} works for {b}", "chairperson": "{a} is chaired by {q}",
-    "platform": "the game Bourse runs on consoles", "subsidiary": "{a} has the subsidiary {b}", "legal_form": "{a} is a cooperative",
-    "publisher": "the Gazette is published by {b}", "developer": "the game Bourse is developed by {b}", "brand": "{a} sells the brand Luminol",
-    "business_division": "{a} runs the division Retail", "location_of_formation": "{a} was formed in {l}", "creator": "the index was created by {q}",
-}  # fmt: skip
+    "product_or_material_produced": "{a} produces {p}",
+    "manufacturer": "the {p} are made by {b}",
+    "distributed_by": "the {p} are distributed by {b}",
+    "industry": "{a} is active in {s}",
+    "position_held": "{q} serves as treasurer",
+    "original_broadcaster": "the show Ledger first ran on {b}",
+    "owned_by": "{a} is owned by {b}",
+    "founded_by": "{a} was founded by {q}",
+    "distribution_format": "the show Ledger is sold as download",
+    "headquarters_location": "{a} has its headquarters in {l}",
+    "stock_exchange": "{a} is listed in {l}",
+    "currency": "{l} pays in crowns",
+    "parent_organization": "{a} belongs to its parent {b}",
+    "chief_executive_officer": "{a} is led by its chief executive {q}",
+    "director_/_manager": "{a} has {q} as its manager",
+    "owner_of": "{a} owns {b}",
+    "operator": "the port of {l} is operated by {b}",
+    "member_of": "{a} is a member of the Guild",
+    "employer": "{q} works for {b}",
+    "chairperson": "{a} is chaired by {q}",
+    "platform": "the game Bourse runs on consoles",
+    "subsidiary": "{a} has the subsidiary {b}",
+    "legal_form": "{a} is a cooperative",
+    "publisher": "the Gazette is published by {b}",
+    "developer": "the game Bourse is developed by {b}",
+    "brand": "{a} sells the brand Luminol",
+    "business_division": "{a} runs the division Retail",
+    "location_of_formation": "{a} was formed in {l}",
+    "creator": "the index was created by {q}",
+}
 #: what of the sentence is the head and the tail
 _ENDS = {
-    "product_or_material_produced": "ap", "manufacturer": "pb", "distributed_by": "pb", "industry": "as", "position_held": ("q", "treasurer"),
-    "original_broadcaster": ("Ledger", "b"), "owned_by": "ab", "founded_by": "aq", "distribution_format": ("Ledger", "download"),
-    "headquarters_location": "al", "stock_exchange": "al", "currency": ("l", "crowns"), "parent_organization": "ab",
-    "chief_executive_officer": "aq", "director_/_manager": "aq", "owner_of": "ab", "operator": ("port of {l}", "b"), "member_of": ("a", "Guild"),
-    "employer": "qb", "chairperson": "aq", "platform": ("Bourse", "consoles"), "subsidiary": "ab", "legal_form": ("a", "cooperative"),
-    "publisher": ("Gazette", "b"), "developer": ("Bourse", "b"), "brand": ("a", "Luminol"), "business_division": ("a", "Retail"),
-    "location_of_formation": "al", "creator": ("index", "q"),
-}  # fmt: skip
+    "product_or_material_produced": "ap",
+    "manufacturer": "pb",
+    "distributed_by": "pb",
+    "industry": "as",
+    "position_held": ("q", "treasurer"),
+    "original_broadcaster": ("Ledger", "b"),
+    "owned_by": "ab",
+    "founded_by": "aq",
+    "distribution_format": ("Ledger", "download"),
+    "headquarters_location": "al",
+    "stock_exchange": "al",
+    "currency": ("l", "crowns"),
+    "parent_organization": "ab",
+    "chief_executive_officer": "aq",
+    "director_/_manager": "aq",
+    "owner_of": "ab",
+    "operator": ("port of {l}", "b"),
+    "member_of": ("a", "Guild"),
+    "employer": "qb",
+    "chairperson": "aq",
+    "platform": ("Bourse", "consoles"),
+    "subsidiary": "ab",
+    "legal_form": ("a", "cooperative"),
+    "publisher": ("Gazette", "b"),
+    "developer": ("Bourse", "b"),
+    "brand": ("a", "Luminol"),
+    "business_division": ("a", "Retail"),
+    "location_of_formation": "al",
+    "creator": ("index", "q"),
+}
 
 
 def make_relations(count: int, seed: int = 0) -> list[tuple[str, list[tuple[str, str, str]]]]:

@@ -33,9 +33,14 @@ MULTI = "sentiment,headline,finred*3,ner*15"
 ZERO = {"headline-cls": 1, "finred-cls": 2, "ner-cls": 7, "sentiment-cls": 1}
 #: the files that are looked for in a folder of the user
 FILES = {
-    "fpb": "Sentences_50Agree.txt", "tfns": "sent_train.csv, sent_valid.csv", "fiqa": "fiqa.jsonl", "nwgi": "nwgi_train.jsonl, nwgi_test.jsonl",
-    "headline": "gold-dataset-sinha-khandait.csv", "ner": "FIN5.txt, FIN3.txt", "finred": "train.sent, train.tup, test.sent, test.tup",
-}  # fmt: skip
+    "fpb": "Sentences_50Agree.txt",
+    "tfns": "sent_train.csv, sent_valid.csv",
+    "fiqa": "fiqa.jsonl",
+    "nwgi": "nwgi_train.jsonl, nwgi_test.jsonl",
+    "headline": "gold-dataset-sinha-khandait.csv",
+    "ner": "FIN5.txt, FIN3.txt",
+    "finred": "train.sent, train.tup, test.sent, test.tup",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Split:
         return shared_inputs(self.train, self.test)
 
     def to_datasets(self) -> Any:
-        """A ``datasets.DatasetDict`` with instruction, input, output, source and split_hash. Raises ValueError without datasets."""
+        """A ``datasets.DatasetDict`` with instruction, input, output, source and split_hash. Raises ValueError without
+        datasets."""
         try:
             from datasets import Dataset, DatasetDict
         except ImportError:
@@ -76,9 +82,9 @@ class Split:
 @dataclass(frozen=True)
 class FinTask:
     """One task. ``path``: a folder with the public files (`FILES`), else SYNTHETIC rows: ``items`` texts for training and a
-    quarter as many for testing, drawn by ``seed``. ``official`` repeats the preparation's known mistakes (see `readers`, and: in
-    ner-cls every entity has the type of the last one in its sentence). ``accept_noncommercial``: the Financial PhraseBank may
-    be used. Raises ValueError for unknown names, missing files and a test split that is empty.
+    quarter as many for testing, drawn by ``seed``. ``official`` repeats the preparation's known mistakes (see `readers`,
+    and: in ner-cls every entity has the type of the last one in its sentence). ``accept_noncommercial``: the Financial
+    PhraseBank may be used. Raises ValueError for unknown names, missing files and a test split that is empty.
     """
 
     name: str
@@ -284,9 +290,9 @@ def phase_data(
 ) -> Phase:
     """What a phase is made of.
 
-    ``single``: one task, 8 epochs. ``multi``: ``tasks`` mixed (the paper's `MULTI`), 4 epochs. ``zero``: the reformulations of the
-    three families that are not ``held_out``, 1 epoch without warm-up, tested on the fourth; that none of its rows is trained on
-    is checked by hash. Raises ValueError where that, or a name, is wrong.
+    ``single``: one task, 8 epochs. ``multi``: ``tasks`` mixed (the paper's `MULTI`), 4 epochs. ``zero``: the reformulations
+    of the three families that are not ``held_out``, 1 epoch without warm-up, tested on the fourth; that none of its rows is
+    trained on is checked by hash. Raises ValueError where that, or a name, is wrong.
     """
     names = tasks if isinstance(tasks, str) else ",".join(tasks)
     if phase == "zero":

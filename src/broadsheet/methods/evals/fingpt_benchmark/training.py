@@ -35,8 +35,8 @@ def encode(rows: Iterable[Row], tokenizer: Any, max_length: int = 512, mask: Mas
     """(encoded rows, how many were too long and are left out).
 
     A row is the prompt's tokens, the answer's, and the end token where it fits. One of ``max_length`` tokens or more is left
-    out, as officially. Raises ValueError for an answer that alone is too long, a tokenizer without end or padding token, and an
-    unknown mask.
+    out, as officially. Raises ValueError for an answer that alone is too long, a tokenizer without end or padding token,
+    and an unknown mask.
     """
     if mask not in ("ignore", "official"):
         raise ValueError(f"mask is ignore or official, got '{mask}'")
@@ -92,8 +92,8 @@ def training_flops(parameters: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned model and its price: ``tokens`` read, ``minutes``, ``trainable`` parameters, rows ``dropped`` as too long, the mean
-    loss of every epoch."""
+    """A tuned model and its price: ``tokens`` read, ``minutes``, ``trainable`` parameters, rows ``dropped`` as too long,
+    the mean loss of every epoch."""
 
     model: Any
     tokens: int
@@ -117,10 +117,11 @@ def tune(
     max_steps: int | None = None,
     seed: int = 0,
 ) -> Tuned:
-    """LoRA (or, with ``lora=None``, all parameters) on ``rows`` in the order given: AdamW, a linear schedule with ``warmup``.
+    """LoRA (or, with ``lora=None``, all parameters) on ``rows`` in the order given: AdamW, a linear schedule with
+    ``warmup``.
 
-    ``batch_size``: rows a step, the paper's 4 x 8 accumulated. The model is changed in place. Raises ValueError when peft is not
-    installed and for the reasons of `encode`.
+    ``batch_size``: rows a step, the paper's 4 x 8 accumulated. The model is changed in place. Raises ValueError when peft
+    is not installed and for the reasons of `encode`.
     """
     import torch
 

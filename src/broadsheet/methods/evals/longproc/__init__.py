@@ -1,17 +1,17 @@
 """LongProc: long procedures to be written out line by line (Ye et al. 2025, arXiv 2501.05414).
 
-Six tasks whose right answer is a long, deterministic trace: rows of a page (html_to_tsv), C++ from pseudocode (pseudo_to_code), a
-route (path_traversal), beliefs (tom_tracking), and two searches (countdown, travel_planning), at about 500, 2,000 and 8,000
-output tokens. Every score is a rule; decoding is greedy.
+Six tasks whose right answer is a long, deterministic trace: rows of a page (html_to_tsv), C++ from pseudocode
+(pseudo_to_code), a route (path_traversal), beliefs (tom_tracking), and two searches (countdown, travel_planning), at about
+500, 2,000 and 8,000 output tokens. Every score is a rule; decoding is greedy.
 
-Items are the official files' (``path``), or generated: five of the tasks have generators whose length is set in *steps* (lines
-of the trace), because a token is not the same for every model. Prompts of generated items are our own wording; traces have the
-official grammar, character for character. Scoring deviates from the official code where that is wrong (see `compat` for the
-list and for its numbers): partial scores are shares of right lines, 0 when the first line is wrong and 1 only for a right
-trace; equations are read by a pattern and never evaluated; C++ runs in the sandbox.
+Items are the official files' (``path``), or generated: five of the tasks have generators whose length is set in *steps*
+(lines of the trace), because a token is not the same for every model. Prompts of generated items are our own wording;
+traces have the official grammar, character for character. Scoring deviates from the official code where that is wrong (see
+`compat` for the list and for its numbers): partial scores are shares of right lines, 0 when the first line is wrong and 1
+only for a right trace; equations are read by a pattern and never evaluated; C++ runs in the sandbox.
 
-An average at one length is over the tasks that exist at it (5, 6 and 5 in the paper), so averages at different lengths are not
-points of one curve; which tasks went in is told beside it.
+An average at one length is over the tasks that exist at it (5, 6 and 5 in the paper), so averages at different lengths are
+not points of one curve; which tasks went in is told beside it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ _ROOM = {"0.5k": 1024, "2k": 4096, "8k": 12288}
 
 
 def generate(name: str, seed: int, steps: int | None = None) -> Item:
-    """The item number ``seed`` of a generated task and length, or of ``steps`` lines. Raises ValueError for unknown names."""
+    """The item number ``seed`` of a generated task and length, or of ``steps`` lines. Raises ValueError for unknown
+    names."""
     task, level = split_name(name)
     if task not in GENERATED:
         raise ValueError(f"{task} has no generator: give path=, the data folder of princeton-pli/LongProc")
@@ -99,8 +100,8 @@ def evaluate(
     compat: bool = False,
     cut: Sequence[bool] | None = None,
 ) -> Summary:
-    """Scores answers to the items of one task. ``references``: rows of `load_longproc` or `Item`s; ``cut``: which answers hit
-    the limit of tokens. Raises ValueError when the counts differ, and for an unknown name."""
+    """Scores answers to the items of one task. ``references``: rows of `load_longproc` or `Item`s; ``cut``: which answers
+    hit the limit of tokens. Raises ValueError when the counts differ, and for an unknown name."""
     task, _ = split_name(name)
     if len(predictions) != len(references) or (cut is not None and len(cut) != len(predictions)):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references of {name}: give one for each")
@@ -121,11 +122,11 @@ def evaluate(
 
 @dataclass(frozen=True)
 class LongProc(Benchmark):
-    """``tasks``: names such as "path_traversal" (all its lengths in ``levels``) or "path_traversal_0.5k"; "" are all that can be
-    had. ``path``: the official data folder, else items are generated: ``items`` of every task and length, which with ``seed``
-    are always the same. ``steps`` sets the length of generated traces instead of the levels' (tokens allowed: the highest
-    level's). ``items`` is a limit for official files (0: all). ``thinking``: tokens allowed beside the answer's. ``compat``: the
-    official scores. Raises ValueError for names and lengths that do not exist.
+    """``tasks``: names such as "path_traversal" (all its lengths in ``levels``) or "path_traversal_0.5k"; "" are all that
+    can be had. ``path``: the official data folder, else items are generated: ``items`` of every task and length, which with
+    ``seed`` are always the same. ``steps`` sets the length of generated traces instead of the levels' (tokens allowed: the
+    highest level's). ``items`` is a limit for official files (0: all). ``thinking``: tokens allowed beside the answer's.
+    ``compat``: the official scores. Raises ValueError for names and lengths that do not exist.
     """
 
     tasks: str = ""

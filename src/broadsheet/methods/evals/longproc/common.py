@@ -30,8 +30,8 @@ class Score:
     """What one answer is worth.
 
     ``accuracy``: 0 or 1, for html_to_tsv the F1 of its rows. ``partial``: the share of the trace's lines that are right, in
-    [0, 1]. ``prefix``: how many of its first lines are right, of ``lines`` that the reference has. ``extracted``: whether the
-    answer could be found at all. ``values``: further metrics. ``evidence``: the first line that differs.
+    [0, 1]. ``prefix``: how many of its first lines are right, of ``lines`` that the reference has. ``extracted``: whether
+    the answer could be found at all. ``values``: further metrics. ``evidence``: the first line that differs.
     """
 
     accuracy: float
@@ -74,8 +74,8 @@ def compare(found: Sequence[str], wanted: Sequence[str], whole: bool = True) -> 
     """(right lines before the first wrong one, partial score, the difference).
 
     The partial score is the right prefix over the longer of the two, so that it is 0 when the first line is wrong, 1 only
-    when all lines are equal, and never above the share of the reference that is right. A trace that is not ``whole`` (its end
-    mark is missing) lacks a line.
+    when all lines are equal, and never above the share of the reference that is right. A trace that is not ``whole`` (its
+    end mark is missing) lacks a line.
     """
     prefix = 0
     for one, other in zip(found, wanted, strict=False):

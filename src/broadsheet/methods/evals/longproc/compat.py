@@ -2,16 +2,16 @@
 
 What they get wrong (measured at the commit in `tests/golden/README.md`):
 
-- path_traversal: the first wrong line counts as right (an error in line 1 of 10 is worth 0.1), and an answer that goes on beyond
-  the right route has partial score 1 with accuracy 0.
-- tom_tracking: every line that begins with "-" counts as a step, indented ones but the first are lost, and the extraction rate is
-  always 1.
+- path_traversal: the first wrong line counts as right (an error in line 1 of 10 is worth 0.1), and an answer that goes on
+  beyond the right route has partial score 1 with accuracy 0.
+- tom_tracking: every line that begins with "-" counts as a step, indented ones but the first are lost, and the extraction
+  rate is always 1.
 - countdown: partial scores are one line short (a complete search without its solution 0.99, one of a single line below 0); a
   bare solution has partial score 1; wrong results in "Try" lines and results that break the rules (negative or beyond 2000)
   pass; the equations go through Python's ``eval``, so that "x = 1" or "1 / 0 = 0" stops the whole run.
-- travel_planning: as countdown, one line short; a line passes when it contains the right one; stays are read from the flights
-  alone, so that wrong dates of visits pass; cities after the right ones do not count; names of two words never match; a plan
-  without its search has partial score 1.
+- travel_planning: as countdown, one line short; a line passes when it contains the right one; stays are read from the
+  flights alone, so that wrong dates of visits pass; cities after the right ones do not count; names of two words never
+  match; a plan without its search has partial score 1.
 - html_to_tsv: a right row may be written any number of times; a quote in a cell swallows what follows; without a header the
   first row is lost; a table of another width, or with no rows, scores 0 as a failed extraction.
 - pseudo_to_code: compiled and run unconfined in the working directory.
@@ -166,10 +166,7 @@ def _travels(item: Item, plan: str) -> bool:
 
 def html_to_tsv(item: Item, text: str) -> Score:
     fenced = re.search(r"```tsv([\s\S]*)```", text)
-    if fenced:
-        table = fenced[1]
-    else:
-        table = text.split("```tsv")[1] if "```tsv" in text else text
+    table = fenced[1] if fenced else text.split("```tsv")[1] if "```tsv" in text else text
     wanted, found = _frame(item.reference), _frame(table.strip())
     nothing = Score(0.0, 0.0, extracted=False, values={"precision": 0.0, "recall": 0.0})
     if not wanted or not found or len(wanted[0]) != len(found[0]):

@@ -21,12 +21,13 @@ _PROMPT = """\
 You are given four numbers and a target. Combine all four, each exactly once, by +, -, * and / so that the target results. \
 Intermediate results are whole numbers, not negative, and below 2000.
 
-Search for it step by step. In every state go through the pairs of numbers in order. For a pair (a, b) with a >= b try a + b, \
-a - b, a * b and a / b. Drop a result that is a decimal or at least 2000. Otherwise add the result to the numbers that are left and \
-search on from there; with a single number left compare it with the target, and go back if it differs. Stop when the target is found.
+Search for it step by step. In every state go through the pairs of numbers in order. For a pair (a, b) with a >= b try a \
++ b, a - b, a * b and a / b. Drop a result that is a decimal or at least 2000. Otherwise add the result to the numbers \
+that are left and search on from there; with a single number left compare it with the target, and go back if it differs. \
+Stop when the target is found.
 
-Write the search below the heading "{heading}" and the three equations between <Solution> and </Solution>, exactly as in this \
-example:
+Write the search below the heading "{heading}" and the three equations between <Solution> and </Solution>, exactly as in \
+this example:
 
 Numbers: {nums0}
 Target: {target0}
@@ -121,8 +122,8 @@ def _prompt(nums: Sequence[int], target: int) -> str:
 def make_countdown(steps: int, seed: int = 0, tolerance: float = 0.2) -> Item:
     """Four numbers below 50 and a target in [10, 50] that the search finds after about ``steps`` lines.
 
-    (The official files: about 24 lines at 0.5k, 73 at 2k; the whole search has at most about 1,500.) Raises ValueError when no
-    problem within ``tolerance`` of ``steps`` is found.
+    (The official files: about 24 lines at 0.5k, 73 at 2k; the whole search has at most about 1,500.) Raises ValueError when
+    no problem within ``tolerance`` of ``steps`` is found.
     """
     if steps < 8:
         raise ValueError(f"a search that succeeds has at least 8 lines, got {steps}")
@@ -183,8 +184,8 @@ def parts(item: Item) -> tuple[str, list[str], str]:
 
 
 def score(item: Item, text: str) -> Score:
-    """Accuracy: the three equations are right, use the numbers and keep the rules, whatever the search (any solution counts).
-    Partial: of the search alone, so that a bare solution has accuracy 1 and partial 0."""
+    """Accuracy: the three equations are right, use the numbers and keep the rules, whatever the search (any solution
+    counts). Partial: of the search alone, so that a bare solution has accuracy 1 and partial 0."""
     prefix, partial, difference = compare(_search(answer_part(text)), wanted := _search(item.reference))
     found = section(text, "Solution")
     if found is None or not found[1]:

@@ -20,7 +20,8 @@ Extract the items listed on this page into a TSV table.
 
 The properties of every item: {properties}.{rule}
 
-Write one row an item, in the order of the page, properties separated by a tab, below the header, as a fenced block and nothing else:
+Write one row an item, in the order of the page, properties separated by a tab, below the header, as a fenced block and \
+nothing else:
 ```tsv
 {header}
 ...
@@ -44,7 +45,8 @@ def make_html(rows: int, seed: int = 0, filtered: bool | None = None) -> Item:
         item = draw.choice(
             "desk lamp|office chair|tea kettle|wall clock|paper tray|book end|hand drill|rain coat".split("|")
         )
-        name = f"{draw.choice('Nordal Vesper Calder Brio Tamsin Oku Pell Juno'.split())} {item} {draw.randint(100, 999)}, {colour}"
+        brand = draw.choice("Nordal Vesper Calder Brio Tamsin Oku Pell Juno".split())
+        name = f"{brand} {item} {draw.randint(100, 999)}, {colour}"
         price = f"${draw.randint(5, 480)}.{draw.choice(('00', '50', '95', '99'))}"
         maker = "" if draw.random() < 0.1 else draw.choice("Hale & Sons|Ostrava Works|Mill Lane Co.|Tarn".split("|"))
         stock = draw.random() < 0.6
@@ -86,8 +88,8 @@ def _cells(line: str, width: int) -> tuple[str, ...] | None:
 
 
 def _table(text: str, header: str) -> list[tuple[str, ...] | None]:
-    """The rows below the header (which may be missing); None for a row of the wrong width, which the last row may have: it is
-    then no row, but something said after the table."""
+    """The rows below the header (which may be missing); None for a row of the wrong width, which the last row may have: it
+    is then no row, but something said after the table."""
     width = header.count("\t") + 1
     lines = [line for line in text.strip().splitlines() if line.strip()]
     rows = [_cells(line, width) for line in lines]

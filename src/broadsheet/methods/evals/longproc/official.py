@@ -31,7 +31,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def load_longproc(name: str, path: str | Path) -> list[dict[str, Any]]:
-    """Rows with the three official fields (``input_prompt``, ``reference_output``, ``item``), for ``datasets.Dataset.from_list``.
+    """Rows with the three official fields (``input_prompt``, ``reference_output``, ``item``), for
+    ``datasets.Dataset.from_list``.
 
     ``path``: the ``data`` folder of princeton-pli/LongProc. Prompts and reference traces come out character for character as
     the official loader makes them. Raises ValueError for an unknown name and files that are missing or damaged.

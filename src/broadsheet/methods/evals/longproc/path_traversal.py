@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from .common import Item, Score, compare, lines_of, section
 
@@ -15,9 +16,9 @@ _SIDES = ("", "North ", "South ", "Great ", "Little ")
 _ENDINGS = "ford ton ham bury field wick stead mouth dale bridge port worth cliffe mere combe hurst".split()
 
 _PROMPT = """\
-In an invented world every city is connected, one way, to a single other city by bus, train, plane or ferry. A connection from \
-A to B lets you travel from A to B and not back. Starting from the first city there is one possible route: look up where the \
-city leads to, go there, and repeat until you reach the destination.
+In an invented world every city is connected, one way, to a single other city by bus, train, plane or ferry. A connection \
+from A to B lets you travel from A to B and not back. Starting from the first city there is one possible route: look up \
+where the city leads to, go there, and repeat until you reach the destination.
 
 Write the route between <Route> and </Route>, one step a line, exactly in this format:
 <Route>
@@ -56,8 +57,8 @@ def make_path_traversal(n_hops: int, n_cities: int | None = None, seed: int = 0,
     """A route of ``n_hops`` steps among ``n_cities`` cities that lead on (half as many again as there are hops).
 
     The cities beyond the route are distractors: each leads to some other city, on the route or not, as in the official files
-    (49 cities, 24 to 39 hops). ``n_cities`` fixes the length of the input whatever the length of the output. ``compact`` names
-    cities c0, c1, ..., for models with small vocabularies. Raises ValueError when the route does not fit.
+    (49 cities, 24 to 39 hops). ``n_cities`` fixes the length of the input whatever the length of the output. ``compact``
+    names cities c0, c1, ..., for models with small vocabularies. Raises ValueError when the route does not fit.
     """
     cities = n_hops + max(n_hops // 2, 1) if n_cities is None else n_cities
     if n_hops < 1 or cities < n_hops:
@@ -69,7 +70,7 @@ def make_path_traversal(n_hops: int, n_cities: int | None = None, seed: int = 0,
     draw = random.Random(f"path {seed}")
     names = draw.sample(pool, cities + 1)
     route, others = names[: n_hops + 1], names[n_hops + 1 :]
-    leads = dict(zip(route, route[1:], strict=False))
+    leads = dict(pairwise(route))
     for city in others:
         leads[city] = draw.choice([name for name in names if name != city])
     edges = [(a, b, draw.choice(TRANSIT)) for a, b in leads.items()]

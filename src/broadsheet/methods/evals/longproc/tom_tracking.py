@@ -16,12 +16,12 @@ ROOMS = "kitchen;hall;study;cellar;attic;library;guest room;garage".split(";")
 CONTAINERS = "shelf;table;drawer;basket;cupboard;chest".split(";")
 
 _PROMPT = """\
-You read a story about agents who move themselves and objects between rooms, and track for one agent and one object, step by \
-step, where the agent is, where the object is, whether the agent sees it, and where the agent believes it to be.
+You read a story about agents who move themselves and objects between rooms, and track for one agent and one object, step \
+by step, where the agent is, where the object is, whether the agent sees it, and where the agent believes it to be.
 
-The rules: an agent who moves to or enters a room is in that room; one who left and has not entered another is nowhere (None). \
-Agent and object in the same room means that the agent sees the object and believes it to be where it is. Else the belief stays \
-as it was; before the object was ever seen it is None.
+The rules: an agent who moves to or enters a room is in that room; one who left and has not entered another is nowhere \
+(None). Agent and object in the same room means that the agent sees the object and believes it to be where it is. Else \
+the belief stays as it was; before the object was ever seen it is None.
 
 For the story
 {story0}
@@ -142,8 +142,13 @@ def _story(draw: random.Random, steps: int, agents: int, objects: int, rooms: in
 
 def make_tom(steps: int, agents: int = 2, objects: int = 2, rooms: int = 2, containers: int = 2, seed: int = 0) -> Item:
     """A story of ``steps`` steps (official: 10 at 0.5k, 40 at 2k, with two of everything) and the trace that answers it."""
-    limits = {"agents": (agents, 1, len(AGENTS)), "objects": (objects, 1, len(OBJECTS)),
-              "rooms": (rooms, 2, len(ROOMS)), "containers": (containers, 2, len(CONTAINERS)), "steps": (steps, 1, 10**6)}  # fmt: skip
+    limits = {
+        "agents": (agents, 1, len(AGENTS)),
+        "objects": (objects, 1, len(OBJECTS)),
+        "rooms": (rooms, 2, len(ROOMS)),
+        "containers": (containers, 2, len(CONTAINERS)),
+        "steps": (steps, 1, 10**6),
+    }
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from broadsheet.core.replies import answer_part
@@ -13,8 +14,8 @@ from broadsheet.core.replies import answer_part
 from .common import Item, Score, compare, lines_of, section
 
 CITIES = (
-    "Lisbon Porto Madrid Seville Valencia Lyon Nice Paris Geneva Zurich Milan Rome Naples Vienna Prague Berlin Hamburg Munich "
-    "Oslo Stockholm Helsinki Tallinn Riga Vilnius Warsaw Krakow Budapest Split Athens Dublin London Edinburgh"
+    "Lisbon Porto Madrid Seville Valencia Lyon Nice Paris Geneva Zurich Milan Rome Naples Vienna Prague Berlin Hamburg "
+    "Munich Oslo Stockholm Helsinki Tallinn Riga Vilnius Warsaw Krakow Budapest Split Athens Dublin London Edinburgh"
 ).split()
 _HEADING = "Solving Procedure"
 _START = "the starting point"
@@ -22,16 +23,16 @@ _START = "the starting point"
 _PROMPT = """\
 Make a travel plan from the number of days in every city, the dates that are fixed for some of them, and the direct flights.
 
-Flights go one way only; the first city can always be reached. The day of a flight counts for both cities: who arrives on day x and \
-stays y days leaves on day x + y - 1. On the day of a flight two stays may meet, so a stay may end on the day on which a fixed one \
-begins, and not later.
+Flights go one way only; the first city can always be reached. The day of a flight counts for both cities: who arrives on \
+day x and stays y days leaves on day x + y - 1. On the day of a flight two stays may meet, so a stay may end on the day \
+on which a fixed one begins, and not later.
 
-Search from day 1. If a city's fixed stay begins on the current day, it is the only option, else go through the cities that are to be \
-arranged, in order. Check the direct flight from the city before, then that the stay ends no later than the next fixed stay begins. \
-Drop what fails; go on with what holds; go back where nothing is left.
+Search from day 1. If a city's fixed stay begins on the current day, it is the only option, else go through the cities \
+that are to be arranged, in order. Check the direct flight from the city before, then that the stay ends no later than \
+the next fixed stay begins. Drop what fails; go on with what holds; go back where nothing is left.
 
-Write the search between <Solving Procedure> and </Solving Procedure> and the plan between <Plan> and </Plan>, exactly as in this \
-example:
+Write the search between <Solving Procedure> and </Solving Procedure> and the plan between <Plan> and </Plan>, exactly as \
+in this example:
 
 {problem0}
 
@@ -79,7 +80,8 @@ class _Searcher:
             cities = ", ".join(free)
             self.say(
                 depth,
-                f"No. Consider possible options from cities needing arrangement: [{cities}] and explore these options in order.",
+                f"No. Consider possible options from cities needing arrangement: [{cities}] and explore these options in "
+                "order.",
             )
             choices = [_Stay(city, day, days) for city, days in free.items()]
         after = next((stay for stay in self.fixed if stay.start > day), None)
@@ -160,7 +162,8 @@ def trace(problem: Mapping[str, Any]) -> str:
     if plan is None:
         raise ValueError("the problem has no plan")
     search = "\n".join([*lines, "", *searcher.lines])
-    return f"<{_HEADING}>\n{search}\n</{_HEADING}>\n\nOutput the plan in the required format:\n<Plan>\n{_written(plan)}\n</Plan>"
+    written = f"<Plan>\n{_written(plan)}\n</Plan>"
+    return f"<{_HEADING}>\n{search}\n</{_HEADING}>\n\nOutput the plan in the required format:\n{written}"
 
 
 def plans(problem: Mapping[str, Any], most: int = 2) -> list[list[str]]:
@@ -201,8 +204,9 @@ def _asked(problem: Mapping[str, Any]) -> str:
     flights = ", ".join(f"from {a} to {b}" for a, b in problem["connected_cities"])
     total = problem["total_days"]
     return (
-        f"You plan to visit {problem['num_cities']} cities for {total} days in total, by direct flights only. {' '.join(wishes)}\n\n"
-        f"Here are the cities that have direct flights:\n{flights}.\n\nFind a trip plan of visiting the cities for {total} days."
+        f"You plan to visit {problem['num_cities']} cities for {total} days in total, by direct flights only. "
+        f"{' '.join(wishes)}\n\nHere are the cities that have direct flights:\n{flights}.\n\n"
+        f"Find a trip plan of visiting the cities for {total} days."
     )
 
 
@@ -215,7 +219,7 @@ def _drawn(draw: random.Random, cities: int, fixed: int, extra: int) -> dict[str
         stays.append(stay)
         day = stay.end
     windows = set(draw.sample(route, fixed))
-    flights = list(zip(route, route[1:], strict=False))
+    flights = list(pairwise(route))
     others = [(a, b) for a in route for b in route if a != b and (a, b) not in flights]
     flights += draw.sample(others, min(extra, len(others)))
     constraints: list[dict[str, Any]] = []

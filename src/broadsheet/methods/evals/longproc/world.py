@@ -1,10 +1,11 @@
 """An instrument: writes the reference line by line, and errs. It knows the answers; methods never see it.
 
-Every line goes wrong with probability ``error``. After a wrong line the writer is derailed: all that follows is wrong, but for a
-chance ``recovery`` a line to get back on the rails. A solution at the end is right when the writer is on the rails there. So,
-for a trace of L lines,
+Every line goes wrong with probability ``error``. After a wrong line the writer is derailed: all that follows is wrong, but
+for a chance ``recovery`` a line to get back on the rails. A solution at the end is right when the writer is on the rails
+there. So, for a trace of L lines,
 
-- a line t is right with probability r_t = pi + (1 - pi) (1 - e - q)^t, with pi = q / (e + q) (`line_share` is its mean over lines);
+- a line t is right with probability r_t = pi + (1 - pi) (1 - e - q)^t, with pi = q / (e + q) (`line_share` is its mean over
+  lines);
 - a trace is right with probability (1 - e)^L, whatever q (`accuracy`);
 - the right prefix is on average sum_j (1 - e)^j e j / L + (1 - e)^L of the trace (`prefix_share`).
 """
