@@ -34,7 +34,7 @@ from broadsheet.methods.evals.longproc import (
 from broadsheet.methods.evals.longproc.common import lines_of
 from broadsheet.methods.evals.longproc.world import LineByLine, accuracy, line_share, prefix_share
 
-ERROR, SEEDS, ITEMS, ANSWERS = 0.01, 3, 25, 700
+ERROR, SEEDS, ITEMS, ANSWERS = 0.01, 3, 20, 200
 MAKE: dict[str, Callable[[int, int], Item]] = {
     "path_traversal": lambda steps, seed: make_path_traversal(steps, steps, seed),
     "tom_tracking": lambda steps, seed: make_tom(steps - 1, seed=seed),  # and the initial state
@@ -47,7 +47,7 @@ STEPS = {
     "tom_tracking": (24, 96, 384),
     "countdown": (24, 96, 384),
     "travel_planning": (48, 96, 384),
-    "html_to_tsv": (24, 96, 384),
+    "html_to_tsv": (24, 96),
 }
 
 
@@ -59,7 +59,7 @@ def answered(task: str, steps: int, recovery: float, seed: int) -> tuple[list[Sc
     ours, official = [], []
     for number in range(ANSWERS):
         item = items[number % ITEMS]
-        text = world.answer(module, item, Draw(f"study {seed} {steps} {recovery} {number}"))
+        text = world.answer(module, item, Draw(f"study {task} {seed} {steps} {recovery} {number}"))
         ours.append(score(task, item, text))
         official.append(score(task, item, text, compat=True))
     return ours, official, [lines[number % ITEMS] for number in range(ANSWERS)]

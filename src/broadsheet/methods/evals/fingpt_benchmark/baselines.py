@@ -80,8 +80,9 @@ def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 0) -> list[
     answers = [""] * len(rows)
     for number in range(folds):
         test = np.flatnonzero(fold == number)
-        train = [rows[i] for i in np.flatnonzero(fold != number)]
-        for place, answer in zip(test, tfidf(train, [rows[i] for i in test], seed), strict=True):
+        train = [row for row, other in zip(rows, fold, strict=True) if other != number]
+        held_out = [row for row, own in zip(rows, fold, strict=True) if own == number]
+        for place, answer in zip(test, tfidf(train, held_out, seed), strict=True):
             answers[place] = answer
     return answers
 

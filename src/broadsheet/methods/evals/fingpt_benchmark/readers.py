@@ -190,7 +190,8 @@ def _entities(tagged: Sequence[tuple[str, str]]) -> Entities:
 
 
 def _entities_official(tagged: Sequence[tuple[str, str]]) -> Entities:
-    found, held = [], []
+    found: Entities = []
+    held: list[tuple[str, str]] = []
     for place, (token, tag) in enumerate(tagged):
         kind = _typed(tag)
         if held and (not kind or held[-1][1] != tag or place + 1 == len(tagged)):

@@ -21,9 +21,9 @@ SEVEN = {
 ENTITY_TYPES = {"PER": "person", "ORG": "organization", "LOC": "location"}
 RELATIONS = (
     "product_or_material_produced manufacturer distributed_by industry position_held original_broadcaster owned_by "
-    "founded_by distribution_format headquarters_location stock_exchange currency parent_organization chief_executive_officer "
-    "director_/_manager owner_of operator member_of employer chairperson platform subsidiary legal_form publisher developer "
-    "brand business_division location_of_formation creator"
+    "founded_by distribution_format headquarters_location stock_exchange currency parent_organization "
+    "chief_executive_officer director_/_manager owner_of operator member_of employer chairperson platform subsidiary "
+    "legal_form publisher developer brand business_division location_of_formation creator"
 ).split()
 #: the nine questions to a headline, in their order
 QUESTIONS = (
@@ -125,8 +125,8 @@ def relations(text: str, triples: Sequence[tuple[str, str, str]], source: str, c
     named = [(head, tail, check_relation(relation)) for head, tail, relation in triples]
     answer, form = "; ".join(f"{r}: {h}, {t}" for h, t, r in named), '"relation1: word1, word2; relation2: word3, word4"'
     asked = (
-        "Given phrases that describe the relationship between two words/phrases as options, extract the word/phrase pair and "
-        f"the corresponding lexical relationship between them from the input text. The output format should be {form}. "
+        "Given phrases that describe the relationship between two words/phrases as options, extract the word/phrase pair "
+        f"and the corresponding lexical relationship between them from the input text. The output format should be {form}. "
         f"Options: {', '.join(RELATIONS)}.",
         "Given the input sentence, please extract the subject and object containing a certain relation in the sentence "
         f"according to the following relation types, in the format of {form}. Relations include: {'; '.join(RELATIONS)}.",

@@ -201,7 +201,8 @@ def read_entities(text: str) -> list[tuple[str, str]] | None:
 
 def _spans(tokens: Sequence[str], entities: Sequence[tuple[str, str]]) -> Counter:
     """Entities at the first place that is still free. One that is nowhere has no place, and is wrong."""
-    taken, found = [False] * len(tokens), Counter()
+    taken = [False] * len(tokens)
+    found: Counter = Counter()
     for text, kind in entities:
         words = text.lower().split()
         size = len(words)
@@ -229,14 +230,14 @@ def score_ner(preds: Sequence[str], golds: Sequence[str], inputs: Sequence[str],
     for said, gold, text in zip(preds, golds, inputs, strict=True):
         tokens = text.lower().split()
         if compat:
-            pair = tuple(_placed(_spans(tokens, _official_entities(one))) for one in (said, gold))
+            found, meant = (_placed(_spans(tokens, _official_entities(one))) for one in (said, gold))
         else:
             read, wanted = read_entities(said), read_entities(gold)
             if wanted is None:
                 raise ValueError(f"a gold answer names no entity: '{gold[:80]}'")
             unparsed += read is None
-            pair = _spans(tokens, read or ()), _spans(tokens, wanted)
-        counts.append(np.concatenate([_overlap([tuple(_of(one, kind) for one in pair)])[0] for kind in kinds]))  # type: ignore[misc]
+            found, meant = _spans(tokens, read or ()), _spans(tokens, wanted)
+        counts.append(_overlap([(_of(found, kind), _of(meant, kind)) for kind in kinds]).ravel())
 
     def of(sums: Counts) -> dict[str, np.ndarray]:
         table = sums.reshape(len(sums), len(kinds), 3)
@@ -308,7 +309,7 @@ def score_re(preds: Sequence[str], golds: Sequence[str], inputs: Sequence[str], 
     nothing = float("nan") if compat else 0.0
 
     def of(sums: Counts) -> dict[str, np.ndarray]:
-        made = {}
+        made: dict[str, np.ndarray] = {}
         for prefix, (hits, wrong, missed) in (("", sums[:, :3].T), ("relation_", sums[:, 3:].T)):
             precision, recall = _ratio(hits, hits + wrong, nothing), _ratio(hits, hits + missed, nothing)
             both = precision + recall

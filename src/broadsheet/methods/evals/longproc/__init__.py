@@ -70,7 +70,7 @@ def generate(name: str, seed: int, steps: int | None = None) -> Item:
         "html_to_tsv": make_html, "tom_tracking": lambda n, seed: make_tom(n, seed=seed), "travel_planning": make_travel,
         "path_traversal": lambda n, seed: make_path_traversal(n, seed=seed), "countdown": make_countdown,
     }[task]  # fmt: skip
-    return make(count, seed=seed)  # type: ignore[operator]
+    return make(count, seed=seed)
 
 
 def score(task: str, item: Item, text: str, compat: bool = False) -> Score:
@@ -116,7 +116,7 @@ def evaluate(
         fmean(one.partial for one in scores),
         fmean(one.prefix for one in scores),
         fmean(one.extracted for one in scores),
-        fmean(cut) if cut else float("nan"),
+        sum(cut) / len(cut) if cut else float("nan"),
     )
 
 
@@ -224,12 +224,13 @@ class LongProc(Benchmark):
 
 def _average(scored: Sequence[Scored], level: str) -> Metric:
     """The mean of the tasks' accuracies at a length, every task counting the same; the interval draws items within tasks."""
-    draw, by_task = np.random.default_rng(0), {}
+    draw = np.random.default_rng(0)
+    by_task: dict[str, list[float]] = {}
     for one in scored:
         if one.sample.axes.get("level") == level:
             by_task.setdefault(one.sample.axes["task"], []).append(fmean(mark.values["accuracy"] for mark in one.marks))
     drawn = [np.array(values)[draw.integers(0, len(values), (2000, len(values)))].mean(1) for values in by_task.values()]
     low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
-    total = sum(map(len, by_task.values()))
+    total = sum(len(values) for values in by_task.values())
     tasks = f"{level} ({len(by_task)} tasks)"
     return Metric("average", fmean(map(fmean, by_task.values())), (float(low), float(high)), total, "level", tasks)

@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from broadsheet.core.replies import answer_part
@@ -94,6 +95,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+@lru_cache(maxsize=1 << 16)  # references are read again for every answer
 def plain(text: str, dropped: re.Pattern[str] = _ARTICLES) -> str:
     """Lower case, without punctuation, the ``dropped`` words and superfluous spaces."""
     return " ".join(dropped.sub(" ", text.lower().translate(_PUNCTUATION)).split())

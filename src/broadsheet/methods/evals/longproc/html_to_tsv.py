@@ -39,7 +39,8 @@ def make_html(rows: int, seed: int = 0, filtered: bool | None = None) -> Item:
         raise ValueError(f"a page lists at least one row, got {rows}")
     draw = random.Random(f"html {seed} {rows}")
     chosen = draw.random() < 0.3 if filtered is None else filtered
-    cards, wanted = [], []
+    cards: list[str] = []
+    wanted: list[str] = []
     while len(wanted) < rows:
         colour = draw.choice("red blue green black white grey".split())
         item = draw.choice(
