@@ -40,12 +40,19 @@ class Weights:
 
 
 def initial(dim: int, hidden: int, kind: Literal["scaled", "unit"], seed: int) -> Weights:
-    """All from N(0, 1), as in the authors' code ("unit"), or weights from N(0, 1 / inputs) and no biases ("scaled")."""
+    """Initial weights.
+
+    "unit": all from N(0, 1), as in the authors' code. "scaled": as NeuralUCB itself prescribes (Zhou et al. 2020, section 3),
+    N(0, 1 / inputs) without biases, and every unit twice with opposite output weights: f is 0 everywhere and its gradient is not.
+    """
     rng = np.random.default_rng(seed)
-    w1, b1, w2, b2 = (rng.standard_normal(shape) for shape in ((hidden, dim), (hidden,), (hidden,), (1,)))
     if kind == "unit":
-        return Weights(w1, b1, w2, b2)
-    return Weights(w1 / np.sqrt(dim), 0 * b1, w2 / np.sqrt(hidden), 0 * b2)
+        return Weights(*(rng.standard_normal(shape) for shape in ((hidden, dim), (hidden,), (hidden,), (1,))))
+    half = -(-hidden // 2)
+    w1, w2 = rng.standard_normal((half, dim)) / np.sqrt(dim), rng.standard_normal(half) / np.sqrt(hidden)
+    if hidden % 2:
+        w2[-1] = 0  # has no twin
+    return Weights(np.concatenate([w1, w1])[:hidden], np.zeros(hidden), np.concatenate([w2, -w2])[:hidden], np.zeros(1))
 
 
 def forward(weights: Weights, x: Array) -> tuple[Array, Array]:
@@ -113,7 +120,7 @@ class NeuralUCB:
 
     ``dim``: features of an arm. ``hidden``: units. ``lam``: regularisation, of the loss (lam / n) and of U. ``nu``: how much
     uncertainty is worth. ``init``: "unit", the authors', whose gradients and so sigma dwarf every reward, which makes it a
-    random search (measured in ``benchmarks/instinct_study.py``); or "scaled" by the number of inputs. ``style``: "ucb" takes
+    random search (measured in ``benchmarks/instinct_study.py``); or "scaled", see `initial`. ``style``: "ucb" takes
     mu + sigma, "ts" draws from N(mu, sigma). ``steps``, ``lr``: Adam's, from the same initial weights every time.
     ``cold``: the first choice is the untrained network's on features as they are, as in the authors' code; else it is
     trained on what was observed.
