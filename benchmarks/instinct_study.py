@@ -2,11 +2,11 @@
 
     python benchmarks/instinct_study.py [--seeds 10] [--steps 300]
 
-SIMULATED: the black box and the space are instruments (`methods.evals.instinct.world`): "easy" has 10 dimensions and a smooth
-map to features, "hard" 40 and a rough one. ``mean_reward`` is over the 125 rounds after the initial points, ``true_score`` of
-the instruction that was chosen, ``regret`` what the best of the space has above it, ``optimism`` what the search believed
-above a fresh score. ``ratio`` is to random search on the same seeds. Then: where it stops helping, by ``nu`` and by the number of
-samples behind a score.
+SIMULATED: the black box and the space are instruments (`methods.evals.instinct.world`): "easy" has 10 dimensions and a
+smooth map to features, "hard" 40 and a rough one. ``mean_reward`` is over the 125 rounds after the initial points,
+``true_score`` of the instruction that was chosen, ``regret`` what the best of the space has above it, ``optimism`` what the
+search believed above a fresh score. ``ratio`` is to random search on the same seeds. Then: where it stops helping, by
+``nu`` and by the number of samples behind a score.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Study:
         self.records.append(
             Record(
                 paper="instinct", method=method, bench="instinct-study", metric=metric, value=value, ci=ci, n=n,
-                model="sim:black-box", parameters=parameters, setting={"world": world, **setting}, time=now(), **provenance(),
+                model="sim:black-box", parameters=parameters, setting={"world": world, **setting}, time=now(),
+                **provenance(),
             )
         )  # fmt: skip
         shown = f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else ""
@@ -89,7 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sweep-seeds", type=int, default=5, help="of nu and of samples (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="Adam steps a round (the authors take 1000; default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="Adam steps a round (the authors take 1000; default %(default)s)"
+    )
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "instinct_study.records.json"))
     study = Study(arguments := parser.parse_args())
     method, seeds = study.method, range(arguments.seeds)

@@ -17,8 +17,8 @@ _STARTS = 200
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
 _PROBABILITY = re.compile(r"[\s*`\"'(=:]*([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)\s*(%?)[\s.*`\"')]*")
 _REFUSAL = re.compile(
-    r"\b(?:I(?:['’]m| am)? (?:sorry|unable|not able)|I (?:cannot|can['’]t|can not|won['’]t|must decline)|(?:cannot|can['’]t|unable to) "
-    r"(?:help|assist|comply|provide)|decline to)\b",
+    r"\b(?:I(?:['’]m| am)? (?:sorry|unable|not able)|I (?:cannot|can['’]t|can not|won['’]t|must decline)|"
+    r"(?:cannot|can['’]t|unable to) (?:help|assist|comply|provide)|decline to)\b",
     re.I,
 )
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)
@@ -73,8 +73,8 @@ def number(text: str, low: float = float("-inf"), high: float = float("inf"), la
 
 
 def probability(text: str, label: str = "") -> float | None:
-    """A probability that stands alone: as the whole reply, in the last ``<label>...</label>``, or on the rest of the line after
-    the last ``label`` and a colon.
+    """A probability that stands alone: as the whole reply, in the last ``<label>...</label>``, or on the rest of the line
+    after the last ``label`` and a colon.
 
     "0.85" and "85 %" are read; "85", "1.2", "0.2 or 0.9" and a number within a sentence are not.
     """

@@ -423,7 +423,7 @@ def test_a_scorer_may_be_a_chat_with_examples(small):
 
 
 def keyword_rule(space, words=12):
-    """An instruction's score by the words it holds: each of a few words that the white box likes to say is worth something."""
+    """An instruction's score by the words it holds, of a few that the white box likes to say."""
     texts = [set(space.decode(i).split()) for i in range(0, len(space), 4)]
     common = sorted({word for text in texts for word in text}, key=lambda word: sum(word in text for text in texts))
     rare = [word for word in common if 0.05 * len(texts) < sum(word in text for text in texts) < 0.4 * len(texts)][:words]
@@ -434,7 +434,7 @@ def keyword_rule(space, words=12):
 @pytest.mark.skipif(not TASKS.exists(), reason="needs the instruction-induction data, see BROADSHEET_SHARED")
 @pytest.mark.parametrize("name", ["antonyms", "singular_to_plural", "larger_animal"])
 def test_check8_better_than_the_median_random_instruction_on_real_tasks(name):
-    """White box: a real model's own words; black box: deterministic, an example is answered if the keywords suffice for it."""
+    """White box: a real model's words; black box: deterministic, keywords decide which examples are answered."""
     from broadsheet.core.models import load
 
     folder = SHARED / "models" / "stories260K"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -30,7 +30,7 @@ from broadsheet.core.chat import Chat
 
 from .bandit import NeuralUCB
 from .rivals import Evolution, GaussianProcess, Random
-from .scoring import PLAIN, Example, Scorer, Task, load_task, score_of
+from .scoring import Example, Scorer, Task, load_task, score_of
 from .space import InstructionSpace, Pooling
 
 __all__ = [
@@ -126,11 +126,11 @@ class Result:
 class INSTINCT:
     """The paper's hyperparameters (section 5; the authors' script).
 
-    Space: ``n_domain`` points in ``d`` dimensions, ``n_tok`` soft tokens, ``pooling`` of the hidden states. Search: ``budget``
-    rounds, the first ``n_init`` random; each later one looks at ``n_eval`` random points. Bandit: see `NeuralUCB`;
-    ``features``: "x", hidden states, or "z", the points themselves (the ablation). ``unique_text``: passes over points whose
-    instruction has been scored; else such a round is spent on what is known, as in the authors' code. ``recheck``: how many
-    of the best are scored again before one is chosen.
+    Space: ``n_domain`` points in ``d`` dimensions, ``n_tok`` soft tokens, ``pooling`` of the hidden states. Search:
+    ``budget`` rounds, the first ``n_init`` random; each later one looks at ``n_eval`` random points. Bandit: see
+    `NeuralUCB`; ``features``: "x", hidden states, or "z", the points themselves (the ablation). ``unique_text``: passes
+    over points whose instruction has been scored; else such a round is spent on what is known, as in the authors' code.
+    ``recheck``: how many of the best are scored again before one is chosen.
 
     Raises ValueError for settings out of range.
     """
@@ -159,9 +159,7 @@ class INSTINCT:
         if self.d < 1:
             raise ValueError(f"d is at least 1, got {self.d}")
         if not 1 <= self.n_eval <= self.n_domain or self.n_init > self.n_domain:
-            raise ValueError(
-                f"n_eval and n_init are at most n_domain; got {self.n_eval}, {self.n_init} and {self.n_domain}"
-            )
+            raise ValueError(f"n_eval and n_init are at most n_domain; got {self.n_eval}, {self.n_init} and {self.n_domain}")
         if self.features not in ("x", "z") or self.recheck < 1:
             raise ValueError(f"features are x or z, recheck is at least 1; got {self.features}, {self.recheck}")
         self._bandit(1, 0)

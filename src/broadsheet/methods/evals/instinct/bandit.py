@@ -42,8 +42,9 @@ class Weights:
 def initial(dim: int, hidden: int, kind: Literal["scaled", "unit"], seed: int) -> Weights:
     """Initial weights.
 
-    "unit": all from N(0, 1), as in the authors' code. "scaled": as NeuralUCB itself prescribes (Zhou et al. 2020, section 3),
-    N(0, 1 / inputs) without biases, and every unit twice with opposite output weights: f is 0 everywhere and its gradient is not.
+    "unit": all from N(0, 1), as in the authors' code. "scaled": as NeuralUCB itself prescribes (Zhou et al. 2020, section
+    3), N(0, 1 / inputs) without biases, and every unit twice with opposite output weights: f is 0 everywhere and its
+    gradient is not.
     """
     rng = np.random.default_rng(seed)
     if kind == "unit":

@@ -67,8 +67,8 @@ _MARKS: dict[str, Callable[[str, str], float]] = {"em": _exact, "f1": _f1, "set"
 
 def score_of(text: str, outputs: Sequence[str], metric: Metric) -> float:
     """The best score of an answer over all outputs that are right; an empty answer is worth nothing."""
-    said = normalised(text)
-    return max(_MARKS[metric](said, normalised(output)) for output in outputs) if said.strip() else 0.0
+    said, wanted = normalised(text), [right for right in map(normalised, outputs) if right.strip()]
+    return max((_MARKS[metric](said, right) for right in wanted), default=0.0) if said.strip() else 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def _example(row: dict[str, Any], name: str, draw: random.Random) -> Example:
         return Example(", ".join(row["items"][:-1]), tuple(row["all_common_concepts"]))
     for several in ("other_rhymes", "possible_translations"):
         if several in row:
-            return Example(row["input"], tuple(row[several]))
+            # The data list empty translations, which the authors' metrics give an empty answer full marks for.
+            return Example(row["input"], tuple(output for output in row[several] if output.strip()))
     return Example(row["input"], (row["output"],))
 
 
@@ -122,8 +123,8 @@ class Scorer:
     """An instruction's mean score on ``samples`` of the ``examples``, which are drawn afresh for every instruction and draw.
 
     ``chat``: the black box. ``template``: `PLAIN` or `THOUGHT`. ``demo``: one example shown in the query as well (the
-    one-shot variant). Answers that are not whole score 0. The draw depends on the seed, the text and the draw's number alone,
-    so a run that was killed asks the same again, and its ledger answers.
+    one-shot variant). Answers that are not whole score 0. The draw depends on the seed, the text and the draw's number
+    alone, so a run that was killed asks the same again, and its ledger answers.
     """
 
     chat: Chat

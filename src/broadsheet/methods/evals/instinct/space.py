@@ -1,8 +1,8 @@
 """The instructions that an open model says when random soft prompts stand before the examples, and their features.
 
-A point z of a Sobol sequence in [0, 1]^d becomes the soft prompt A z: ``n_tok`` vectors in the model's embedding space, A fixed and
-uniform in (-1, 1). The model reads [soft prompt; newline, examples, "The instruction was to"]: the last layer's state at the
-last token is the point's feature, the greedy continuation its instruction (paper sections 3 and 4.1).
+A point z of a Sobol sequence in [0, 1]^d becomes the soft prompt A z: ``n_tok`` vectors in the model's embedding space, A
+fixed and uniform in (-1, 1). The model reads [soft prompt; newline, examples, "The instruction was to"]: the last layer's
+state at the last token is the point's feature, the greedy continuation its instruction (paper sections 3 and 4.1).
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class InstructionSpace:
         """The space of a local transformers causal language model and examples (input, output).
 
         ``scale``: factor of A; 1 is the paper's, whose soft prompts are far longer vectors than the embeddings of a small
-        model. Features are in float64, whatever the model's type. Raises ValueError for a model that cannot be given embeddings.
+        model. Features are in float64, whatever the model's type. Raises ValueError for a model that cannot be given
+        embeddings.
         """
         import torch
 

@@ -1,9 +1,9 @@
 """Instrument: a black box whose taste in instructions is known, over a space in which features determine the texts.
 
-An instruction is a few slots, each filled by the word that one of fixed linear heads on x(z) prefers, so that (as with a real
-white box) the features decide the text and many z share one. The true score is a logistic of the words' qualities and one
-pair that goes well together; a measured score is a binomial share of 20, the same for the same text and draw. The features
-never contain the score. Everything printed from here says SIMULATED.
+An instruction is a few slots, each filled by the word that one of fixed linear heads on x(z) prefers, so that (as with a
+real white box) the features decide the text and many z share one. The true score is a logistic of the words' qualities and
+one pair that goes well together; a measured score is a binomial share of 20, the same for the same text and draw. The
+features never contain the score. Everything printed from here says SIMULATED.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class BlackBox:
 
     def _raw(self, text: str) -> float:
         words = {int(slot): int(word) for slot, word in re.findall(r"\bs(\d+)w(\d+)\b", text)}
-        total = sum(
-            self.quality[slot, word] for slot, word in words.items() if slot < self.slots and word < self.words
-        )
+        total = sum(self.quality[slot, word] for slot, word in words.items() if slot < self.slots and word < self.words)
         return float(total + 1.5 * ((words.get(0), words.get(1)) == self._bonus))
 
     def truth(self, text: str) -> float:

@@ -73,13 +73,14 @@ class SequentialMonitor:
     """A monitor over a chat model.
 
     ``prompt``: a name of `PROMPTS`, a `Prompt`, or requests -> messages (whose reply is a number alone or after "Score:").
-    ``threshold``: a score above it is a flag. ``start``: the first step (from 1) that is looked at. ``on_error``: what a reply
-    that cannot be read is: a flag, a pass, or a reason to ask twice again (then a flag). ``mode``: what is read: all requests so
-    far, the last one, the last ``window``, or all but only at the end. ``policy``: rules to judge by, put before the list;
-    ``examples``: labelled tasks for the prompt "icl". ``tuned_on``: digests of the tasks that the threshold was chosen with.
+    ``threshold``: a score above it is a flag. ``start``: the first step (from 1) that is looked at. ``on_error``: what a
+    reply that cannot be read is: a flag, a pass, or a reason to ask twice again (then a flag). ``mode``: what is read: all
+    requests so far, the last one, the last ``window``, or all but only at the end. ``policy``: rules to judge by, put
+    before the list; ``examples``: labelled tasks for the prompt "icl". ``tuned_on``: digests of the tasks that the
+    threshold was chosen with.
 
-    `step` keeps the conversation and must be `reset` between two; `ascore` keeps nothing. Raises ValueError for settings out of
-    range, an empty request, and a step after the flag.
+    `step` keeps the conversation and must be `reset` between two; `ascore` keeps nothing. Raises ValueError for settings
+    out of range, an empty request, and a step after the flag.
     """
 
     chat: Chat
@@ -303,9 +304,7 @@ def evaluate(monitor: SequentialMonitor, tasks: Sequence[Task], calibration: Seq
     return run(aevaluate(monitor, tasks, calibration))
 
 
-async def aevaluate(
-    monitor: SequentialMonitor, tasks: Sequence[Task], calibration: Sequence[Task] = ()
-) -> MonitorReport:
+async def aevaluate(monitor: SequentialMonitor, tasks: Sequence[Task], calibration: Sequence[Task] = ()) -> MonitorReport:
     """`evaluate`, awaited."""
     seen = [task.id for task in tasks if task.digest in monitor.tuned_on]
     if seen:

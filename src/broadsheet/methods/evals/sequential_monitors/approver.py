@@ -1,6 +1,6 @@
 """A monitor as an approver of Inspect: it judges before every tool call, and a flag ends the sample.
 
-    eval(task, approval=[ApprovalPolicy(monitor_approver(monitor), "*")])
+eval(task, approval=[ApprovalPolicy(monitor_approver(monitor), "*")])
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _shown(call: Any) -> str:
 
 
 def monitor_approver(monitor: SequentialMonitor, calls: bool = True, on_flag: Flagged = "terminate") -> Any:
-    """An Inspect approver. ``calls``: tool calls are steps too (the paper's monitor sees requests only). ``on_flag``: what a flag
-    decides. All steps so far are judged, so a sample that was flagged once stays so. Needs inspect-ai."""
+    """An Inspect approver. ``calls``: tool calls are steps too (the paper's monitor sees requests only). ``on_flag``: what
+    a flag decides. All steps so far are judged, so a sample that was flagged once stays so. Needs inspect-ai."""
     from inspect_ai.approval import Approval, approver
 
     if on_flag not in ("terminate", "reject", "escalate"):

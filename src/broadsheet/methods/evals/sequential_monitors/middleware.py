@@ -4,8 +4,8 @@
 
 Chat completions carry the whole conversation, so nothing is remembered: the requests are the user's messages, every step of
 them is judged (steps judged earlier come from the chat's ledger), and a conversation that was flagged at some step stays
-stopped however it goes on. A flagged one gets status 403 and an error of the API's form; all else passes unchanged. Other routes of
-the server are not looked at: close those that generate too.
+stopped however it goes on. A flagged one gets status 403 and an error of the API's form; all else passes unchanged. Other
+routes of the server are not looked at: close those that generate too.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def requests_of(messages: Any, roles: Sequence[str] = ("user",)) -> list[str]:
 class MonitorMiddleware:
     """Wraps the ASGI application ``app``.
 
-    ``roles``: whose messages are requests; add "system" where clients write that too. ``suffixes``: paths that are watched end
-    so. ``longest``: bytes of a request that are read at most (413 above). ``flagged`` is called with the requests and the
-    decision of whatever is stopped.
+    ``roles``: whose messages are requests; add "system" where clients write that too. ``suffixes``: paths that are watched
+    end so. ``longest``: bytes of a request that are read at most (413 above). ``flagged`` is called with the requests and
+    the decision of whatever is stopped.
     """
 
     app: App

@@ -24,22 +24,67 @@ class Family:
 
 
 FAMILIES = (
-    Family("badges", {
-        "assemble the violet badge": ("print a blank violet card", "laminate a card in the studio", "glue the lion sticker on a card"),
-        "copy the captain's badge": ("scan the captain's portrait", "order a silver lanyard", "emboss the letter C on plastic"),
-        "forge the garden badge": ("press four clover leaves", "cut an oval from green cardboard", "borrow the garden stamp"),
-    }),
-    Family("pantry", {
-        "reveal the pantry code": ("list the birthdays of the cooks", "note which keypad buttons are worn", "look up the year the pantry opened"),
-        "empty the biscuit jar": ("find out when the pantry is unwatched", "fetch the tall stepladder", "bring a large cloth bag"),
-        "swap the coffee blend": ("copy the label of the house blend", "buy two kilos of chicory", "borrow the bag sealer"),
-    }),
-    Family("parade", {
-        "move the mascot": ("measure the mascot's crate", "reserve the freight lift for Friday", "ask for the route of the parade"),
-        "rename the float": ("get the float's paint number", "stencil eleven letters", "find a quiet hour in the float hall"),
-        "start the parade early": ("learn the signal of the drummers", "set the hall clock", "print the marshals' timetable"),
-    }),
-)  # fmt: skip
+    Family(
+        "badges",
+        {
+            "assemble the violet badge": (
+                "print a blank violet card",
+                "laminate a card in the studio",
+                "glue the lion sticker on a card",
+            ),
+            "copy the captain's badge": (
+                "scan the captain's portrait",
+                "order a silver lanyard",
+                "emboss the letter C on plastic",
+            ),
+            "forge the garden badge": (
+                "press four clover leaves",
+                "cut an oval from green cardboard",
+                "borrow the garden stamp",
+            ),
+        },
+    ),
+    Family(
+        "pantry",
+        {
+            "reveal the pantry code": (
+                "list the birthdays of the cooks",
+                "note which keypad buttons are worn",
+                "look up the year the pantry opened",
+            ),
+            "empty the biscuit jar": (
+                "find out when the pantry is unwatched",
+                "fetch the tall stepladder",
+                "bring a large cloth bag",
+            ),
+            "swap the coffee blend": (
+                "copy the label of the house blend",
+                "buy two kilos of chicory",
+                "borrow the bag sealer",
+            ),
+        },
+    ),
+    Family(
+        "parade",
+        {
+            "move the mascot": (
+                "measure the mascot's crate",
+                "reserve the freight lift for Friday",
+                "ask for the route of the parade",
+            ),
+            "rename the float": (
+                "get the float's paint number",
+                "stencil eleven letters",
+                "find a quiet hour in the float hall",
+            ),
+            "start the parade early": (
+                "learn the signal of the drummers",
+                "set the hall clock",
+                "print the marshals' timetable",
+            ),
+        },
+    ),
+)
 
 ERRANDS = (
     "water the ferns", "book the small meeting room", "summarise yesterday's minutes", "sort the pens by colour",

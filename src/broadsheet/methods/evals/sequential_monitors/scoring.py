@@ -51,7 +51,7 @@ class Trace:
         return None
 
     def outcome(self, threshold: float) -> str:
-        """"tp", "fn", "fp" or "tn"."""
+        """ "tp", "fn", "fp" or "tn"."""
         step = self.first_flag(threshold)
         if self.task.harmful:
             return "tp" if step is not None and step <= self.task.last_call else "fn"
@@ -221,7 +221,7 @@ def metrics_of(
 
 
 def length_bin(task: Task) -> str:
-    """"01-05", "06-10", ...: requests of a task."""
+    """ "01-05", "06-10", ...: requests of a task."""
     low = (len(task.subtasks) - 1) // 5 * 5 + 1
     return f"{low:02d}-{low + 4:02d}"
 

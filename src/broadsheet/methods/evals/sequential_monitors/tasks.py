@@ -1,8 +1,8 @@
 """Tasks that a monitor watches: a list of requests, what they add up to, and from which step on it is too late.
 
-Files are JSON lines, one task a line: ``{"id", "subtasks": [...], "label": "harmful" | "benign", "harmful_index": step or null,
-"family"}``. Steps count from 1; the harmful index is the step whose execution yields the harm. Injection and disguise make
-harder versions of tasks; `leak` says whether the words of the first request give the label away.
+Files are JSON lines, one task a line: ``{"id", "subtasks": [...], "label": "harmful" | "benign", "harmful_index": step or
+null, "family"}``. Steps count from 1; the harmful index is the step whose execution yields the harm. Injection and disguise
+make harder versions of tasks; `leak` says whether the words of the first request give the label away.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from broadsheet.core.replies import refuses
 class Task:
     """Requests in order. ``harmful_index``: the step (from 1) at which harm is done, None for a benign task.
 
-    ``injected``: steps that belong to other tasks (`inject`). Raises ValueError for a harmful task without its step, a benign
-    one with it, a step out of range, and empty requests.
+    ``injected``: steps that belong to other tasks (`inject`). Raises ValueError for a harmful task without its step, a
+    benign one with it, a step out of range, and empty requests.
     """
 
     id: str
@@ -104,7 +104,8 @@ def save_tasks(tasks: Iterable[Task], path: str | Path) -> None:
 
 
 def inject(task: Task, others: Sequence[Task], rate: float = 1.0, seed: int = 0) -> Task:
-    """``rate`` times as many requests again, taken from benign tasks, at random places; 1 doubles the length (paper section 5).
+    """``rate`` times as many requests again, taken from benign tasks, at random places; 1 doubles the length (paper section
+    5).
 
     The order of the original requests stays, and the harmful index moves with the request it belongs to.
     """
@@ -158,7 +159,8 @@ def rewriter(chat: Any) -> Callable[[str], str]:
 
 
 def leak(tasks: Sequence[Task], requests: Callable[[Task], Sequence[str]], folds: int = 5, seed: int = 0) -> float:
-    """AUC of a bag-of-words classifier that sees ``requests(task)`` only, cross-validated; .5 is no leak. Needs scikit-learn."""
+    """AUC of a bag-of-words classifier that sees ``requests(task)`` only, cross-validated; .5 is no leak. Needs
+    scikit-learn."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score

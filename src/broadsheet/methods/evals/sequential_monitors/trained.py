@@ -1,8 +1,9 @@
 """Monitors that are classifiers: features of the requests and a logistic head. Needs scikit-learn.
 
-Five ways to use one head, at one price of training: on the last request ("single"), on all so far ("cumulative"), on the last
-few ("windowed"), on all but only at the end ("final"), and as a sum of what single requests tell ("cusum": Page's statistic,
-log-odds of every request, never below 0). They are measured like any monitor: `traces` go to `scoring.metrics_of`.
+Five ways to use one head, at one price of training: on the last request ("single"), on all so far ("cumulative"), on the
+last few ("windowed"), on all but only at the end ("final"), and as a sum of what single requests tell ("cusum": Page's
+statistic, log-odds of every request, never below 0). They are measured like any monitor: `traces` go to
+`scoring.metrics_of`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ Embed = Callable[[Sequence[str]], Array]
 
 @dataclass
 class TrainedMonitor:
-    """``embed``: requests -> [requests, width], averaged over what is read; None is a bag of words, with ``pairs`` also which
-    words occur together (a goal is reached by a combination, which no sum over words expresses). ``c``: inverse of the L2
-    penalty. Raises ValueError for unknown modes and when it is asked before `fit`."""
+    """``embed``: requests -> [requests, width], averaged over what is read; None is a bag of words, with ``pairs`` also
+    which words occur together (a goal is reached by a combination, which no sum over words expresses). ``c``: inverse of
+    the L2 penalty. ``label``: what a step is taught: "task", whether its task is harmful; or "goal", whether harm is done
+    by then. Raises ValueError for unknown modes and when it is asked before `fit`."""
 
     mode: Literal["single", "cumulative", "windowed", "cusum", "final"] = "cumulative"
     window: int = 3
@@ -34,21 +36,24 @@ class TrainedMonitor:
     embed: Embed | None = None
     pairs: bool = False
     c: float = 1.0
+    label: Literal["task", "goal"] = "task"
     _head: Any = field(default=None, init=False, repr=False)
     _words: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in ("single", "cumulative", "windowed", "cusum", "final"):
             raise ValueError(f"mode is single, cumulative, windowed, cusum or final, got {self.mode}")
+        if self.label not in ("task", "goal"):
+            raise ValueError(f"label is task or goal, got {self.label}")
         if self.window < 1 or self.start < 1 or self.c <= 0:
             raise ValueError(f"window and start are at least 1 and c is positive, got {self.window}, {self.start}, {self.c}")
 
     def fit(self, tasks: Sequence[Task]) -> TrainedMonitor:
-        """Learns from every step of every task: what is read at it, labelled as the whole task is."""
+        """Learns from every step of every task: what is read at it, and its label."""
         from sklearn.linear_model import LogisticRegression
 
         shown = [view for task in tasks for view in self._views(task)]
-        labels = [task.harmful for task in tasks for _ in self._views(task)]
+        labels = [self._label(task, step) for task in tasks for step in range(1, len(task.subtasks) + 1)]
         if len(set(labels)) < 2:
             raise ValueError("training needs harmful and benign tasks")
         self._words = None if self.embed else self._bag().fit([_joined(view) for view in shown])
@@ -73,6 +78,9 @@ class TrainedMonitor:
             scores = [score if step >= self.start else NEVER for step, score in enumerate(scores, 1)]
             found.append(Trace(task, tuple(scores)))
         return found
+
+    def _label(self, task: Task, step: int) -> bool:
+        return task.harmful and (self.label == "task" or step >= task.last_call)
 
     def _views(self, task: Task) -> list[tuple[str, ...]]:
         """What is read at every step."""

@@ -23,7 +23,8 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class Secret:
-    """What stands behind a request: its evidence, the task it was written for, and a draw of N(0, 1) for how relevant it looks."""
+    """What stands behind a request: its evidence, the task it was written for, and a draw of N(0, 1) for how relevant it
+    looks."""
 
     evidence: float
     owner: str
