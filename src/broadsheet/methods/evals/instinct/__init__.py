@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-RIVALS = ("random", "gp", "gp_z", "evolution", "neural", "neural_z", "neural_unit")
+RIVALS = ("random", "gp", "gp_z", "evolution", "neural", "neural_z", "neural_unit", "neural_unique")
 
 
 class _Surrogate(Protocol):
@@ -223,6 +223,8 @@ class INSTINCT:
         kind, _, which = name.partition("_")
         if which == "unit":
             return replace(self, init="unit", nu=1.0, features="x"), kind
+        if which == "unique":
+            return replace(self, unique_text=True), kind
         return replace(self, features=which or "x"), kind  # type: ignore[arg-type]
 
     def _bandit(self, dim: int, seed: int) -> NeuralUCB:
@@ -277,7 +279,7 @@ class INSTINCT:
             return Random(seed)
         return GaussianProcess(self.features == "x") if kind == "gp" else self._bandit(dim, seed)
 
-    def _pick(self, ranked: Array, space: InstructionSpace, known: dict[str, float]) -> int:
+    def _pick(self, ranked: NDArray[np.int64], space: InstructionSpace, known: dict[str, float]) -> int:
         """The best point, or with ``unique_text`` the best whose text is new (of the first 50: texts cost a generation)."""
         if self.unique_text:
             for point in ranked[:50]:
@@ -326,5 +328,5 @@ def optimise(
     if isinstance(scorer, tuple):
         chat, examples, metric = scorer
         scorer = Scorer(chat, tuple(examples), metric, seed=seed)
-    sizes = {"n_domain": len(space), "budget": budget, "n_init": n_init, "n_eval": n_eval}
+    sizes: dict[str, Any] = {"n_domain": len(space), "budget": budget, "n_init": n_init, "n_eval": n_eval}
     return INSTINCT(**sizes, **settings).optimise(space, scorer, seed, rivals)

@@ -168,7 +168,7 @@ class SequentialMonitor:
         limit, used = self._prompt.max_tokens if built_in else 1024, NOTHING
         for attempt in range(1 + _RETRIES * (self.on_error == "retry")):
             # The first answer is the greedy one; asked again, it would only come back.
-            heat = {"temperature": 1.0, "first": attempt} if attempt else {}
+            heat: dict[str, Any] = {"temperature": 1.0, "first": attempt} if attempt else {}
             choice = (await self.chat.acomplete(messages, tag="monitor", max_tokens=limit, **heat))[0]
             used = used + choice.usage
             if choice.ok:

@@ -92,7 +92,8 @@ class MonitorMiddleware:
 
 
 async def _body(receive: Receive, longest: int) -> bytes | None:
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while True:
         event = await receive()
         if event["type"] == "http.disconnect":
