@@ -173,6 +173,8 @@ def kills(calls: int, count: int, concurrency: int, seed: int) -> dict[str, floa
         truth = run(SimulatedChat(world, MODEL).send(asked[0], [0]))[0].text  # the instrument's answer, without a server
         assert last["texts"][0] == truth
         answered = sum(server.answered.values())
+        assert stored >= {one.content for one in asked}, "answers were lost"
+        assert answered - len(stored) <= count * concurrency, "more was paid for twice than was under way at the kills"
         return {
             "asked": calls,
             "answered by the server": answered,
