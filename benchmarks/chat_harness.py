@@ -41,7 +41,7 @@ from broadsheet.core.chat.client import here
 from broadsheet.core.chat.endpoint import Endpoint
 from broadsheet.core.chat.server import serving
 from broadsheet.core.chat.simulated import Draw, SimulatedChat
-from broadsheet.core.records import Record, now, provenance, write_results
+from broadsheet.core.records import Record, now, provenance, read_json, write_results
 
 MODEL = "sim:harness"
 
@@ -173,6 +173,8 @@ def kills(calls: int, count: int, concurrency: int, seed: int) -> dict[str, floa
         truth = run(SimulatedChat(world, MODEL).send(asked[0], [0]))[0].text  # the instrument's answer, without a server
         assert last["texts"][0] == truth
         answered = sum(server.answered.values())
+        assert stored >= {one.content for one in asked}, "answers were lost"
+        assert answered - len(stored) <= count * concurrency, "more was paid for twice than was under way at the kills"
         return {
             "asked": calls,
             "answered by the server": answered,
@@ -206,6 +208,7 @@ def median_ci(values: Sequence[float], draws: int = 4000) -> tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="overhead,kills", help="the records of parts left out stay as they are")
     parser.add_argument("--calls", type=int, default=640, help="calls a round (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--concurrency", type=int, default=64)
@@ -215,12 +218,11 @@ def main() -> None:
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "chat_harness.records.json"))
     a = parser.parse_args()
     shared: dict[str, Any] = {"paper": "", "bench": "chat-harness", "model": MODEL, "time": now(), **provenance()}
-    records, table = (
-        [],
-        Table("part", "metric", "value", "95 % interval", "n", title="SIMULATED: the model is an instrument"),
-    )
+    parts = a.parts.split(",")
+    records = [one for one in read_json(a.out) if one.setting["part"] not in parts] if Path(a.out).exists() else []
+    table = Table("part", "metric", "value", "95 % interval", "n", title="SIMULATED: the model is an instrument")
     setting = {"part": "overhead", "concurrency": a.concurrency, "calls_a_round": a.calls}
-    for metric, values in overhead(a.calls, a.rounds, a.concurrency):
+    for metric, values in overhead(a.calls, a.rounds, a.concurrency) if "overhead" in parts else ():
         method, clock = metric.split(", ")
         interval = median_ci(values) if len(values) > 1 else None
         value, spread = statistics.median(values), {"clock": clock, "least": min(values), "most": max(values)}
@@ -231,7 +233,7 @@ def main() -> None:
         shown = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
         table.add_row("overhead", metric, f"{value:.3f} ms", shown, str(len(values)))
     setting = {"part": "kills", "concurrency": 32, "kills": a.kills}
-    for metric, number in kills(a.killed_calls, a.kills, 32, a.seed).items():
+    for metric, number in (kills(a.killed_calls, a.kills, 32, a.seed) if "kills" in parts else {}).items():
         records.append(Record(method="Chat", metric=metric, value=number, unit="calls", setting=setting, **shared))
         table.add_row("kills", metric, f"{number:g}", "", "")
     write_results(records, a.out)
