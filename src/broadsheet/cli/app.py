@@ -8,6 +8,7 @@ import typer
 
 from broadsheet import catalogue
 
+from .chat import ledger, serve_model
 from .crash import crash
 from .study import study
 from .weights import bitstack, dfloat11
@@ -318,6 +319,8 @@ app.add_typer(dfloat11, name="dfloat11")
 app.add_typer(bitstack, name="bitstack")
 app.add_typer(crash, name="crash")
 app.add_typer(study, name="study")
+app.add_typer(ledger, name="ledger")
+app.command(name="serve-model")(serve_model)
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------

@@ -215,10 +215,10 @@ def means(scored: Sequence[Scored], names: Sequence[str] | None = None) -> list[
 # --- loops --------------------------------------------------------------------------------------------------------------
 
 
-class Loop(ABC):
-    """Base of what makes answers better: dataclasses whose fields are their settings.
+class Solver(ABC):
+    """Base of what makes answers better (a loop over a chat): dataclasses whose fields are their settings.
 
-    A loop sees the prompt and what it asks a model; it never sees how its answer will be marked, unless its critic is said
+    A solver sees the prompt and what it asks a model; it never sees how its answer will be marked, unless its critic is said
     to be the oracle.
     """
 
@@ -227,11 +227,11 @@ class Loop(ABC):
 
     @abstractmethod
     async def asolve(self, chat: Chat, messages: Sequence[Message], **given: Any) -> Answer:
-        """The loop's answer to a prompt."""
+        """The answer to a prompt, with every step and its cost."""
 
     @abstractmethod
     def at_budget(self, answers: int) -> Self:
-        """This loop with at most so many answers written for a prompt. Raises ValueError below what it needs."""
+        """This solver with at most so many answers written for a prompt. Raises ValueError below what it needs."""
 
     def solve(self, chat: Chat, messages: Sequence[Message], **given: Any) -> Answer:
         """`asolve`, waited for."""
@@ -245,7 +245,7 @@ class Loop(ABC):
     def evaluate(
         self, chat: Chat, work: Benchmark, limit: int | None = None, done: Callable[[int, int], None] | None = None
     ) -> Report:
-        """The loop's answers to a benchmark's samples, marked by the benchmark."""
+        """Its answers to a benchmark's samples, marked by the benchmark."""
         chosen, before = list(work.samples())[:limit], chat.spent
 
         async def one(sample: Sample) -> tuple[Scored, Answer]:

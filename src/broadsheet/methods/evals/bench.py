@@ -22,7 +22,7 @@ from broadsheet.core.chat import Budget, Chat, Price, connect
 from broadsheet.core.records import Record
 from broadsheet.core.view import Quality, View
 
-from .base import Benchmark, Loop, Report, records_of
+from .base import Benchmark, Report, Solver, records_of
 from .ifeval import IFEval
 
 BENCH = "evals"
@@ -66,7 +66,7 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "ifeval": ("broadsheet.methods.evals.ifeval:IFEval", {}),
 }
 
-Method = Benchmark | Loop
+Method = Benchmark | Solver
 
 
 def methods() -> dict[str, Method]:
@@ -75,7 +75,7 @@ def methods() -> dict[str, Method]:
     for slug, paper in papers().items():
         if paper.family == BENCH and paper.method:
             made = resolve(paper.method)
-            if isinstance(made, type) and issubclass(made, Benchmark | Loop):
+            if isinstance(made, type) and issubclass(made, Benchmark | Solver):
                 found[slug] = made()
     return found
 
@@ -148,7 +148,7 @@ def measure(
     where Inspect is installed, a log for its viewer. ``tick(done, total)`` is called after each sample.
     """
     chat, limit = _chat(workload), workload.limit or None
-    if isinstance(method, Loop):
+    if isinstance(method, Solver):
         if budget is not None:
             method = method.at_budget(int(budget))
         work: Benchmark = IFEval(path=workload.prompts)
