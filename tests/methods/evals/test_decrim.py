@@ -1,7 +1,9 @@
 """DeCRIM: against its exact chain in a world of known rates, and against every way in which such loops cheat."""
 
 import json
+import os
 import statistics
+from pathlib import Path
 
 import pytest
 from scipy.stats import spearmanr
@@ -9,12 +11,16 @@ from scipy.stats import spearmanr
 from broadsheet.core import replies
 from broadsheet.core.chat import Chat
 from broadsheet.core.chat.protocol import Choice, Usage
-from broadsheet.core.chat.simulated import SimulatedChat
+from broadsheet.core.chat.simulated import Draw, SimulatedChat
+from broadsheet.core.constraints import Constraint, verified
+from broadsheet.core.constraints.ifeval import load_ifeval
 from broadsheet.methods.evals.checkable import make_requests
 from broadsheet.methods.evals.decrim import BestOf, DeCRIM, RepeatConstraints, SelfRefine
 from broadsheet.methods.evals.decrim.markov import Rates, break_even
 from broadsheet.methods.evals.decrim.prompts import parse_decomposition, parse_verdicts, request_text
+from broadsheet.methods.evals.decrim.requests import RealRequests, load_requests
 from broadsheet.methods.evals.decrim.world import SimCritic, SimWriter, stage_of
+from broadsheet.methods.evals.ifeval_world import checker_as_critic, prompts
 
 CRITICS = {"oracle": (1.0, 0.0), "strong": (0.9, 0.03), "weak": (0.6, 0.15), "coin": (0.5, 0.5), "inverted": (0.1, 0.6)}
 #: critic -> all constraints met after 1, 3 and 10 rounds, constraints met after 10 (k=4)
@@ -410,7 +416,6 @@ def test_decompositions():
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_texts_carry_their_state(rate):
-    from broadsheet.core.chat.simulated import Draw
     from broadsheet.methods.evals.checkable import sheet_of, write
 
     for request in make_requests(60, 16):
@@ -424,3 +429,83 @@ def test_texts_carry_their_state(rate):
             assert list(request.state(again)) == state
     with pytest.raises(ValueError, match="1 to 16"):
         make_requests(1, 17)
+
+
+# --- real requests ------------------------------------------------------------------------------------------------------
+
+
+def test_our_requests_can_be_met_and_missed():
+    requests = load_requests()
+    assert (len(requests), sum(len(request.constraints) for request in requests)) == (24, 95)
+    for request in requests:
+        for gold in request.constraints:
+            assert isinstance(verified(gold.check), Constraint), gold
+    assert {gold.type for request in requests for gold in request.constraints} == {"content", "style", "format", "quantity"}
+
+
+def test_requests_are_marked_on_the_gold_list():
+    benchmark = RealRequests()
+    samples = benchmark.samples()
+    note = "Thank you for looking after my tomatoes. They never looked better. See you at the fence!"
+    assert benchmark.mark(samples[0], note).values == {"instruction_level": 1.0, "constraint_level": 1.0}
+    mark = benchmark.mark(samples[0], note.replace("Thank you", "Well, thank you"))
+    assert mark.values == {"instruction_level": 0.0, "constraint_level": 0.75}
+    assert "comma" in mark.evidence
+    report = benchmark.evaluate(Chat(Replies(lambda *_: note)), limit=2)
+    assert report.get("instruction_level").value == 0.5
+    listed = [gold.text for gold in samples[0].data["request"].constraints]
+    answer = DeCRIM(decomposer=listed).solve(Chat(Replies(lambda *_: note)), samples[0].messages, load_requests()[0].critic)
+    assert answer.accepted
+    with pytest.raises(ValueError, match="no check for"):
+        load_requests()[0].critic("x", ["else"])
+
+
+def test_requests_of_others(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Do it.", "task": "Do", "constraints": ["Be short.", {"text": "No commas.", "check": '
+                    '"punctuation:no_comma"}]}\n')  # fmt: skip
+    [request] = load_requests(path)
+    assert [(gold.text, gold.check is None) for gold in request.constraints] == [("Be short.", True), ("No commas.", False)]
+    with pytest.raises(ValueError, match="has no check"):
+        RealRequests(path=str(path)).samples()
+    for number, row in enumerate(("{", "[]", '{"prompt": "x"}', '{"prompt": "x", "constraints": []}',
+                                  '{"prompt": "x", "constraints": [{"text": "y", "check": "no:such"}]}')):  # fmt: skip
+        bad = tmp_path / f"bad{number}.jsonl"
+        bad.write_text(row)
+        with pytest.raises(ValueError):
+            load_requests(bad)
+    with pytest.raises(ValueError, match="cannot read"):
+        load_requests(tmp_path / "none")
+
+
+# --- IFEval -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ifeval():
+    folder = Path(os.environ.get("BROADSHEET_SHARED", Path(__file__).parents[4] / "shared")) / "data" / "ifeval"
+    if not folder.exists():
+        pytest.skip("IFEval's prompts are not here; set BROADSHEET_SHARED")
+    return prompts(load_ifeval(folder)[:150:2])
+
+
+def test_ifeval_answers_have_the_state_that_they_are_written_for(ifeval):
+    assert len(ifeval) > 50
+    for prompt in ifeval:
+        for state in prompt.texts:
+            assert prompt.state(prompt.write(state, Draw("x"))) == state
+
+
+def test_on_ifeval_an_oracle_mends_nearly_all_and_a_coin_harms(ifeval):
+    right = {}
+    for name, rates in (("oracle", (1.0, 0.0)), ("coin", (0.5, 0.5))):
+        chat = Chat(SimulatedChat(SimWriter(ifeval), "sim:writer"))
+
+        async def one(prompt, rates=rates, chat=chat):
+            listed = [feature.statement for feature in prompt.features]
+            return await DeCRIM(decomposer=listed).asolve(chat, prompt.prompt, checker_as_critic(prompt, *rates))
+
+        answers = chat.map(one, ifeval)
+        right[name] = statistics.fmean(all(p.state(a.text)) for p, a in zip(ifeval, answers, strict=True))
+        right["one answer"] = statistics.fmean(all(p.state(a.rounds[0].text)) for p, a in zip(ifeval, answers, strict=True))
+    assert right["oracle"] > 0.95 > 0.85 > right["one answer"] > right["coin"]
