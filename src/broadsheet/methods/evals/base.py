@@ -226,16 +226,12 @@ class Solver(ABC):
     budgeted: ClassVar[bool] = True
 
     @abstractmethod
-    async def asolve(self, chat: Chat, messages: Sequence[Message], **given: Any) -> Answer:
-        """The answer to a prompt, with every step and its cost."""
+    async def asolve(self, chat: Chat, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """The `Answer` to a chat or a prompt, with every step and its cost; what else it takes is the solver's."""
 
     @abstractmethod
     def at_budget(self, answers: int) -> Self:
         """This solver with at most so many answers written for a prompt. Raises ValueError below what it needs."""
-
-    def solve(self, chat: Chat, messages: Sequence[Message], **given: Any) -> Answer:
-        """`asolve`, waited for."""
-        return run(self.asolve(chat, messages, **given))
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from broadsheet.core.records import Record
 from broadsheet.core.view import Quality, View
 
 from .base import Benchmark, Report, Solver, records_of
+from .decrim.requests import RealRequests
 from .ifeval import IFEval
 
 BENCH = "evals"
@@ -59,10 +60,10 @@ VIEW = View(
 
 #: What the papers' loops are compared with, and a benchmark that everybody knows: name -> (class, parameters).
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("broadsheet.methods.evals.baselines:Plain", {}),
-    "repeat-constraints": ("broadsheet.methods.evals.baselines:RepeatConstraints", {}),
-    "best-of-n": ("broadsheet.methods.evals.baselines:BestOfN", {}),
-    "self-refine": ("broadsheet.methods.evals.baselines:SelfRefine", {}),
+    "plain": ("broadsheet.methods.evals.decrim:Plain", {}),
+    "repeat-constraints": ("broadsheet.methods.evals.decrim:RepeatConstraints", {}),
+    "best-of-n": ("broadsheet.methods.evals.decrim:BestOf", {}),
+    "self-refine": ("broadsheet.methods.evals.decrim:SelfRefine", {}),
     "ifeval": ("broadsheet.methods.evals.ifeval:IFEval", {}),
 }
 
@@ -91,7 +92,7 @@ class Workload:
 
     ``model``: the URL of an OpenAI-compatible endpoint, or a local model (built-in name, folder, hub name); ``name``: which
     of an endpoint's models. ``limit``: samples of each benchmark, or prompts of each loop; 0 is all of them. ``prompts``:
-    what loops are run on: a file of IFEval's form, or the built-in ones. ``calls``, ``tokens`` and ``money`` (US dollars)
+    what loops are run on: a file of IFEval's form or of our own, or the built-in ones. ``calls``, ``tokens`` and ``money`` (US dollars)
     are hard limits of one run; money needs the prices of a million tokens.
     """
 
@@ -121,16 +122,30 @@ def workload_key(workload: Workload) -> dict[str, Any]:
     return {name: value for name, value in asdict(workload).items() if name not in without}
 
 
+def _prompts(path: str) -> Benchmark:
+    """What loops are run on: a file of IFEval's form or of `RealRequests`'s, else the built-in requests."""
+    if path:
+        try:
+            with open(path, encoding="utf-8") as file:
+                first = file.readline()
+        except OSError as error:
+            raise ValueError(f"cannot read the prompts at {path}: {error.strerror}") from None
+        if "instruction_id_list" in first:
+            return IFEval(path=path)
+    return RealRequests(path=path)
+
+
 @lru_cache(maxsize=2)
 def _chat(workload: Workload) -> Chat:
     price = Price(workload.prompt_price, workload.completion_price)
+    local = {} if workload.model.startswith("http") else {"device": workload.device}
     return connect(
         workload.model,
         workload.name,
         concurrency=workload.concurrency,
-        device=workload.device,
         price=price if any(asdict(price).values()) else None,
         budget=Budget(workload.calls, workload.tokens, workload.money),
+        **local,
     )
 
 
@@ -151,7 +166,7 @@ def measure(
     if isinstance(method, Solver):
         if budget is not None:
             method = method.at_budget(int(budget))
-        work: Benchmark = IFEval(path=workload.prompts)
+        work = _prompts(workload.prompts)
         report = method.evaluate(chat, work, limit, tick)
     else:
         work = method

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 from broadsheet.core.constraints import Constraint, Unverifiable
 from broadsheet.core.constraints.ifeval import Item, check_loose, constraint, load_ifeval
-
 from broadsheet.core.stats import bootstrap_ci
 
 from .base import Benchmark, Mark, Metric, Outcome, Sample, Scored, means
@@ -104,7 +103,9 @@ class IFEval(Benchmark):
 
     def metrics(self, scored: Sequence[Scored]) -> list[Metric]:
         """Numbers of instructions are over all of these, not means of prompts' shares."""
-        return [self._of_instructions(metric, scored) if metric.name.startswith("inst_") else metric for metric in means(scored)]
+        return [
+            self._of_instructions(metric, scored) if metric.name.startswith("inst_") else metric for metric in means(scored)
+        ]
 
     def _of_instructions(self, metric: Metric, scored: Sequence[Scored]) -> Metric:
         values, groups = [], []

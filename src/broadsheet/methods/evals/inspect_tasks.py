@@ -157,7 +157,7 @@ def _register(slug: str, kind: type[Benchmark]) -> Callable[..., Task]:
 
     make.__name__ = make.__qualname__ = slug.replace("-", "_")
     make.__doc__ = kind.__doc__
-    return task(make, name=slug)
+    return task(name=slug)(make)
 
 
 for _slug, _kind in benchmarks().items():

@@ -118,7 +118,9 @@ class ENAMEL(Benchmark):
             else:
                 score = next(scores)
                 where = "" if score.level is None else f" at level {score.level}"
-                mark = Mark({"e": score.value, "pass": float(score.passed)}, f"{score.outcome}{where} {score.message}".strip())
+                mark = Mark(
+                    {"e": score.value, "pass": float(score.passed)}, f"{score.outcome}{where} {score.message}".strip()
+                )
             marks.append(replace(mark, values={**mark.values, "self": again.value}))
         return marks
 

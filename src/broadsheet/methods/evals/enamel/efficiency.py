@@ -190,7 +190,9 @@ class Efficiency:
         times: list[tuple[float, ...]] = []
         for level, cases in enumerate(sample["times"]):
             if any(time > limit for case in cases for time in case) and (outcome == "done" or level <= ended):
-                outcome, ended, message = ("timeout", level, "") if outcome not in ("wrong", "error") else (outcome, ended, message)
+                outcome, ended, message = (
+                    ("timeout", level, "") if outcome not in ("wrong", "error") else (outcome, ended, message)
+                )
             finished = outcome == "done" or level < ended
             times.append(tuple(hodges_lehmann(case) for case in cases if case))
             longest.append(max(times[-1]) if finished else None)

@@ -105,7 +105,9 @@ def read_samples(path: str | Path, problems: Sequence[Problem]) -> dict[str, lis
                     f"{path}, line {place}: a sample is an object with 'task_id' and 'solution' or 'completion'"
                 ) from None
     if missing := [problem.id for problem in problems if not found.get(problem.id)]:
-        raise ValueError(f"{path} has no sample for {missing[0]} and {len(missing) - 1} others; a missing sample is not a zero")
+        raise ValueError(
+            f"{path} has no sample for {missing[0]} and {len(missing) - 1} others; a missing sample is not a zero"
+        )
     return found
 
 

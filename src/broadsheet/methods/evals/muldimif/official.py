@@ -16,7 +16,9 @@ from typing import Any
 
 from broadsheet.core.constraints.texts import sentences as split_sentences
 
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
+)
 NUMBERS = {word: value for value, word in enumerate([*_UNITS, "eighteen", "nineteen", "twenty"])}
 NUMBERS |= dict(thirty=30, forty=40, fifty=50, sixty=60, seventy=70, eighty=80, ninety=90, hundred=100)
 _TEN = "|".join(list(NUMBERS)[1:11])
@@ -139,7 +141,9 @@ def _words_each(constraint: str, answer: str) -> bool:
     low = int(match[1]) if kind != "high" else None
     high = {"range": lambda: int(match[2]), "low": lambda: None}.get(kind, lambda: int(match[1]))()
     subject = re.search(
-        r"(?:each entry in the|each|the)\s+(.+?)\s+(?:is|in the table|column|must|consists of|contains?|should|have)", rule, re.I
+        r"(?:each entry in the|each|the)\s+(.+?)\s+(?:is|in the table|column|must|consists of|contains?|should|have)",
+        rule,
+        re.I,
     )
     target = re.sub(r"[\"']", "", subject[1].lower()) if subject else None
     parts = _word_parts(answer, target)
@@ -185,7 +189,9 @@ def _cells(answer: str, target: str) -> list[str]:
     return found or cells
 
 
-_SENTENCE_NUMBERS = {word: NUMBERS[word] for word in [*list(NUMBERS)[1:13], "fifteen", "twenty", "thirty", "fifty", "hundred"]}
+_SENTENCE_NUMBERS = {
+    word: NUMBERS[word] for word in [*list(NUMBERS)[1:13], "fifteen", "twenty", "thirty", "fifty", "hundred"]
+}
 _SENTENCE_NUMBERS |= {"thousand": 1000} | dict(zip("一二三四五六七八九十", range(1, 11), strict=True)) | {"两": 2}
 _N = rf"(\d+|{'|'.join(_SENTENCE_NUMBERS)})"
 _S = r" sentences?"
@@ -314,7 +320,9 @@ def _keyword_parts(answer: str, target: str) -> list[str]:
 def _column(answer: str, target: str) -> list[str]:
     """The column whose name shares most words with ``target``, else the wordiest one."""
     lines = [line.strip() for line in answer.split("\n")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|") and line.endswith("|")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|") and line.endswith("|")
+    ]
     if len(rows) < 3 or not rows[0]:
         return []
     data = [[re.sub(r"^#+\s*", "", cell).strip() for cell in row] for row in rows[2:] if len(row) == len(rows[0])]
@@ -368,7 +376,11 @@ def english(constraint: str, answer: str) -> bool:
     if re.search(r"\ball[- ]?uppercase\b", rule) or "in capitalized form" in rule:
         return text == text.upper()
     named = ("capitalize the first letter of each word", "each word in")
-    if any(phrase in rule for phrase in named) or re.search(r"\bcapitalized\b", rule) or ("capital" in rule and "each" in rule):
+    if (
+        any(phrase in rule for phrase in named)
+        or re.search(r"\bcapitalized\b", rule)
+        or ("capital" in rule and "each" in rule)
+    ):
         return not any("a" <= word[0] <= "z" for word in text.split())
     if "all lowercase" in rule or re.search(r"\blowercase\b", rule):
         return text == text.lower()
@@ -466,7 +478,10 @@ def _has(*levels: int | None) -> Rule:
 def _heading_rule(clause: str, constraint: str) -> Rule | None:
     """What one clause asks of headings; None where nothing is understood, which passes."""
     whole = constraint.lower()
-    if "include headings at two levels: main and subheadings" in whole or "be structured with a main heading and sub" in whole:
+    if (
+        "include headings at two levels: main and subheadings" in whole
+        or "be structured with a main heading and sub" in whole
+    ):
         return _has(1, 2)
     if constraint == "Questions must be organized under a level 2 heading.":
         return lambda headings: bool(headings) and all(level == 2 for level, name in headings if "?" in name)
@@ -495,7 +510,9 @@ def _heading_rule(clause: str, constraint: str) -> Rule | None:
         if titled:
             return lambda headings: (_number(titled[1]), titled[2]) in headings
     clause = clause.strip().lower().rstrip(".")
-    if re.search(r"includ|\buse|us(?:e|ing|ed|es)|formatted|presented|organized|structured|feature|should be|incorporate", clause):
+    if re.search(
+        r"includ|\buse|us(?:e|ing|ed|es)|formatted|presented|organized|structured|feature|should be|incorporate", clause
+    ):
         level = (
             re.search(rf"(?:a|at least \d+) heading level {_LEVEL}", clause)
             or re.search(rf"(?:a|at least one|{_TEN}|\d+) level {_LEVEL} heading", clause)
@@ -587,7 +604,9 @@ def json_depth(constraint: str, answer: str) -> bool:
     def read(*patterns: str) -> list[int]:
         return [_number(found) or 0 for pattern in patterns for found in re.findall(pattern, rule)]
 
-    exact = read(rf"exactly {_DEPTH} levels?", rf"nesting levels? (?:of|must be) {_DEPTH}", rf"limited to {_DEPTH} levels of nesting")
+    exact = read(
+        rf"exactly {_DEPTH} levels?", rf"nesting levels? (?:of|must be) {_DEPTH}", rf"limited to {_DEPTH} levels of nesting"
+    )
     most = read(
         rf"(?:exceed|exceeding|no more than) {_DEPTH}(?: levels?)?", rf"maximum of {_DEPTH} (?:object )?(?:nesting )?levels",
         rf"and at most {_DEPTH}",
@@ -619,7 +638,9 @@ def _attributes(answer: str) -> list[int]:
 def others(constraint: str, answer: str) -> bool:
     """The rest of the format constraints."""
     rule = constraint.lower()
-    if match := re.search(rf"(no more than|must not exceed|exactly|at least) {_UP_TO_TEN}.*?attributes?|exactly (\d+)", rule):
+    if match := re.search(
+        rf"(no more than|must not exceed|exactly|at least) {_UP_TO_TEN}.*?attributes?|exactly (\d+)", rule
+    ):
         value = _number(match[2] or match[3]) or 0
         low = value if match[1] in ("exactly", "at least", None) else None
         return all(_within(count, low, None if match[1] == "at least" else value) for count in _attributes(answer))
