@@ -33,6 +33,7 @@ VIEW = View(
     reference_name="one answer",
     qualities=(Quality("score", "score"),),
     columns=(
+        ("score", "score"),
         ("unparsed", "unparsed_share"),
         ("truncated", "truncated_share"),
         ("refused", "refused_share"),
@@ -92,8 +93,8 @@ class Workload:
 
     ``model``: the URL of an OpenAI-compatible endpoint, or a local model (built-in name, folder, hub name); ``name``: which
     of an endpoint's models. ``limit``: samples of each benchmark, or prompts of each loop; 0 is all of them. ``prompts``:
-    what loops are run on: a file of IFEval's form or of our own, or the built-in ones. ``calls``, ``tokens`` and ``money`` (US dollars)
-    are hard limits of one run; money needs the prices of a million tokens.
+    what loops are run on: a file of IFEval's form or of our own, or the built-in ones. ``calls``, ``tokens`` and ``money``
+    (US dollars) are hard limits of one run; money needs the prices of a million tokens.
     """
 
     model: str = "pocket-2m"
