@@ -3,8 +3,8 @@
     python benchmarks/enamel_study.py [--data ../shared/data/enamel] [--parts estimator,coder,official,clocks] [--limit N]
 
 ``official`` scores the two canonical sets by the CPU clock (deaf to other load), and the references beside them; ``clocks``
-scores one of them by executed instructions too, on the problems whose inputs are small enough to be traced, and gives the rank
-correlation; ``coder`` is SIMULATED. Each part's records replace those that it wrote before.
+scores one of them by executed instructions too, on the problems whose inputs are small enough to be traced, and gives the
+rank correlation; ``coder`` is SIMULATED. Each part's records replace those that it wrote before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ DATA = Path(os.environ.get("BROADSHEET_SHARED", Path(__file__).parents[2] / "sha
 
 def record(part: str, metric: str, value: float, **more) -> Record:
     setting = {"part": part, **more.pop("setting", {})}
-    return Record("enamel", "enamel", "enamel-study", metric, float(value), setting=setting, time=now(), **provenance(), **more)
+    if more.get("ci") is not None:
+        more["ci"] = tuple(map(float, more["ci"]))
+    return Record(
+        "enamel", "enamel", "enamel-study", metric, float(value), setting=setting, time=now(), **provenance(), **more
+    )
 
 
 def estimator() -> list[Record]:
@@ -52,7 +56,13 @@ def estimator() -> list[Record]:
     truth = 1 - np.trapezoid((0.4 + 0.6 * y) ** k * 3 * y**2, y)
     error = stdev(ours) / draws**0.5
     return [
-        record("estimator", "bias", fmean(ours) - truth, ci=(fmean(ours) - truth - 1.96 * error, fmean(ours) - truth + 1.96 * error), n=draws),
+        record(
+            "estimator",
+            "bias",
+            fmean(ours) - truth,
+            ci=(fmean(ours) - truth - 1.96 * error, fmean(ours) - truth + 1.96 * error),
+            n=draws,
+        ),
         record("estimator", "bias_in_standard_errors", (fmean(ours) - truth) / error, n=draws),
         record("estimator", "deviation", stdev(ours), n=draws, setting={"of": "ours"}),
         record("estimator", "deviation", float(scores[:, :k].max(1).std(ddof=1)), n=draws, setting={"of": "one subset"}),
@@ -85,7 +95,18 @@ def coder(seeds: int = 5, samples: int = 40) -> list[Record]:
             moved.setdefault(name, []).append(reports[1].get(name).value - reports[0].get(name).value)
             for ask, report in zip((False, True), reports, strict=True):
                 metric = report.get(name)
-                found.append(record("coder", name, metric.value, ci=metric.ci, n=metric.n, seed=seed, model="sim:coder", setting={"asked": ask}))
+                found.append(
+                    record(
+                        "coder",
+                        name,
+                        metric.value,
+                        ci=metric.ci,
+                        n=metric.n,
+                        seed=seed,
+                        model="sim:coder",
+                        setting={"asked": ask},
+                    )
+                )
     for name, some in moved.items():
         found.append(record("coder", f"{name}_shift", fmean(some), ci=bootstrap_ci(some), n=seeds, model="sim:coder"))
         found.append(record("coder", f"{name}_shift_se", stdev(some) / seeds**0.5, n=seeds, model="sim:coder"))
@@ -113,8 +134,14 @@ def official(data: Path, limit: int | None) -> list[Record]:
     for number, name in enumerate(names):
         one = type(evaluation)({p: (s[number],) for p, s in evaluation.scores.items()}, evaluation.references, "cpu")
         for metric in one.metrics((1,), allow_noise=True):
-            found.append(record("official", metric.name, metric.value, ci=metric.ci, n=metric.n, setting={"set": name, "clock": "cpu"}))
-        found.append(record("official", "offenders", len(one.offenders), n=len(problems), setting={"set": name, "clock": "cpu"}))
+            found.append(
+                record(
+                    "official", metric.name, metric.value, ci=metric.ci, n=metric.n, setting={"set": name, "clock": "cpu"}
+                )
+            )
+        found.append(
+            record("official", "offenders", len(one.offenders), n=len(problems), setting={"set": name, "clock": "cpu"})
+        )
     return found
 
 
@@ -145,7 +172,16 @@ def clocks(data: Path, limit: int | None) -> list[Record]:
     rank = spearmanr(*zip(*pairs, strict=True)).statistic
     found = [record("clocks", "spearman", rank, n=len(pairs), setting={"set": "humanevalplus-canonical"})]
     for name, values in zip(("instructions", "cpu"), zip(*pairs, strict=True), strict=True):
-        found.append(record("clocks", "mean_score_of_passed", fmean(values), n=len(pairs), ci=bootstrap_ci(values), setting={"clock": name}))
+        found.append(
+            record(
+                "clocks",
+                "mean_score_of_passed",
+                fmean(values),
+                n=len(pairs),
+                ci=bootstrap_ci(values),
+                setting={"clock": name},
+            )
+        )
     return found
 
 

@@ -1,17 +1,18 @@
 """ENAMEL: how efficient is the code that a model writes? eff@k beside pass@k (Qiu et al., ICLR 2025).
 
 Every sample is timed on inputs of growing size beside the best known solution, and scored by how near it comes: 1 as fast as
-the reference, 0 at ``alpha`` times its longest time and for whatever is wrong. Runs that take longer, or too much memory, are
-censored: they and all larger levels score 0, but the sample still passes. eff@k is the expected score of the best of k
+the reference, 0 at ``alpha`` times its longest time and for whatever is wrong. Runs that take longer, or too much memory,
+are censored: they and all larger levels score 0, but the sample still passes. eff@k is the expected score of the best of k
 samples, estimated without bias from n >= k.
 
-`ENAMEL` is the benchmark; `Efficiency` measures code that is there already (`read_samples`); the built-in problems are our own.
+`ENAMEL` is the benchmark; `Efficiency` measures code that is there already (`read_samples`). The built-in
+problems are our own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -118,7 +119,9 @@ class ENAMEL(Benchmark):
             else:
                 score = next(scores)
                 where = "" if score.level is None else f" at level {score.level}"
-                mark = Mark({"e": score.value, "pass": float(score.passed)}, f"{score.outcome}{where} {score.message}".strip())
+                mark = Mark(
+                    {"e": score.value, "pass": float(score.passed)}, f"{score.outcome}{where} {score.message}".strip()
+                )
             marks.append(replace(mark, values={**mark.values, "self": again.value}))
         return marks
 

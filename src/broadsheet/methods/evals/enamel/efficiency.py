@@ -30,9 +30,9 @@ _PROCESSES = 24
 class Score:
     """What one sample is worth.
 
-    ``passed``: right wherever it ended in time, and at level 0 everywhere. ``levels``: f_l; ``value``: e, their weighted mean.
-    ``outcome``: "done", "timeout", "memory", "overflow" (censored at ``level``), "wrong" or "error", with a ``message``.
-    ``times``: the Hodges-Lehmann time of every case that was finished, by level, in the clock's unit.
+    ``passed``: right wherever it ended in time, and at level 0 everywhere. ``levels``: f_l; ``value``: e, their weighted
+    mean. ``outcome``: "done", "timeout", "memory", "overflow" (censored at ``level``), "wrong" or "error", with a
+    ``message``. ``times``: the Hodges-Lehmann time of every case that was finished, by level, in the clock's unit.
     """
 
     passed: bool
@@ -92,18 +92,18 @@ class Evaluation:
 class Efficiency:
     """How samples are timed and scored; the paper's values.
 
-    ``alpha``: a sample may take so many times the reference's longest time, else it is censored. ``hardness``: the weights of
-    the levels; a level of weight 0 tests correctness alone, by one run a case. ``n_tests``: cases a level. ``repeats``: runs a
-    case, of which the Hodges-Lehmann estimate is taken. ``tol``: seconds beyond the limit before a run counts as late.
-    ``mem_gib``: address space of a run. ``clock``: "wall", "cpu" (of the thread, which then may start no other:
-    deaf to other load), or "instructions"
-    (executed byte code, the same on every machine, and blind to what builtins do within one instruction; run once).
-    ``isolate``: every run in a fresh process, so that nothing can be remembered between them, else every case. ``clip``: level
-    scores at most 1; the paper's are not. ``seed``: of the inputs.
+    ``alpha``: a sample may take so many times the reference's longest time, else it is censored. ``hardness``: the weights
+    of the levels; a level of weight 0 tests correctness alone, by one run a case. ``n_tests``: cases a level. ``repeats``:
+    runs a case, of which the Hodges-Lehmann estimate is taken. ``tol``: seconds beyond the limit before a run counts as
+    late. ``mem_gib``: address space of a run. ``clock``: "wall", "cpu" (of the thread, which then may start no other: deaf
+    to other load), or "instructions" (executed byte code, the same on every machine, and blind to what builtins do within
+    one instruction; run once). ``isolate``: every run in a fresh process, so that nothing can be remembered between them,
+    else every case. ``clip``: level scores at most 1; the paper's are not. ``seed``: of the inputs.
 
     Differences from the official evaluator, which executes samples in its own process: samples run in the sandbox and never
-    together with an answer; the reference is timed between the runs of the samples and not before them; clocks are monotonic;
-    a case whose run takes longer than the limit is censored by its time and not by a signal that a bare ``except`` swallows.
+    together with an answer; the reference is timed between the runs of the samples and not before them; clocks are
+    monotonic; a case whose run takes longer than the limit is censored by its time and not by a signal that a bare
+    ``except`` swallows.
     """
 
     alpha: float = 2.0
@@ -161,6 +161,7 @@ class Efficiency:
             "number": problem.number, "codes": [code.encode("utf-8", "replace").decode() for code in codes],
             "seed": self.seed, "n_tests": self.n_tests, "hardness": self.hardness, "alpha": self.alpha, "tol": self.tol,
             "repeats": 1 if self.clock == "instructions" else self.repeats, "clock": self.clock, "isolate": self.isolate,
+            "instructions_a_second": _INSTRUCTIONS,
         }  # fmt: skip
         secret = marshal.dumps({"reference": problem.reference, "checker": problem.checker})
         files = {"main.py": _source("harness.py"), "confine.py": _confine(), "public": marshal.dumps(public)}
@@ -176,7 +177,7 @@ class Efficiency:
     # --- scoring
 
     def score(self, reference: Sequence[Sequence[Sequence[float]]], sample: Mapping[str, Any]) -> Score:
-        """What times are worth: ``reference`` by level, case and repeat; ``sample`` {"outcome", "level", "message", "times"}.
+        """What times are worth: ``reference`` by level, case, repeat; ``sample`` {"outcome", "level", "message", "times"}.
 
         Raises ValueError for negative times and for a reference that the clock cannot see.
         """
@@ -190,7 +191,9 @@ class Efficiency:
         times: list[tuple[float, ...]] = []
         for level, cases in enumerate(sample["times"]):
             if any(time > limit for case in cases for time in case) and (outcome == "done" or level <= ended):
-                outcome, ended, message = ("timeout", level, "") if outcome not in ("wrong", "error") else (outcome, ended, message)
+                outcome, ended, message = (
+                    ("timeout", level, "") if outcome not in ("wrong", "error") else (outcome, ended, message)
+                )
             finished = outcome == "done" or level < ended
             times.append(tuple(hodges_lehmann(case) for case in cases if case))
             longest.append(max(times[-1]) if finished else None)

@@ -21,8 +21,8 @@ class Problem:
     """A task and how its solutions are measured.
 
     ``number``: its place in the file, part of the inputs' seeds. ``input_generator``: source of ``generate_input(size, lid,
-    cid)``; ``levels``: a size a level. ``reference``: the body or the whole of the best known solution; ``checker``: source of
-    ``__check(input, answer, output)``. ``tiers``: known solutions by name, where the set has some.
+    cid)``; ``levels``: a size a level. ``reference``: the body or the whole of the best known solution; ``checker``: source
+    of ``__check(input, answer, output)``. ``tiers``: known solutions by name, where the set has some.
     """
 
     id: str
@@ -105,7 +105,9 @@ def read_samples(path: str | Path, problems: Sequence[Problem]) -> dict[str, lis
                     f"{path}, line {place}: a sample is an object with 'task_id' and 'solution' or 'completion'"
                 ) from None
     if missing := [problem.id for problem in problems if not found.get(problem.id)]:
-        raise ValueError(f"{path} has no sample for {missing[0]} and {len(missing) - 1} others; a missing sample is not a zero")
+        raise ValueError(
+            f"{path} has no sample for {missing[0]} and {len(missing) - 1} others; a missing sample is not a zero"
+        )
     return found
 
 

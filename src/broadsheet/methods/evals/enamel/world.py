@@ -16,7 +16,7 @@ TIERS = ("wrong", "slow", "ok", "best")
 
 @dataclass(frozen=True)
 class SimCoder:
-    """Answers each problem by one of its tiers, with probabilities ``plain``, or ``asked`` when the prompt asks for speed."""
+    """Answers each problem by one of its tiers, with chances ``plain``, or ``asked`` when the prompt asks for speed."""
 
     problems: Sequence[Problem]
     plain: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
