@@ -3,8 +3,8 @@
     python benchmarks/enamel_study.py [--data ../shared/data/enamel] [--parts estimator,coder,official,clocks] [--limit N]
 
 ``official`` scores the two canonical sets by the CPU clock (deaf to other load), and the references beside them; ``clocks``
-scores one of them by executed instructions too, on the problems whose inputs are small enough to be traced, and gives the
-rank correlation; ``coder`` is SIMULATED. Each part's records replace those that it wrote before.
+scores one of them by executed instructions too and gives the rank correlation over the problems that pass by both; ``coder``
+is SIMULATED. Each part's records replace those that it wrote before. A case's runs share a process, as they do officially.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def estimator() -> list[Record]:
     ]
 
 
-def coder(seeds: int = 5, samples: int = 40) -> list[Record]:
+def coder(seeds: int = 20, samples: int = 40) -> list[Record]:
     """SIMULATED: asking for speed moves mass from slow and ok to best; the same known solutions by the instruction clock."""
     problems = builtin_problems()
     counted = Efficiency(clock="instructions")
@@ -126,11 +126,11 @@ def _progress(what: str):
 def official(data: Path, limit: int | None) -> list[Record]:
     """The canonical rows, all samples of a problem beside each other: [HumanEval, HumanEval+]."""
     problems = read_problems(data / "enamel.csv")[:limit]
-    names = ("humaneval-canonical", "humanevalplus-canonical", "enamel-references")
+    names = ("humaneval-canonical", "humanevalplus-canonical")
     sets = {name: read_samples_of(data / f"{name}.json", problems) for name in names}
     together = {problem.id: [sets[name][problem.id][0] for name in names] for problem in problems}
     found = []
-    evaluation = Efficiency(clock="cpu").evaluate(together, problems, _progress("official"))
+    evaluation = Efficiency(clock="cpu", isolate=False).evaluate(together, problems, _progress("official"))
     for number, name in enumerate(names):
         one = type(evaluation)({p: (s[number],) for p, s in evaluation.scores.items()}, evaluation.references, "cpu")
         for metric in one.metrics((1,), allow_noise=True):
@@ -162,7 +162,7 @@ def clocks(data: Path, limit: int | None) -> list[Record]:
         codes = samples[problem.id]
         try:
             counted, _ = Efficiency(clock="instructions").measure(problem, codes)
-            timed, _ = Efficiency(clock="cpu", repeats=2).measure(problem, codes)
+            timed, _ = Efficiency(clock="cpu", isolate=False).measure(problem, codes)
         except ValueError as error:
             print(error)
             continue

@@ -275,7 +275,7 @@ def test_check7_hostile_samples_neither_crash_nor_hang_nor_score():
     setting = Efficiency(n_tests=(1, 1, 1, 1), repeats=1, clock="wall", mem_gib=1.0, tol=0.01)
     scores, again = setting.measure(LOOP, list(HOSTILE.values()))
     assert {name: score.value for name, score in zip(HOSTILE, scores, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
-    assert not any(score.passed for score in scores)
+    assert {name for name, score in zip(HOSTILE, scores, strict=True) if score.passed} == set()
     assert again.passed
 
 
@@ -372,13 +372,12 @@ def test_check8_the_shift_of_a_simulated_coder_is_the_closed_form(monkeypatch):
     shift = reports[1].get("eff@1").value - reports[0].get("eff@1").value
     expected = fmean(expected_best(one, world.asked) - expected_best(one, world.plain) for one in values)
 
-    def error(name):
-        each = [stdev(m.values[name] for m in one.marks) ** 2 / n for report in reports for one in report.scored]
-        return math.sqrt(sum(each)) / len(problems)
-
-    assert expected > 4 * error("e")  # the test could fail
-    assert abs(shift - expected) < 2 * error("e")
-    assert abs(reports[1].get("pass@1").value - reports[0].get("pass@1").value) < 2 * error("pass")
+    pairs = [zip(*(one.marks for one in both), strict=True) for both in zip(*(r.scored for r in reports), strict=True)]
+    moved = [[asked.values["e"] - plain.values["e"] for plain, asked in some] for some in pairs]
+    error = math.sqrt(sum(stdev(some) ** 2 / n for some in moved)) / len(problems)
+    assert expected > 4 * error  # the test could fail
+    assert abs(shift - expected) < 2 * error
+    assert reports[1].get("pass@1").value == reports[0].get("pass@1").value
     best = fmean(expected_best(one, world.plain, 10) for one in values)
     assert reports[0].get("eff@10").value == pytest.approx(best, abs=0.02)
     assert reports[0].get("reference_self_score").value == 1

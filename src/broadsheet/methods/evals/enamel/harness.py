@@ -341,13 +341,13 @@ def accepted(check, given, answer, output):
 
 
 def judge():
+    confine.control("dumpable", 0)  # no process here may look into another
     with open("public", "rb") as file:
         job = marshal.load(file)
     problem, hardness, clock = job["problem"], job["hardness"], job["clock"]
     prompt, entry = problem["prompt"], problem["entry_point"]
     inputs = make_inputs(problem, job["seed"], job["number"], job["n_tests"])
     samples = [Starter(f"{prompt}\n{code}", entry, inputs, True, clock) for code in job["codes"]]
-    confine.control("dumpable", 0)  # no other process may look for what comes now
     secret = marshal.loads(sys.stdin.buffer.read())
     reference = Starter(f"{prompt}\n{secret['reference']}", entry, inputs, False, clock)
     again = Starter(f"{prompt}\n{secret['reference']}", entry, inputs, False, clock)
