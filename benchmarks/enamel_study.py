@@ -89,7 +89,7 @@ def coder(seeds: int = 20, samples: int = 40) -> list[Record]:
         reports = []
         for ask in (False, True):
             chat = Chat(SimulatedChat(SimCoder(problems), "sim:coder", seed))
-            bench = ENAMEL(epochs=samples, ks=(1, 10), clock="instructions", ask_for_speed=ask)
+            bench = ENAMEL(epochs=samples, ks=(1, 10), ask_for_speed=ask, efficiency=counted)
             reports.append(bench.evaluate(chat))
         for name in ("eff@1", "eff@10", "pass@1"):
             moved.setdefault(name, []).append(reports[1].get(name).value - reports[0].get(name).value)

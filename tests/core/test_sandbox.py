@@ -425,7 +425,13 @@ CPP = "#include <iostream>\n#include <vector>\nint main() { long x; std::cin >> 
 )
 def test_cpp_with_input(name, body, status, stdout):
     box = writing(name, processes=2)
-    verdict = run(CPP % body, language="cpp", stdin="21", seconds=1, sandbox=Sandbox(backend=box.backend, allow_unsafe=True))
+    verdict = run(
+        CPP % body,
+        language="cpp",
+        stdin="21",
+        seconds=1 if status == "timeout" else 20,
+        sandbox=Sandbox(backend=box.backend, allow_unsafe=True),
+    )
     assert (verdict.status, verdict.stdout) == (status, stdout), verdict
     if body == "return x":
         assert "error" in verdict.message

@@ -368,7 +368,7 @@ def test_check8_the_shift_of_a_simulated_coder_is_the_closed_form(monkeypatch):
     reports = []
     for ask in (False, True):
         chat = Chat(SimulatedChat(world, "sim:coder", seed=3))
-        reports.append(ENAMEL(epochs=n, ks=(1, 10), ask_for_speed=ask, **SMALL).evaluate(chat))
+        reports.append(ENAMEL(epochs=n, ks=(1, 10), ask_for_speed=ask, efficiency=Efficiency(**SMALL)).evaluate(chat))
     shift = reports[1].get("eff@1").value - reports[0].get("eff@1").value
     expected = fmean(expected_best(one, world.asked) - expected_best(one, world.plain) for one in values)
 
@@ -392,7 +392,7 @@ def test_replies_without_code_are_unparsed_and_cut_ones_truncated(monkeypatch):
         def reply(self, request, draw):
             return "No." if draw.uniform("no") < 0.5 else f"```python\ndef total(numbers):\n{LOOP.reference}```\n"
 
-    report = ENAMEL(epochs=12, **SMALL).evaluate(Chat(SimulatedChat(World(), "sim:x", seed=1)))
+    report = ENAMEL(epochs=12, efficiency=Efficiency(**SMALL)).evaluate(Chat(SimulatedChat(World(), "sim:x", seed=1)))
     assert set(report.outcomes) == {"scored", "unparsed"}
     assert report.get("pass@1").value == pytest.approx(report.outcomes["scored"] / 12)
     assert json.dumps(ENAMEL().parameters)
