@@ -32,6 +32,8 @@ from broadsheet.methods.evals.enamel import (
 )
 from broadsheet.methods.evals.enamel.world import SimCoder, expected_best
 
+#: Problems at once: CPU time and counts do not mind.
+WORKERS = 6
 RESULTS = Path(__file__).parent / "results" / "enamel_study.records.json"
 DATA = Path(os.environ.get("BROADSHEET_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "enamel"
 
@@ -130,7 +132,7 @@ def official(data: Path, limit: int | None) -> list[Record]:
     sets = {name: read_samples_of(data / f"{name}.json", problems) for name in names}
     together = {problem.id: [sets[name][problem.id][0] for name in names] for problem in problems}
     found = []
-    evaluation = Efficiency(clock="cpu", isolate=False).evaluate(together, problems, _progress("official"))
+    evaluation = Efficiency(clock="cpu", isolate=False).evaluate(together, problems, _progress("official"), WORKERS)
     for number, name in enumerate(names):
         one = type(evaluation)({p: (s[number],) for p, s in evaluation.scores.items()}, evaluation.references, "cpu")
         for metric in one.metrics((1,), allow_noise=True):
@@ -152,33 +154,26 @@ def read_samples_of(path: Path, problems) -> dict[str, list[str]]:
 
 
 def clocks(data: Path, limit: int | None) -> list[Record]:
-    """HumanEval+'s canonical solutions by CPU time and by executed instructions; problems that tracing makes too slow are
-    counted and left out."""
+    """HumanEval+'s canonical solutions by CPU time and by executed instructions, where they pass by both."""
     problems = read_problems(data / "enamel.csv")[:limit]
     samples = read_samples_of(data / "humanevalplus-canonical.json", problems)
-    pairs = []
-    done = _progress("clocks")
-    for number, problem in enumerate(problems, 1):
-        codes = samples[problem.id]
-        try:
-            counted, _ = Efficiency(clock="instructions").measure(problem, codes)
-            timed, _ = Efficiency(clock="cpu", isolate=False).measure(problem, codes)
-        except ValueError as error:
-            print(error)
-            continue
-        if counted[0].passed and timed[0].passed:
-            pairs.append((counted[0].value, timed[0].value))
-        done(number, len(problems))
+    values: dict[str, dict[str, float]] = {}
+    for clock in ("instructions", "cpu"):
+        scoring = Efficiency(clock=clock, isolate=False)
+        evaluation = scoring.evaluate(samples, problems, _progress(f"clocks, {clock}"), WORKERS)
+        values[clock] = {name: some[0].value for name, some in evaluation.scores.items() if some[0].passed}
+    both = [name for name in values["cpu"] if name in values["instructions"]]
+    pairs = [(values["instructions"][name], values["cpu"][name]) for name in both]
     rank = spearmanr(*zip(*pairs, strict=True)).statistic
     found = [record("clocks", "spearman", rank, n=len(pairs), setting={"set": "humanevalplus-canonical"})]
-    for name, values in zip(("instructions", "cpu"), zip(*pairs, strict=True), strict=True):
+    for name, some in zip(("instructions", "cpu"), zip(*pairs, strict=True), strict=True):
         found.append(
             record(
                 "clocks",
                 "mean_score_of_passed",
-                fmean(values),
+                fmean(some),
                 n=len(pairs),
-                ci=bootstrap_ci(values),
+                ci=bootstrap_ci(some),
                 setting={"clock": name},
             )
         )

@@ -121,6 +121,7 @@ def test_the_official_evaluators_numbers():
         (lambda: ENAMEL(path="/nowhere").samples(), "enamel.csv"),
         (lambda: Efficiency().evaluate({"broadsheet/99": ["x"]}, builtin_problems()), "no problem 'broadsheet/99'"),
         (lambda: Efficiency().evaluate({"broadsheet/0": []}, builtin_problems()), "not a zero"),
+        (lambda: Efficiency().evaluate({}, builtin_problems(), workers=2), "workers=1"),
         (lambda: SimCoder((), plain=(1.0, 1.0, 0.0, 0.0)), "add up to 1"),
     ],
 )
