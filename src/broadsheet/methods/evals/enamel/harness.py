@@ -127,22 +127,18 @@ def run_sample(source, entry, given, count, out, quiet, most):
     """In a process of its own: defines the sample, calls it ``count`` times, writes what came of it, and is gone. ``most``:
     how many instructions it may execute where these are counted, else 0."""
     wall, cpu, write, leave, pack = time.perf_counter, time.thread_time, os.write, os._exit, _TIMES.pack
-    dump, load, trace = marshal.dumps, marshal.loads, sys.settrace
-
-    def late():
-        send(_TOLD.pack(LATE, 0))
-        leave(0)
-
-    allowed: list[bool] = []
-    traced = most > 0
-    if traced:
-        _keep_tracing(allowed)
+    dump, load = marshal.dumps, marshal.loads
 
     def send(data):
         view = memoryview(data)
         while view:
             view = view[write(out, view) :]
 
+    def late():
+        send(_TOLD.pack(LATE, 0))
+        leave(0)
+
+    start, stop, executed = _counter(most, late) if most else (int, int, int)  # int() does nothing
     times, outputs = [], []
     try:
         for _ in range(count):
@@ -151,20 +147,15 @@ def run_sample(source, entry, given, count, out, quiet, most):
                 scope |= {"print": None, "input": None}  # the official evaluator's: a solution neither prints nor asks
             exec(compile(source, "<sample>", "exec"), scope)
             function, arguments = scope[entry], load(given)
-            executed = _counter(most, late)
             write(out, b"b")
-            if traced:
-                allowed.append(True)
-                trace(executed[0])
+            start()
             c0 = cpu()
             t0 = wall()
             output = function(*arguments)
             t1 = wall()
             c1 = cpu()
-            if traced:
-                allowed.append(True)
-                trace(None)
-            times.append(pack(t1 - t0, c1 - c0, executed[1]()))
+            stop()
+            times.append(pack(t1 - t0, c1 - c0, executed()))
             outputs.append(dump(output, 2))
     except MemoryError:
         outcome, message = MEMORY, b""
@@ -180,31 +171,60 @@ def run_sample(source, entry, given, count, out, quiet, most):
     leave(0)
 
 
-def _keep_tracing(allowed):
-    """Refuses a change of the trace function that was not allowed just before."""
+def _counter(most, late):
+    """(start, stop, how many byte-code instructions were executed in the last span); after ``most``: ``late()``.
 
-    def hook(event, arguments):
+    By `sys.monitoring` (Python 3.12), before that by the trace function. The sample can reach neither: one is taken away, and
+    a change of the other is refused.
+    """
+    executed = 0
+
+    def one(code, offset):
+        nonlocal executed
+        executed += 1
+        if executed > most:
+            late()
+
+    if sys.version_info >= (3, 12):
+        monitoring, mine = sys.monitoring, sys.monitoring.PROFILER_ID
+        del sys.monitoring
+        sys.modules.pop("sys.monitoring", None)
+        event, choose = monitoring.events.INSTRUCTION, monitoring.set_events
+        monitoring.use_tool_id(mine, "instructions")
+        monitoring.register_callback(mine, event, one)
+
+        def start():
+            nonlocal executed
+            executed = 0
+            choose(mine, event)
+
+        return start, lambda: choose(mine, 0), lambda: executed
+
+    allowed: list[bool] = []
+    settrace = sys.settrace
+
+    def keep(event, arguments):
         if event in ("sys.settrace", "sys.setprofile") and not (allowed and allowed.pop()):
             raise PermissionError(1, "a sample may not change how it is counted")
 
-    sys.addaudithook(hook)
-
-
-def _counter(most, late):
-    """(a trace function that counts executed byte-code instructions and calls ``late`` after ``most``, what it counted)."""
-    executed = 0
-
-    def count(frame, event, argument):
-        nonlocal executed
+    def trace(frame, event, argument):
         if event == "opcode":
-            executed += 1
-            if executed > most:
-                late()
+            one(None, None)
         elif event == "call":
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return count
+        return trace
 
-    return count, lambda: executed
+    def set_to(function):
+        allowed.append(True)
+        settrace(function)
+
+    def begin():
+        nonlocal executed
+        executed = 0
+        set_to(trace)
+
+    sys.addaudithook(keep)
+    return begin, lambda: set_to(None), lambda: executed
 
 
 class Starter:
