@@ -3,8 +3,8 @@
     python benchmarks/enamel_study.py [--data ../shared/data/enamel] [--parts estimator,coder,official,clocks] [--limit N]
 
 ``official`` scores the two canonical sets by the CPU clock (deaf to other load), and the references beside them; ``clocks``
-scores one of them by executed instructions too, on the problems whose inputs are small enough to be traced, and gives the rank
-correlation; ``coder`` is SIMULATED. Each part's records replace those that it wrote before.
+scores one of them by executed instructions too and gives the rank correlation over the problems that pass by both; ``coder``
+is SIMULATED. Each part's records replace those that it wrote before. A case's runs share a process, as they do officially.
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ from broadsheet.methods.evals.enamel import (
 )
 from broadsheet.methods.evals.enamel.world import SimCoder, expected_best
 
+#: Problems at once: CPU time and counts do not mind.
+WORKERS = 6
 RESULTS = Path(__file__).parent / "results" / "enamel_study.records.json"
 DATA = Path(os.environ.get("BROADSHEET_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "enamel"
 
 
 def record(part: str, metric: str, value: float, **more) -> Record:
     setting = {"part": part, **more.pop("setting", {})}
-    return Record("enamel", "enamel", "enamel-study", metric, float(value), setting=setting, time=now(), **provenance(), **more)
+    if more.get("ci") is not None:
+        more["ci"] = tuple(map(float, more["ci"]))
+    return Record(
+        "enamel", "enamel", "enamel-study", metric, float(value), setting=setting, time=now(), **provenance(), **more
+    )
 
 
 def estimator() -> list[Record]:
@@ -52,7 +58,13 @@ def estimator() -> list[Record]:
     truth = 1 - np.trapezoid((0.4 + 0.6 * y) ** k * 3 * y**2, y)
     error = stdev(ours) / draws**0.5
     return [
-        record("estimator", "bias", fmean(ours) - truth, ci=(fmean(ours) - truth - 1.96 * error, fmean(ours) - truth + 1.96 * error), n=draws),
+        record(
+            "estimator",
+            "bias",
+            fmean(ours) - truth,
+            ci=(fmean(ours) - truth - 1.96 * error, fmean(ours) - truth + 1.96 * error),
+            n=draws,
+        ),
         record("estimator", "bias_in_standard_errors", (fmean(ours) - truth) / error, n=draws),
         record("estimator", "deviation", stdev(ours), n=draws, setting={"of": "ours"}),
         record("estimator", "deviation", float(scores[:, :k].max(1).std(ddof=1)), n=draws, setting={"of": "one subset"}),
@@ -60,7 +72,7 @@ def estimator() -> list[Record]:
     ]
 
 
-def coder(seeds: int = 5, samples: int = 40) -> list[Record]:
+def coder(seeds: int = 20, samples: int = 40) -> list[Record]:
     """SIMULATED: asking for speed moves mass from slow and ok to best; the same known solutions by the instruction clock."""
     problems = builtin_problems()
     counted = Efficiency(clock="instructions")
@@ -79,13 +91,24 @@ def coder(seeds: int = 5, samples: int = 40) -> list[Record]:
         reports = []
         for ask in (False, True):
             chat = Chat(SimulatedChat(SimCoder(problems), "sim:coder", seed))
-            bench = ENAMEL(epochs=samples, ks=(1, 10), clock="instructions", ask_for_speed=ask)
+            bench = ENAMEL(epochs=samples, ks=(1, 10), ask_for_speed=ask, efficiency=counted)
             reports.append(bench.evaluate(chat))
         for name in ("eff@1", "eff@10", "pass@1"):
             moved.setdefault(name, []).append(reports[1].get(name).value - reports[0].get(name).value)
             for ask, report in zip((False, True), reports, strict=True):
                 metric = report.get(name)
-                found.append(record("coder", name, metric.value, ci=metric.ci, n=metric.n, seed=seed, model="sim:coder", setting={"asked": ask}))
+                found.append(
+                    record(
+                        "coder",
+                        name,
+                        metric.value,
+                        ci=metric.ci,
+                        n=metric.n,
+                        seed=seed,
+                        model="sim:coder",
+                        setting={"asked": ask},
+                    )
+                )
     for name, some in moved.items():
         found.append(record("coder", f"{name}_shift", fmean(some), ci=bootstrap_ci(some), n=seeds, model="sim:coder"))
         found.append(record("coder", f"{name}_shift_se", stdev(some) / seeds**0.5, n=seeds, model="sim:coder"))
@@ -105,16 +128,22 @@ def _progress(what: str):
 def official(data: Path, limit: int | None) -> list[Record]:
     """The canonical rows, all samples of a problem beside each other: [HumanEval, HumanEval+]."""
     problems = read_problems(data / "enamel.csv")[:limit]
-    names = ("humaneval-canonical", "humanevalplus-canonical", "enamel-references")
+    names = ("humaneval-canonical", "humanevalplus-canonical")
     sets = {name: read_samples_of(data / f"{name}.json", problems) for name in names}
     together = {problem.id: [sets[name][problem.id][0] for name in names] for problem in problems}
     found = []
-    evaluation = Efficiency(clock="cpu").evaluate(together, problems, _progress("official"))
+    evaluation = Efficiency(clock="cpu", isolate=False).evaluate(together, problems, _progress("official"), WORKERS)
     for number, name in enumerate(names):
         one = type(evaluation)({p: (s[number],) for p, s in evaluation.scores.items()}, evaluation.references, "cpu")
         for metric in one.metrics((1,), allow_noise=True):
-            found.append(record("official", metric.name, metric.value, ci=metric.ci, n=metric.n, setting={"set": name, "clock": "cpu"}))
-        found.append(record("official", "offenders", len(one.offenders), n=len(problems), setting={"set": name, "clock": "cpu"}))
+            found.append(
+                record(
+                    "official", metric.name, metric.value, ci=metric.ci, n=metric.n, setting={"set": name, "clock": "cpu"}
+                )
+            )
+        found.append(
+            record("official", "offenders", len(one.offenders), n=len(problems), setting={"set": name, "clock": "cpu"})
+        )
     return found
 
 
@@ -125,27 +154,29 @@ def read_samples_of(path: Path, problems) -> dict[str, list[str]]:
 
 
 def clocks(data: Path, limit: int | None) -> list[Record]:
-    """HumanEval+'s canonical solutions by CPU time and by executed instructions; problems that tracing makes too slow are
-    counted and left out."""
+    """HumanEval+'s canonical solutions by CPU time and by executed instructions, where they pass by both."""
     problems = read_problems(data / "enamel.csv")[:limit]
     samples = read_samples_of(data / "humanevalplus-canonical.json", problems)
-    pairs = []
-    done = _progress("clocks")
-    for number, problem in enumerate(problems, 1):
-        codes = samples[problem.id]
-        try:
-            counted, _ = Efficiency(clock="instructions").measure(problem, codes)
-            timed, _ = Efficiency(clock="cpu", repeats=2).measure(problem, codes)
-        except ValueError as error:
-            print(error)
-            continue
-        if counted[0].passed and timed[0].passed:
-            pairs.append((counted[0].value, timed[0].value))
-        done(number, len(problems))
+    values: dict[str, dict[str, float]] = {}
+    for clock in ("instructions", "cpu"):
+        scoring = Efficiency(clock=clock, isolate=False)
+        evaluation = scoring.evaluate(samples, problems, _progress(f"clocks, {clock}"), WORKERS)
+        values[clock] = {name: some[0].value for name, some in evaluation.scores.items() if some[0].passed}
+    both = [name for name in values["cpu"] if name in values["instructions"]]
+    pairs = [(values["instructions"][name], values["cpu"][name]) for name in both]
     rank = spearmanr(*zip(*pairs, strict=True)).statistic
     found = [record("clocks", "spearman", rank, n=len(pairs), setting={"set": "humanevalplus-canonical"})]
-    for name, values in zip(("instructions", "cpu"), zip(*pairs, strict=True), strict=True):
-        found.append(record("clocks", "mean_score_of_passed", fmean(values), n=len(pairs), ci=bootstrap_ci(values), setting={"clock": name}))
+    for name, some in zip(("instructions", "cpu"), zip(*pairs, strict=True), strict=True):
+        found.append(
+            record(
+                "clocks",
+                "mean_score_of_passed",
+                fmean(some),
+                n=len(pairs),
+                ci=bootstrap_ci(some),
+                setting={"clock": name},
+            )
+        )
     return found
 
 

@@ -273,10 +273,9 @@ def test_acceptance_2_children_die_too(name, script, status):
     if name == "rlimits":
         pytest.skip("nothing but limits")
     box = writing(name, processes=12)
-    start = time.monotonic()
     verdict = box.run({"run.sh": script}, ["sh", "./run.sh", MARK], timeout=1)
     assert verdict.status in (status if isinstance(status, set) else {status}), verdict
-    assert time.monotonic() - start < 3
+    assert verdict.wall_s < 1 + 2
     for _ in range(20):
         if not left_behind():
             break
@@ -425,7 +424,13 @@ CPP = "#include <iostream>\n#include <vector>\nint main() { long x; std::cin >> 
 )
 def test_cpp_with_input(name, body, status, stdout):
     box = writing(name, processes=2)
-    verdict = run(CPP % body, language="cpp", stdin="21", seconds=1, sandbox=Sandbox(backend=box.backend, allow_unsafe=True))
+    verdict = run(
+        CPP % body,
+        language="cpp",
+        stdin="21",
+        seconds=1 if status == "timeout" else 20,
+        sandbox=Sandbox(backend=box.backend, allow_unsafe=True),
+    )
     assert (verdict.status, verdict.stdout) == (status, stdout), verdict
     if body == "return x":
         assert "error" in verdict.message

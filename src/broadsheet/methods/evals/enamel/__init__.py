@@ -1,20 +1,21 @@
 """ENAMEL: how efficient is the code that a model writes? eff@k beside pass@k (Qiu et al., ICLR 2025).
 
 Every sample is timed on inputs of growing size beside the best known solution, and scored by how near it comes: 1 as fast as
-the reference, 0 at ``alpha`` times its longest time and for whatever is wrong. Runs that take longer, or too much memory, are
-censored: they and all larger levels score 0, but the sample still passes. eff@k is the expected score of the best of k
+the reference, 0 at ``alpha`` times its longest time and for whatever is wrong. Runs that take longer, or too much memory,
+are censored: they and all larger levels score 0, but the sample still passes. eff@k is the expected score of the best of k
 samples, estimated without bias from n >= k.
 
-`ENAMEL` is the benchmark; `Efficiency` measures code that is there already (`read_samples`); the built-in problems are our own.
+`ENAMEL` is the benchmark; `Efficiency` measures code that is there already (`read_samples`). The built-in
+problems are our own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from broadsheet.core.chat import Chat, Choice
 from broadsheet.core.chat.client import here, in_order
@@ -40,7 +41,7 @@ class ENAMEL(Benchmark):
 
     ``path``: the official ``enamel.csv`` (142 of its problems count), "" for the ten built-in problems. ``ks``: for which k.
     ``ask_for_speed``: whether the prompt asks for efficiency. ``temperature``: 0 with one sample, as the paper, else 0.8.
-    ``allow_noise``: report even if the references score below 0.9 against themselves. The other fields are `Efficiency`'s.
+    ``allow_noise``: report even if the references score below 0.9 against themselves. ``efficiency``: how it is measured.
     Raises ValueError for settings and files that cannot be meant.
     """
 
@@ -53,26 +54,11 @@ class ENAMEL(Benchmark):
     ask_for_speed: bool = False
     temperature: float | None = None
     allow_noise: bool = False
-    alpha: float = 2.0
-    hardness: tuple[float, ...] = (0.0, 3.0, 3.0, 4.0)
-    n_tests: tuple[int, ...] = (8, 4, 4, 4)
-    repeats: int = 6
-    tol: float = 0.01
-    mem_gib: float = 4.0
-    clock: Literal["wall", "cpu", "instructions"] = "wall"
-    isolate: bool = True
-    clip: bool = False
-    seed: int = 998244353
+    efficiency: Efficiency = field(default_factory=Efficiency)
 
     def __post_init__(self) -> None:
         if not self.ks or not all(1 <= k <= self.epochs for k in self.ks):
             raise ValueError(f"the best of k needs k of 1 to epochs={self.epochs} samples, got ks={self.ks}")
-        _ = self.efficiency
-
-    @cached_property
-    def efficiency(self) -> Efficiency:
-        """How samples are measured."""
-        return Efficiency(**{name: getattr(self, name) for name in Efficiency.__dataclass_fields__})
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
@@ -80,7 +66,7 @@ class ENAMEL(Benchmark):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name not in ("efficiency", "problems")}
+        return asdict(self)
 
     def samples(self) -> Sequence[Sample]:
         warmth = self.temperature if self.temperature is not None else 0.0 if self.epochs == 1 else 0.8
@@ -153,6 +139,6 @@ class ENAMEL(Benchmark):
         found = Evaluation(
             {one.sample.id: tuple(map(score, one.marks)) for one in scored},
             {one.sample.id: Score(True, one.marks[0].values["self"], ()) for one in scored},
-            self.clock,
+            self.efficiency.clock,
         )
         return found.metrics(self.ks, self.allow_noise)

@@ -1,4 +1,4 @@
-"""Ten problems of our own, so that the benchmark runs after install: each with its prompt, inputs of growing size, a checker,
+"""Ten problems of our own, so that the benchmark runs after install: each with a prompt, inputs of growing size, a checker,
 and solutions of four tiers: ``wrong``, ``slow`` (by one power of the size), ``ok`` and ``best``, which is the reference."""
 
 from __future__ import annotations

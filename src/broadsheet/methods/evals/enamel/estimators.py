@@ -1,4 +1,4 @@
-"""eff@k, pass@k, the Hodges-Lehmann time, and what given times are worth: pure functions, after the paper's Sections 2 and 3."""
+"""eff@k, pass@k, the Hodges-Lehmann time, and what given times are worth; after the paper's Sections 2 and 3."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def hodges_lehmann(times: Sequence[float]) -> float:
 def level_scores(
     levels: Sequence[float | None], reference: Sequence[float], hardness: Sequence[float], alpha: float = 2.0
 ) -> list[float]:
-    """f_l = max(0, T - t_l) / (T - t*_l), T = alpha max t*_l over the levels that count; 0 for levels that were not finished.
+    """f_l = max(0, T - t_l) / (T - t*_l), T = alpha max t*_l over the levels that count; 0 where it did not finish.
 
     ``levels``: the sample's longest time at each level, None from the level on that it did not finish. ``reference``: the
     reference's. A sample that is faster than the reference scores more than 1.

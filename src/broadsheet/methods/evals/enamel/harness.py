@@ -1,7 +1,7 @@
 """What runs in the sandbox: times the samples of one problem beside its reference, every run in a fresh process.
 
-The first process (the *judge*) makes the inputs, forks a *starter* for each sample, and only then reads the reference and the
-checker from its standard input, so that no process that runs a sample has ever held the answers. For every run a starter
+The first process (the *judge*) makes the inputs, forks a *starter* for each sample, and only then reads the reference and
+the checker from its standard input, so that no process that runs a sample has ever held the answers. For every run a starter
 forks a process that takes the strictest filter, defines the sample, and times one call with clocks taken beforehand. Outputs
 come back as bytes, which a further process of the judge's compares with the answer; none of them is ever unpickled. At the
 end the judge prints all times as one line of JSON.
@@ -31,7 +31,7 @@ for _name in ("bisect", "collections", "copy", "decimal", "fractions", "functool
 #: how a run ended
 DONE, MEMORY, OVERFLOW, RAISED, LATE, DIED = b"o", b"m", b"v", b"x", b"t", b"d"
 _SETUP_SECONDS, _MOST_OUTPUT = 10.0, 1 << 28
-_ASK, _TOLD = struct.Struct(">IId"), struct.Struct(">cI")
+_ASK, _TOLD = struct.Struct(">IIdQ"), struct.Struct(">cI")
 _TIMES = struct.Struct(">ddQ")
 
 # --- what the official input generators call ------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ GENERATING = {
 
 def make_inputs(problem, seed, number, n_tests):
     """Every case's arguments as bytes, by level; the seed of a case is seed ^ problem ^ (seed of its place)."""
-    scope = dict(GENERATING)
+    scope: dict = dict(GENERATING)
     exec(problem["prompt"] + "\n" + problem["input_generator"], scope)
     levels, place = [], 0
     for level, (size, tests) in enumerate(zip(problem["levels"], n_tests)):
@@ -123,41 +123,39 @@ def make_inputs(problem, seed, number, n_tests):
 # --- a run ----------------------------------------------------------------------------------------------------------------
 
 
-def run_sample(source, entry, given, count, out, quiet, traced):
-    """In a process of its own: defines the sample, calls it ``count`` times, writes what came of it, and is gone."""
+def run_sample(source, entry, given, count, out, quiet, most):
+    """In a process of its own: defines the sample, calls it ``count`` times, writes what came of it, and is gone. ``most``:
+    how many instructions it may execute where these are counted, else 0."""
     wall, cpu, write, leave, pack = time.perf_counter, time.thread_time, os.write, os._exit, _TIMES.pack
-    dump, load, trace = marshal.dumps, marshal.loads, sys.settrace
-    allowed = []
-    if traced:
-        _keep_tracing(allowed)
+    dump, load = marshal.dumps, marshal.loads
 
     def send(data):
         view = memoryview(data)
         while view:
             view = view[write(out, view) :]
 
+    def late():
+        send(_TOLD.pack(LATE, 0))
+        leave(0)
+
+    start, stop, executed = _counter(most, late) if most else (int, int, int)  # int() does nothing
     times, outputs = [], []
     try:
         for _ in range(count):
-            scope = {"__name__": "sample", "time": time}
+            scope: dict = {"__name__": "sample", "time": time}
             if quiet:
                 scope |= {"print": None, "input": None}  # the official evaluator's: a solution neither prints nor asks
             exec(compile(source, "<sample>", "exec"), scope)
             function, arguments = scope[entry], load(given)
-            executed = _counter()
             write(out, b"b")
-            if traced:
-                allowed.append(True)
-                trace(executed[0])
+            start()
             c0 = cpu()
             t0 = wall()
             output = function(*arguments)
             t1 = wall()
             c1 = cpu()
-            if traced:
-                allowed.append(True)
-                trace(None)
-            times.append(pack(t1 - t0, c1 - c0, executed[1]()))
+            stop()
+            times.append(pack(t1 - t0, c1 - c0, executed()))
             outputs.append(dump(output, 2))
     except MemoryError:
         outcome, message = MEMORY, b""
@@ -167,37 +165,66 @@ def run_sample(source, entry, given, count, out, quiet, traced):
         outcome, message = RAISED, f"{type(error).__name__}: {error}"[:200].encode("utf-8", "replace")
     else:
         outcome, message = DONE, b""
-    if outcome == DONE:
-        body = b"".join(times) + b"".join(struct.pack(">Q", len(one)) + one for one in outputs)
-    else:
-        body = message
+    lengths = b"".join(struct.pack(">Q", len(one)) + one for one in outputs)
+    body = b"".join(times) + lengths if outcome == DONE else message
     send(_TOLD.pack(outcome, len(body)) + body)
     leave(0)
 
 
-def _keep_tracing(allowed):
-    """Refuses a change of the trace function that was not allowed just before."""
+def _counter(most, late):
+    """(start, stop, how many byte-code instructions were executed in the last span); after ``most``: ``late()``.
 
-    def hook(event, arguments):
+    By `sys.monitoring` (Python 3.12), before that by the trace function. The sample can reach neither: one is taken away, and
+    a change of the other is refused.
+    """
+    executed = 0
+
+    def one(code, offset):
+        nonlocal executed
+        executed += 1
+        if executed > most:
+            late()
+
+    if sys.version_info >= (3, 12):
+        monitoring, mine = sys.monitoring, sys.monitoring.PROFILER_ID
+        del sys.monitoring
+        sys.modules.pop("sys.monitoring", None)
+        event, choose = monitoring.events.INSTRUCTION, monitoring.set_events
+        monitoring.use_tool_id(mine, "instructions")
+        monitoring.register_callback(mine, event, one)
+
+        def start():
+            nonlocal executed
+            executed = 0
+            choose(mine, event)
+
+        return start, lambda: choose(mine, 0), lambda: executed
+
+    allowed: list[bool] = []
+    settrace = sys.settrace
+
+    def keep(event, arguments):
         if event in ("sys.settrace", "sys.setprofile") and not (allowed and allowed.pop()):
             raise PermissionError(1, "a sample may not change how it is counted")
 
-    sys.addaudithook(hook)
-
-
-def _counter():
-    """(a trace function that counts executed byte-code instructions, what it counted)."""
-    executed = 0
-
-    def count(frame, event, argument):
-        nonlocal executed
+    def trace(frame, event, argument):
         if event == "opcode":
-            executed += 1
+            one(None, None)
         elif event == "call":
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return count
+        return trace
 
-    return count, lambda: executed
+    def set_to(function):
+        allowed.append(True)
+        settrace(function)
+
+    def begin():
+        nonlocal executed
+        executed = 0
+        set_to(trace)
+
+    sys.addaudithook(keep)
+    return begin, lambda: set_to(None), lambda: executed
 
 
 class Starter:
@@ -213,9 +240,9 @@ class Starter:
         os.close(command)
         os.close(result)
 
-    def run(self, case, count, seconds):
+    def run(self, case, count, seconds, most):
         """(how it ended, its times, its outputs as bytes or the message)."""
-        os.write(self.command, _ASK.pack(case, count, seconds))
+        os.write(self.command, _ASK.pack(case, count, seconds, most))
         kind, size = _TOLD.unpack(_exactly(self.result, _TOLD.size))
         body = _exactly(self.result, size)
         if kind != DONE:
@@ -237,13 +264,13 @@ class Starter:
 
 
 def _only(*kept):
-    """Closes every file but these; standard ones read as empty and take nothing, Python's keep what is printed to themselves."""
+    """Closes every file but these; standard ones are empty and take nothing; Python's keep what is printed."""
     low = 0
     for handle in sorted(kept):
         os.closerange(low, handle)
         low = handle + 1
     os.closerange(low, 4096)
-    for handle in range(3):
+    for _ in range(3):
         os.open("/dev/null", os.O_RDONLY)
     sys.stdin, sys.stdout, sys.stderr = io.StringIO(), io.StringIO(), io.StringIO()
 
@@ -255,14 +282,14 @@ def _serve(command, result, source, entry, inputs, quiet, clock):
     gc.freeze()
     gc.disable()  # while a run is timed, as in the official evaluator
     while asked := os.read(command, _ASK.size):
-        case, count, seconds = _ASK.unpack(asked)
+        case, count, seconds, most = _ASK.unpack(asked)
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             for handle in (command, result, reading):
                 os.close(handle)
             confine.confine(threads=clock == "wall")  # another thread's work would not be counted
-            run_sample(source, entry, given[case], count, writing, quiet, clock == "instructions")
+            run_sample(source, entry, given[case], count, writing, quiet, most)
         os.close(writing)
         told = _hear(reading, count, seconds)
         os.close(reading)
@@ -294,7 +321,7 @@ def _hear(reading, count, seconds):
             return _TOLD.pack(MEMORY, 0)
     if len(told) >= _TOLD.size:
         kind, size = _TOLD.unpack_from(told)
-        if len(told) == _TOLD.size + size and kind in (DONE, MEMORY, OVERFLOW, RAISED):
+        if len(told) == _TOLD.size + size and kind in (DONE, MEMORY, OVERFLOW, RAISED, LATE):
             return bytes(told)
     return _TOLD.pack(DIED, 0)
 
@@ -309,7 +336,7 @@ def _exactly(handle, size):
     return bytes(data)
 
 
-# --- the judge --------------------------------------------------------------------------------------------------------------
+# --- the judge -------------------------------------------------------------------------------------------------------------
 
 
 def accepted(check, given, answer, output):
@@ -334,48 +361,50 @@ def accepted(check, given, answer, output):
 
 
 def judge():
+    confine.control("dumpable", 0)  # no process here may look into another
     with open("public", "rb") as file:
         job = marshal.load(file)
     problem, hardness, clock = job["problem"], job["hardness"], job["clock"]
     prompt, entry = problem["prompt"], problem["entry_point"]
     inputs = make_inputs(problem, job["seed"], job["number"], job["n_tests"])
     samples = [Starter(f"{prompt}\n{code}", entry, inputs, True, clock) for code in job["codes"]]
-    confine.control("dumpable", 0)  # no other process may look for what comes now
     secret = marshal.loads(sys.stdin.buffer.read())
     reference = Starter(f"{prompt}\n{secret['reference']}", entry, inputs, False, clock)
     again = Starter(f"{prompt}\n{secret['reference']}", entry, inputs, False, clock)
-    scope = {}
+    scope: dict = {}
     exec(f"{prompt}\n    pass\n{secret['checker']}", scope)
     check = scope["__check"]
 
     # A first round gives the answers, warms up, and says for how long samples may run.
     which = {"wall": 0, "cpu": 1, "instructions": 2}[clock]
-    answers, longest = {}, 0.0
+    answers, longest, counted = {}, 0.0, 0
+    unlimited = 1 << 62 if clock == "instructions" else 0
     places = [(level, case) for level, cases in enumerate(inputs) for case in range(len(cases))]
     for number, (level, _) in enumerate(places):
-        kind, times, outputs = reference.run(number, 1, 60.0)
+        kind, times, outputs = reference.run(number, 1, 60.0, unlimited)
         if kind != DONE:
             raise SystemExit(f"the reference failed at level {level}: {kind.decode()} {outputs}")
         answers[number] = outputs[0]
         if hardness[level]:
-            longest = max(longest, times[0][0])
+            longest, counted = max(longest, times[0][0]), max(counted, times[0][2])
     # By the wall clock a run is cut a little after its limit; by another clock load must not cut it.
     patience = 1.25 * job["alpha"] * longest + job["tol"] + 0.05
     if clock != "wall":
         patience = 4 * patience + 1.0
+    most = unlimited and int(job["alpha"] * counted + job["tol"] * job["instructions_a_second"]) + 1
 
-    base = [[[] for _ in cases] for cases in inputs]
+    base: list = [[[] for _ in cases] for cases in inputs]
     runners = [again, *samples]
-    found = [{"outcome": "done", "level": len(inputs), "message": "", "times": []} for _ in runners]
+    found: list[dict] = [{"outcome": "done", "level": len(inputs), "message": "", "times": []} for _ in runners]
     for one in found:
         one["times"] = [[[] for _ in cases] for cases in inputs]
-    agreed = [{} for _ in runners]
+    agreed: list[dict] = [{} for _ in runners]
     for number, (level, case) in enumerate(places):
         repeats = job["repeats"] if hardness[level] else 1
         batch = 1 if job["isolate"] else repeats
         for _ in range(repeats // batch):
             if hardness[level]:
-                kind, times, outputs = reference.run(number, batch, 60.0)
+                kind, times, outputs = reference.run(number, batch, 60.0, unlimited)
                 if kind != DONE:
                     raise SystemExit(f"the reference failed at level {level}: {kind.decode()} {outputs}")
                 base[level][case] += [one[which] for one in times]
@@ -383,7 +412,7 @@ def judge():
                 one = found[index]
                 if one["outcome"] != "done":
                     continue
-                kind, times, outputs = runner.run(number, batch, patience * batch)
+                kind, times, outputs = runner.run(number, batch, patience * batch, most)
                 if kind != DONE:
                     name = {MEMORY: "memory", OVERFLOW: "overflow", LATE: "timeout"}.get(kind, "error")
                     one.update(outcome=name, level=level, message=outputs or "")

@@ -21,8 +21,8 @@ class Problem:
     """A task and how its solutions are measured.
 
     ``number``: its place in the file, part of the inputs' seeds. ``input_generator``: source of ``generate_input(size, lid,
-    cid)``; ``levels``: a size a level. ``reference``: the body or the whole of the best known solution; ``checker``: source of
-    ``__check(input, answer, output)``. ``tiers``: known solutions by name, where the set has some.
+    cid)``; ``levels``: a size a level. ``reference``: the body or the whole of the best known solution; ``checker``: source
+    of ``__check(input, answer, output)``. ``tiers``: known solutions by name, where the set has some.
     """
 
     id: str

@@ -16,7 +16,10 @@ TIERS = ("wrong", "slow", "ok", "best")
 
 @dataclass(frozen=True)
 class SimCoder:
-    """Answers each problem by one of its tiers, with probabilities ``plain``, or ``asked`` when the prompt asks for speed."""
+    """Answers each problem by one of its tiers, with chances ``plain``, or ``asked`` when the prompt asks for speed.
+
+    Sample n of a problem draws the same number under both prompts, so that equal chances of ``wrong`` are the same answers.
+    """
 
     problems: Sequence[Problem]
     plain: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
@@ -30,7 +33,10 @@ class SimCoder:
     def reply(self, request: Request, draw: Draw) -> str:
         text = str(request.messages[-1]["content"])  # type: ignore[index]
         problem = next(one for one in self.problems if one.prompt in text)
-        where, chances = draw.uniform("tier"), self.asked if _FAST in text else self.plain
+        paired = Draw(
+            "\0".join([*draw.key.split("\0", 3)[:3], problem.id])
+        )  # the model, its seed, the sample; not the words
+        where, chances = paired.uniform("tier"), self.asked if _FAST in text else self.plain
         tier = next((t for t, end in zip(TIERS, _sums(chances), strict=True) if where < end), TIERS[-1])
         return f"Here it is.\n\n```python\n{dict(problem.tiers)[tier]}```\n"
 
