@@ -117,9 +117,9 @@ def test_vague_refinement_and_omissions_in_the_chain():
 @pytest.mark.parametrize("critic", ["strong", "weak", "coin"])
 def test_check1_engine_and_chain_agree_in_short(critic):
     rates = Rates(4, *CRITICS[critic])
-    requests, answers = solved(rates, 300)
+    requests, answers = solved(rates, 160)
     for rounds in (1, 3, 10):
-        assert near(shares(requests, answers, rounds)[0], rates.decrim(rounds).instruction, 300)
+        assert near(shares(requests, answers, rounds)[0], rates.decrim(rounds).instruction, 160)
 
 
 @pytest.mark.slow
@@ -204,11 +204,11 @@ def test_check3_the_gain_grows_with_recall_and_a_coin_harms():
     assert spearmanr(recalls, exact).statistic == pytest.approx(1)
     found = []
     for recall in recalls:
-        requests, answers = solved(Rates(4, recall, 0.1), 250)
+        requests, answers = solved(Rates(4, recall, 0.1), 130)
         found.append(shares(requests, answers)[0])
     assert spearmanr(recalls, found).statistic == pytest.approx(1)
     coin = Rates(4, *CRITICS["coin"])
-    requests, answers = solved(coin, 250)
+    requests, answers = solved(coin, 130)
     assert shares(requests, answers)[0] < shares(requests, answers, 0)[0]
     assert coin.gain(10) < -0.1
 
@@ -248,10 +248,10 @@ def test_check6_engine_against_best_of_n(constraints, critic, least, most):
 
 def test_check6_vague_refinement_harms():
     rates = Rates(4, *CRITICS["weak"])
-    requests, vague = solved(rates, 200, SelfRefine())
+    requests, vague = solved(rates, 100, SelfRefine())
     assert {a.generations for a in vague} == {11}
-    assert near(shares(requests, vague)[0], rates.vague(10).instruction, 200)
-    _, ours = solved(rates, 200)
+    assert near(shares(requests, vague)[0], rates.vague(10).instruction, 100)
+    _, ours = solved(rates, 100)
     assert shares(requests, ours)[0] - shares(requests, vague)[0] >= 0.2
 
 
@@ -486,19 +486,19 @@ def ifeval():
     folder = Path(os.environ.get("BROADSHEET_SHARED", Path(__file__).parents[4] / "shared")) / "data" / "ifeval"
     if not folder.exists():
         pytest.skip("IFEval's prompts are not here; set BROADSHEET_SHARED")
-    return prompts(load_ifeval(folder)[:150:2])
+    return prompts(load_ifeval(folder)[:80:2])
 
 
 def test_ifeval_answers_have_the_state_that_they_are_written_for(ifeval):
-    assert len(ifeval) > 50
+    assert len(ifeval) > 25
     for prompt in ifeval:
         for state in prompt.texts:
             assert prompt.state(prompt.write(state, Draw("x"))) == state
 
 
-def test_on_ifeval_an_oracle_mends_nearly_all_and_a_coin_harms(ifeval):
+def test_on_ifeval_an_oracle_mends_nearly_all_and_an_inverted_critic_harms(ifeval):
     right = {}
-    for name, rates in (("oracle", (1.0, 0.0)), ("coin", (0.5, 0.5))):
+    for name, rates in (("oracle", (1.0, 0.0)), ("inverted", (0.1, 0.6))):
         chat = Chat(SimulatedChat(SimWriter(ifeval), "sim:writer"))
 
         async def one(prompt, rates=rates, chat=chat):
@@ -508,4 +508,4 @@ def test_on_ifeval_an_oracle_mends_nearly_all_and_a_coin_harms(ifeval):
         answers = chat.map(one, ifeval)
         right[name] = statistics.fmean(all(p.state(a.text)) for p, a in zip(ifeval, answers, strict=True))
         right["one answer"] = statistics.fmean(all(p.state(a.rounds[0].text)) for p, a in zip(ifeval, answers, strict=True))
-    assert right["oracle"] > 0.95 > 0.85 > right["one answer"] > right["coin"]
+    assert right["oracle"] > 0.95 > 0.85 > right["one answer"] > right["inverted"] + 0.1

@@ -315,10 +315,10 @@ def shares(constraints, lock, fix, negatives, seed=0, vote=0.85):
 
 
 def test_check5_first_row_in_short():
-    """At 150 negatives, within 3 standard errors and the prototype's own rounding."""
-    for (share, calls, _), (expected, mean_calls) in zip(shares(8, 0.0, 0.6, 150), TABLE[8, 0.0, 0.6], strict=True):
-        assert abs(share - expected) < 3 * (expected * (1 - expected) / 150) ** 0.5 + 0.01
-        assert abs(calls - mean_calls) < 1.2
+    """At 100 negatives, within 3 standard errors and the prototype's own rounding."""
+    for (share, calls, _), (expected, mean_calls) in zip(shares(8, 0.0, 0.6, 100), TABLE[8, 0.0, 0.6], strict=True):
+        assert abs(share - expected) < 3 * (expected * (1 - expected) / 100) ** 0.5 + 0.01
+        assert abs(calls - mean_calls) < 1.5
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_check5_table(row):
 
 def test_acceptance_by_a_weak_judge_is_often_wrong():
     """At a vote accuracy of .75 a fifth or so of what is accepted is wrong, whatever the policy."""
-    for _, _, precision in shares(5, 0.15, 0.6, 120, vote=0.75):
+    for _, _, precision in shares(5, 0.15, 0.6, 80, vote=0.75):
         assert 0.65 < precision < 0.9
 
 

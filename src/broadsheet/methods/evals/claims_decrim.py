@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from broadsheet.core.records import Record
 from broadsheet.core.verdicts import Verdict, find, graded, mean, percent
@@ -36,7 +37,7 @@ def weak_feedback(records: Sequence[Record]) -> Verdict:
     cells = []
     for critic in ("oracle", "strong", "weak", "coin", "inverted"):
         for rounds in (1, 3, 10):
-            setting = {"part": "critics", "critic": critic, "rounds": rounds}
+            setting: dict[str, Any] = {"part": "critics", "critic": critic, "rounds": rounds}
             found, n = _pooled(records, "decrim", **setting)
             expected = _exact(records, "decrim", **setting)
             if expected is None or not n:
@@ -64,5 +65,8 @@ def feedback_quality(records: Sequence[Record]) -> Verdict:
     rises = all(a < b for a, b in pairwise(values))
     apart = all(b - a > 2 * _error(0.5, m) for (a, b), (_, m) in zip(pairwise(values), gains, strict=False))
     shown = ", ".join(f"{100 * value:+.1f}" for value in values)
-    text = f"gain by recall {shown} points at {recalls} and 10 % false alarms; coin {100 * (coin - _BASE):+.1f}; nothing gained where {percent(even[0].value)} of verdicts are right (simulated)"
+    text = (
+        f"gain by recall {shown} points at {recalls} and 10 % false alarms; coin {100 * (coin - _BASE):+.1f}; nothing "
+        f"gained where {percent(even[0].value)} of verdicts are right (simulated)"
+    )
     return graded([rises, apart, coin < _BASE - 3 * _error(_BASE, n)], [rises, coin < _BASE]), text

@@ -9,6 +9,16 @@ from typing import Any
 from broadsheet.core import replies
 from broadsheet.core.chat import Message
 
+_ASKED = """\
+<request>
+{request}
+</request>
+
+<response>
+{response}
+</response>
+"""
+
 DECOMPOSE = """\
 Split a request into its task and its constraints.
 
@@ -26,16 +36,13 @@ Constraints:
 1. ...
 2. ..."""
 
-CRITIQUE = """\
+CRITIQUE = (
+    """\
 Check a response against constraints, one after the other.
 
-<request>
-{request}
-</request>
-
-<response>
-{response}
-</response>
+"""
+    + _ASKED
+    + """\
 
 Constraints:
 {constraints}
@@ -43,31 +50,27 @@ Constraints:
 For every constraint look at what the response really says (count where numbers matter), give the reason in one \
 sentence and decide. A constraint that is met in part is not met. Answer with a JSON list and nothing else, one entry a
 constraint: [{{"constraint": 1, "reason": "...", "met": true}}, ...]"""
+)
 
-CRITIQUE_WHOLE = """\
+CRITIQUE_WHOLE = (
+    """\
 Check a response against a request.
 
-<request>
-{request}
-</request>
-
-<response>
-{response}
-</response>
+"""
+    + _ASKED
+    + """\
 
 Does the response do everything that the request asks for, exactly as it asks? Say in a few sentences what is wrong, if \
 anything, and end with a line "Verdict: met" or "Verdict: not met"."""
+)
 
-REFINE = """\
+REFINE = (
+    """\
 Correct a response so that it meets the constraints that it misses.
 
-<request>
-{request}
-</request>
-
-<response>
-{response}
-</response>
+"""
+    + _ASKED
+    + """\
 
 All constraints:
 {constraints}
@@ -77,22 +80,21 @@ Not met yet:
 
 Write the whole response anew. Mend what is not met, keep what already works, and meet every constraint. Answer with \
 the new response only, without comments and without tags."""
+)
 
-REFINE_WHOLE = """\
+REFINE_WHOLE = (
+    """\
 Improve a response.
 
-<request>
-{request}
-</request>
-
-<response>
-{response}
-</response>
+"""
+    + _ASKED
+    + """\
 
 What a reader said about it:
 {feedback}
 
 Write the whole response anew. Answer with the new response only, without comments and without tags."""
+)
 
 REPEAT = """\
 {request}
