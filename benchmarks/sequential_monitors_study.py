@@ -2,11 +2,11 @@
 
     python benchmarks/sequential_monitors_study.py [--seeds 5]
 
-SIMULATED: parts "table" to "prompts" ask an instrument (`methods.evals.sequential_monitors.world`). "table": single, cumulative
-and final-check monitors, threshold by F1 on 1,000 tasks, then 2,000 others; as many benign requests mixed in; and a monitor
-that weighs requests by relevance. "noise": reading noise of the cumulative monitor alone (``noise``), or growing with the list
-(``fatigue``), beside a single-request monitor whose noise stays .3. "prompts": six prompts of known noise, the best must be
-picked. "trained": classifiers on the office world, no model. "tokens": exact counts.
+SIMULATED: parts "table" to "prompts" ask an instrument (`methods.evals.sequential_monitors.world`). "table": single,
+cumulative and final-check monitors, threshold by F1 on 1,000 tasks, then 2,000 others; as many benign requests mixed in;
+and a monitor that weighs requests by relevance. "noise": reading noise of the cumulative monitor alone (``noise``), or
+growing with the list (``fatigue``), beside a single-request monitor whose noise stays .3. "prompts": six prompts of known
+noise, the best must be picked. "trained": classifiers on the office world, no model. "tokens": exact counts.
 """
 
 from __future__ import annotations
