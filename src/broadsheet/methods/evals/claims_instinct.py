@@ -42,5 +42,5 @@ def hidden_state_features(records: Sequence[Record]) -> Verdict:
     gp, net = _one(records, "gp", "gain", "hard"), _one(records, "instinct", "gain", "hard", against="neural_z")
     if not gp or not gp.ci or not net:
         return None
-    text = f"SIMULATED: mean reward on hidden states over coordinates: {gp.value:+.3f} Gaussian process, {net.value:+.3f} network"
+    text = f"SIMULATED: mean reward on hidden states over coordinates: {gp.value:+.3f} (process), {net.value:+.3f} (network)"
     return graded([gp.ci[0] >= 0], [gp.value >= 0]), text

@@ -1,4 +1,4 @@
-"""The checks behind the claims of sequential monitors, see `core.verdicts`. All numbers are from an instrument: SIMULATED."""
+"""The checks behind sequential monitors' claims, see `core.verdicts`. All numbers are from an instrument: SIMULATED."""
 
 from __future__ import annotations
 
