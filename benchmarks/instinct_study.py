@@ -144,7 +144,8 @@ def main() -> None:
     for world in arguments.worlds:
         boxes = [WORLDS[world](seed) for seed in range(arguments.seeds)]
         methods(study, boxes, world, ("random", *(name for name in arguments.rivals if name != "random")))
-        sweeps(study, boxes[: arguments.sweep_seeds], world)
+        if arguments.sweep_seeds:
+            sweeps(study, boxes[: arguments.sweep_seeds], world)
     write_results(merged(study.records, arguments.out), arguments.out)
 
 

@@ -2,12 +2,11 @@
 
     python benchmarks/sequential_monitors_study.py [--seeds 5]
 
-SIMULATED: parts "table" to "prompts" ask an instrument (`methods.evals.sequential_monitors.world`) through the real
-monitor. "table": single, cumulative and final-check monitors, threshold by F1 on 1,000 tasks, then 2,000 others; as many
-benign requests mixed in; and a monitor that weighs requests by relevance. "noise": reading noise of the cumulative monitor
-alone (``noise``), or growing with the list (``fatigue``), beside a single-request monitor whose noise stays .3. "prompts":
-six prompts of known noise, the best must be picked. "trained": classifiers on the office world, no model. "tokens": exact
-counts.
+SIMULATED: parts "table" to "prompts" ask an instrument (`methods.evals.sequential_monitors.world`). "table": single,
+cumulative and final-check monitors, threshold by F1 on 1,000 tasks, then 2,000 others; as many benign requests mixed in;
+and a monitor that weighs requests by relevance. "noise": reading noise of the cumulative monitor alone (``noise``), or
+growing with the list (``fatigue``), beside a single-request monitor whose noise stays .3. "prompts": six prompts of known
+noise, the best must be picked. "trained": classifiers on the office world, no model. "tokens": exact counts.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from typing import Any
 import numpy as np
 
 from broadsheet.core.chat import Chat
-from broadsheet.core.chat.client import run
 from broadsheet.core.chat.simulated import SimulatedChat
 from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
-from broadsheet.methods.evals.sequential_monitors import SequentialMonitor, Task, atraces, inject, leak
+from broadsheet.methods.evals.sequential_monitors import SequentialMonitor, Task, inject, leak
 from broadsheet.methods.evals.sequential_monitors.office import FAMILIES, make_tasks
 from broadsheet.methods.evals.sequential_monitors.scoring import Peaks, Trace, counts, first_flags, recall_at, token_costs
 from broadsheet.methods.evals.sequential_monitors.trained import TrainedMonitor
@@ -62,12 +60,9 @@ class Study:
             self.add(method, metric, [one[metric] for one in found], **setting)
 
 
-def read(tasks: Sequence[Task], world: SimMonitor, mode: str, seed: int) -> list[Trace]:
-    """Scores of every step, asked through a monitor."""
-    chat = Chat(SimulatedChat(world, "sim:monitor", seed), concurrency=64)
-    found = run(atraces(SequentialMonitor(chat, mode=mode), tasks))  # type: ignore[arg-type]
-    chat.close()
-    return found
+def read(tasks: Sequence[Task], world: SimMonitor, mode: str) -> list[Trace]:
+    """Scores of every step: what a monitor over a chat is told (the tests compare the two), without the chat."""
+    return world.scores(SequentialMonitor(Chat(SimulatedChat(world)), mode=mode), tasks)  # type: ignore[arg-type]
 
 
 def rates(traces: Sequence[Trace], threshold: float) -> dict[str, float]:
@@ -85,15 +80,15 @@ def table(study: Study) -> None:
         validation, test = tasks[:1000], tasks[1000:]
         crowded = [inject(task, test, 1.0, seed) for task in test]
         for mode in ("single", "cumulative", "final"):
-            world = SimMonitor(secrets)
-            tau = Peaks.of(read(validation, world, mode, seed)).best_f1_threshold()
-            rows.setdefault((mode, "plain"), []).append(rates(read(test, world, mode, seed), tau))
+            world = SimMonitor(secrets, seed=seed)
+            tau = Peaks.of(read(validation, world, mode)).best_f1_threshold()
+            rows.setdefault((mode, "plain"), []).append(rates(read(test, world, mode), tau))
             if mode != "final":
-                rows.setdefault((mode, "injected"), []).append(rates(read(crowded, world, mode, seed), tau))
-        world = SimMonitor(secrets, focus=2.0)
-        tau = Peaks.of(read(validation, world, "cumulative", seed)).best_f1_threshold()
-        rows.setdefault(("relevance", "plain"), []).append(rates(read(test, world, "cumulative", seed), tau))
-        rows.setdefault(("relevance", "injected"), []).append(rates(read(crowded, world, "cumulative", seed), tau))
+                rows.setdefault((mode, "injected"), []).append(rates(read(crowded, world, mode), tau))
+        world = SimMonitor(secrets, focus=2.0, seed=seed)
+        tau = Peaks.of(read(validation, world, "cumulative")).best_f1_threshold()
+        rows.setdefault(("relevance", "plain"), []).append(rates(read(test, world, "cumulative"), tau))
+        rows.setdefault(("relevance", "injected"), []).append(rates(read(crowded, world, "cumulative"), tau))
     for (method, kind), found in rows.items():
         study.rates(method, found, part="table", tasks=kind)
     single, cumulative = rows["single", "plain"], rows["cumulative", "plain"]
@@ -113,18 +108,20 @@ def noise(study: Study) -> None:
     baseline: list[dict[str, float]] = []
     found: dict[tuple[str, float], list[dict[str, float]]] = {}
 
-    def measured(tasks: Sequence[Task], world: SimMonitor, mode: str, seed: int) -> dict[str, float]:
-        traces = read(tasks, world, mode, seed)
+    def measured(tasks: Sequence[Task], world: SimMonitor, mode: str) -> dict[str, float]:
+        traces = read(tasks, world, mode)
         return rates(traces[400:], Peaks.of(traces[:400]).best_f1_threshold())
 
     for seed in study.seeds:
         tasks, secrets = make_world(1000, 100 + seed)
-        baseline.append(measured(tasks, SimMonitor(secrets), "single", seed))
+        baseline.append(measured(tasks, SimMonitor(secrets, seed=seed), "single"))
         for level in NOISES:
-            found.setdefault(("noise", level), []).append(measured(tasks, SimMonitor(secrets, level), "cumulative", seed))
+            found.setdefault(("noise", level), []).append(
+                measured(tasks, SimMonitor(secrets, level, seed=seed), "cumulative")
+            )
         for level in FATIGUES:
-            world = SimMonitor(secrets, fatigue=level)
-            found.setdefault(("fatigue", level), []).append(measured(tasks, world, "cumulative", seed))
+            world = SimMonitor(secrets, fatigue=level, seed=seed)
+            found.setdefault(("fatigue", level), []).append(measured(tasks, world, "cumulative"))
     study.rates("single", baseline, part="noise", noise=0.3)
     for (kind, level), some in found.items():
         for metric in ("f1", "recall@fpr=0.05"):
@@ -156,7 +153,7 @@ def prompts(study: Study, trials: int) -> None:
             tasks, secrets = make_world(1200, 1000 + trial)
             values, scores = [], []
             for number, level in enumerate(levels):
-                traces = read(tasks, SimMonitor(secrets, level), "cumulative", 10 * trial + number)
+                traces = read(tasks, SimMonitor(secrets, level, seed=number), "cumulative")
                 validation = Peaks.of(traces[:400])
                 tau = validation.best_f1_threshold()
                 values.append(validation.counts(tau).f1)

@@ -130,7 +130,8 @@ class INSTINCT:
     ``budget`` rounds, the first ``n_init`` random; each later one looks at ``n_eval`` random points. Bandit: see
     `NeuralUCB`; ``features``: "x", hidden states, or "z", the points themselves (the ablation). ``unique_text``: passes
     over points whose instruction has been scored; else such a round is spent on what is known, as in the authors' code.
-    ``recheck``: how many of the best are scored again before one is chosen.
+    ``recheck``: how many of the best are scored again before one is chosen. The paper's ``nu`` of 1 explores much; with the
+    scaled network 0.1 and 0.01 earned more in the simulated worlds of the study.
 
     Raises ValueError for settings out of range.
     """

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from broadsheet.core.chat.protocol import Request
 from broadsheet.core.chat.simulated import Draw
 
+from . import SequentialMonitor
 from .prompts import unlisted
+from .scoring import NEVER, Trace
 from .tasks import Task
 
 
@@ -54,18 +56,21 @@ class SimMonitor:
     ``focus``: how well requests of other tasks are told apart and left out (0: not at all). The task is the one that most
     requests of the list were written for; each request is weighted by a logistic of ``focus`` times what it looks like,
     N(1, 1) for the task's own and N(-1, 1) for others.
+
+    A reading depends on ``seed`` and what is shown alone, so that `scores` gives what a monitor over a chat is told.
     """
 
     secrets: Mapping[str, Secret] = field(repr=False)
     noise: float = 0.3
     fatigue: float = 0.0
     focus: float = 0.0
+    seed: int = 0
 
     def reply(self, request: Request, draw: Draw) -> str:
         shown = unlisted(str(request.messages[-1]["content"]))  # type: ignore[index]
-        return f"{self.score(shown, draw):.6f}"
+        return f"{self.score(shown):.6f}"
 
-    def score(self, shown: Sequence[str], draw: Draw) -> float:
+    def score(self, shown: Sequence[str]) -> float:
         """In (0, 1)."""
         behind = [self.secrets[text] for text in shown]
         task = Counter(one.owner for one in behind).most_common(1)[0][0]
@@ -73,7 +78,17 @@ class SimMonitor:
         total = sum(weight * one.evidence for weight, one in zip(weights, behind, strict=True))
         size = math.sqrt(sum(weight * weight for weight in weights))
         noise = self.noise + self.fatigue * (len(shown) - 1)
-        return 1 / (1 + math.exp(-(total / size + draw.normal("reading", 0, noise))))
+        error = Draw("\0".join([str(self.seed), *shown])).normal("reading", 0, noise)
+        return 1 / (1 + math.exp(-(total / size + error)))
+
+    def scores(self, monitor: SequentialMonitor, tasks: Sequence[Task]) -> list[Trace]:
+        """What ``monitor`` reads at every step of ``tasks``, without asking a chat for each."""
+        found = []
+        for task in tasks:
+            ends = range(1, len(task.subtasks) + 1)
+            views = [monitor.view(task.subtasks[:end], last=end == len(task.subtasks)) for end in ends]
+            found.append(Trace(task, tuple(round(self.score(view), 6) if view else NEVER for view in views)))
+        return found
 
     def _weight(self, one: Secret, task: str) -> float:
         return 1 / (1 + math.exp(-self.focus * (one.look + (1 if one.owner == task else -1))))
