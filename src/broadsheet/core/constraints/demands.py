@@ -50,11 +50,11 @@ class Demand:
 # --- what is counted ----------------------------------------------------------------------------------------------------
 
 _HAN = re.compile(r"[\u4e00-\u9fff\u3400-\u4dbf]")
-_LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s+\S")
-_BULLET = re.compile(r"^\s*[-*+•]\s+\S", re.M)
+_LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d+[.)])\s+\S")
+_BULLET = re.compile(r"^[ \t]*[-*+•][ \t]+\S", re.M)
 _TAG = re.compile(r"<[A-Za-z_][^<>]*>")
 _ATTRIBUTE = re.compile(r"[\w:.-]+\s*=\s*(?:\"[^\"]*\"|'[^']*')")
-_HEADING = re.compile(r"^[ \t]*(#{1,6})[ \t]+(.*?)[ \t]*#*$", re.M)
+_HEADING = re.compile(r"^[ \t]*(#{1,6})[ \t]+(.*)$", re.M)
 
 
 def words(text: str) -> int:
@@ -69,7 +69,7 @@ def paragraphs(text: str) -> list[str]:
 
 def headings(text: str) -> list[tuple[int, str]]:
     """(level, name) of every Markdown heading."""
-    return [(len(match[1]), match[2].strip()) for match in _HEADING.finditer(text)]
+    return [(len(match[1]), match[2].strip().rstrip("#").strip()) for match in _HEADING.finditer(text)]
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -271,7 +271,7 @@ TESTS: dict[str, Test] = {
     "one_level": _one_level,
     "heading_names": _heading_names,
     "titled": _titled,
-    "quotes": _counted("quoted lines", lambda text: len(re.findall(r"^\s*>", text, re.M))),
+    "quotes": _counted("quoted lines", lambda text: len(re.findall(r"^[ \t]*>", text, re.M))),
     "bold": _counted("bold parts", lambda text: len(re.findall(r"\*\*[^*\n]+\*\*", text))),
     "bullets": _counted("bullet points", lambda text: len(_BULLET.findall(text))),
     "rows": _table_size("rows", lambda table: len(table) - 1),

@@ -647,15 +647,22 @@ def _attributes(answer: str) -> list[int]:
 def others(constraint: str, answer: str) -> bool:
     """The rest of the format constraints."""
     rule = constraint.lower()
-    if match := re.search(
-        rf"(no more than|must not exceed|exactly|at least) {_UP_TO_TEN}.*?attributes?|exactly (\d+)", rule
-    ):
-        value = _number(match[2] or match[3]) or 0
-        low = value if match[1] in ("exactly", "at least", None) else None
-        return all(_within(count, low, None if match[1] == "at least" else value) for count in _attributes(answer))
+    amounts = (
+        (rf"no more than {_UP_TO_TEN} attributes?|must not exceed {_UP_TO_TEN}.*?attributes?", "high"),
+        (
+            rf"number of attributes must be exactly {_UP_TO_TEN}|must (?:have|include) exactly {_UP_TO_TEN} attributes?",
+            "exact",
+        ),
+        (rf"at least {_UP_TO_TEN} attributes?", "low"),
+    )
+    for pattern, kind in amounts:
+        if match := re.search(pattern, rule):
+            value = _number(next(filter(None, match.groups())))
+            low, high = value if kind != "high" else None, value if kind != "low" else None
+            return all(_within(count, low, high) for count in _attributes(answer))
     if "bullet points" in rule:
         return bool(re.search(r"^\s*[-*]", answer, re.M)) != ("no bullet points" in rule)
-    if "block quotes" in rule:
+    if "block quotes format" in rule or "be formatted in block quotes" in rule:
         return bool(re.search(r"^>", answer, re.M)) or "<blockquote>" in answer.lower()
     if match := re.search(rf"(?:no more than|limited to a maximum of) {_UP_TO_TEN} rows", rule):
         rows = [row for row in re.findall(r"^\|.*\|$", answer, re.M) if not re.match(r"^\|(\s*-+\s*\|)+$", row)]
@@ -694,8 +701,8 @@ _STRAY = {
 
 
 def reads(second: str, constraint: str) -> str:
-    """What the original makes of a constraint: "vacuous" where nothing is understood and every answer passes (XML: every
-    answer without XML), "impossible" where nothing is understood and every answer fails, else "decides"."""
+    """What the original makes of a constraint: "vacuous" where nothing is understood and every answer passes (of XML: every
+    answer without any), "impossible" where nothing is understood and every answer fails, else "decides"."""
     rule = constraint.lower()
     if second == "Sentences" and _limits(_SENTENCES, rule.strip()) == (None, None):
         return "vacuous"
@@ -706,7 +713,7 @@ def reads(second: str, constraint: str) -> str:
         return "impossible"
     if second == "Paragraphs" and _limits(_PARAGRAPHS, rule) == (None, None):
         return "impossible"
-    return "vacuous" if second == "XML" else "decides"
+    return "vacuous" if second == "XML" and others(constraint, "") else "decides"
 
 
 def verdict(main: str, sub: str, second: str, constraint: str, answer: str) -> bool:
