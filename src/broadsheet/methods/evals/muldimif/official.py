@@ -1,4 +1,5 @@
-"""``compat="official"``: the verdicts of the benchmark's own checkers, faults included, so that published numbers can be met.
+"""``compat="official"``: the verdicts of the benchmark's own checkers, faults included, so that published numbers can be
+met.
 
 The original reads every constraint anew for every answer, by some hundred phrases a class; what no phrase fits silently
 passes (sentences, Markdown, tables, words) or silently fails (English, paragraphs, JSON). These functions decide alike:
@@ -20,7 +21,7 @@ _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
 )
 NUMBERS = {word: value for value, word in enumerate([*_UNITS, "eighteen", "nineteen", "twenty"])}
-NUMBERS |= dict(thirty=30, forty=40, fifty=50, sixty=60, seventy=70, eighty=80, ninety=90, hundred=100)
+NUMBERS |= {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90, "hundred": 100}
 _TEN = "|".join(list(NUMBERS)[1:11])
 _UP_TO_TEN = rf"(\d+|{_TEN})"
 _CJK = re.compile(r"[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\u3000-\u303f\uff00-\uffef]")
@@ -204,10 +205,13 @@ _SENTENCES = (
     (rf"(?:至少|最少)(?:包含)?{_N}{_ZH}", "low"), (rf"at most:? {_N}{_S}", "high"), (rf"not exceeding {_N}{_S}", "high"),
     (rf"no (?:more|longer) than {_N}{_S}", "high"), (rf"limited to {_N}{_S}", "high"), (rf" not exceed {_N}{_S}", "high"),
     (rf"a maximum (?:length )?of {_N}{_S}", "high"), (rf"not to exceed {_N}{_S}", "high"),
-    (rf"not surpass(?: a total of)? {_N}{_S}", "high"), (rf"(?:至多|最多)(?:包含)?{_N}{_ZH}", "high"),
-    (rf"range:? {_N}-{_N}{_S}", "range"), (rf"between {_N} (?:and|to) {_N}{_S}", "range"), (rf"into {_N} to {_N}{_S}", "range"),
+    (rf"not surpass(?: a total of)? {_N}{_S}", "high"),
+    (rf"(?:至多|最多)(?:包含)?{_N}{_ZH}", "high"),
+    (rf"range:? {_N}-{_N}{_S}", "range"), (rf"between {_N} (?:and|to) {_N}{_S}", "range"),
+    (rf"into {_N} to {_N}{_S}", "range"),
     (rf"a range of {_N} to {_N}{_S}", "range"), (rf"be composed of {_N} to {_N}{_S}", "range"),
-    (rf"consists? of {_N} to {_N}{_S}", "range"), (rf"consisting of {_N} to {_N}{_S}", "range"), (rf"{_N}到{_N}{_ZH}", "range"),
+    (rf"consists? of {_N} to {_N}{_S}", "range"),
+    (rf"consisting of {_N} to {_N}{_S}", "range"), (rf"{_N}到{_N}{_ZH}", "range"),
 )  # fmt: skip
 _P = r" paragraphs?"
 _PARAGRAPHS = (
@@ -372,19 +376,19 @@ def english(constraint: str, answer: str) -> bool:
     if not answer.strip():
         return False
     rule = constraint.strip().lower()
-    text = _named_part(rule, answer)
-    if re.search(r"\ball[- ]?uppercase\b", rule) or "in capitalized form" in rule:
-        return text == text.upper()
-    named = ("capitalize the first letter of each word", "each word in")
-    if (
-        any(phrase in rule for phrase in named)
-        or re.search(r"\bcapitalized\b", rule)
-        or ("capital" in rule and "each" in rule)
-    ):
+    text, case = _named_part(rule, answer), _letter_case(rule)
+    if case == "title":
         return not any("a" <= word[0] <= "z" for word in text.split())
-    if "all lowercase" in rule or re.search(r"\blowercase\b", rule):
-        return text == text.lower()
-    return "written as a short blurb" in rule
+    return bool(case) and text == (text.upper() if case == "upper" else text.lower())
+
+
+def _letter_case(rule: str) -> str:
+    """Which case a constraint asks for, "" where none is understood."""
+    if re.search(r"\ball[- ]?uppercase\b", rule) or "in capitalized form" in rule:
+        return "upper"
+    if "each word in" in rule or re.search(r"\bcapitalized\b", rule) or ("capital" in rule and "each" in rule):
+        return "title"
+    return "lower" if re.search(r"\blowercase\b", rule) else ""
 
 
 def _named_part(rule: str, answer: str) -> str:
@@ -456,10 +460,14 @@ def markdown(constraint: str, answer: str) -> bool:
         return False
     lines = (re.match(r"^(#+)\s+(.*?)\s*$", line.strip()) for line in answer.split("\n"))
     headings = [(len(match[1]), match[2].strip()) for match in lines if match]
-    rules = [found for clause in re.split(r"\b,\b", constraint) if (found := _heading_rule(clause, constraint))]
+    rules = _heading_rules(constraint)
     if "each" in rule or "any" in rule:
         return bool(headings) and all(test([heading]) for heading in headings for test in rules)
     return all(test(headings) for test in rules)
+
+
+def _heading_rules(constraint: str) -> list[Rule]:
+    return [found for clause in re.split(r"\b,\b", constraint) if (found := _heading_rule(clause, constraint))]
 
 
 def _quoted(rule: str, answer: str) -> bool:
@@ -545,7 +553,8 @@ def _size_rules(noun: str, alone: Sequence[tuple[str, str]] = ()) -> list[tuple[
     """Phrases that limit rows or columns, in the order in which they are tried."""
     ask = rf"{_A}\s+{noun}s?"
     return [
-        (rf"exactly\s+{ask}", "exact"), (rf"no\s+more\s+than\s+{ask}", "most"), (rf"not\s+have\s+more\s+than\s+{ask}", "most"),
+        (rf"exactly\s+{ask}", "exact"), (rf"no\s+more\s+than\s+{ask}", "most"),
+        (rf"not\s+have\s+more\s+than\s+{ask}", "most"),
         (rf"not\s+exceed(?:ing)?\s+{ask}", "most"), (rf"{noun}\s+limit\s+of\s+{_A}", "most"), *alone,
         (rf"exactly\s+.+and {ask}", "exact"), (rf"not exceed\s+.+and {ask}", "most"),
         (rf"maximum of\s+{_A}\s+{noun}s", "most"), (rf"limited to\s+{_A}\s+{noun}s", "most"),
@@ -638,15 +647,22 @@ def _attributes(answer: str) -> list[int]:
 def others(constraint: str, answer: str) -> bool:
     """The rest of the format constraints."""
     rule = constraint.lower()
-    if match := re.search(
-        rf"(no more than|must not exceed|exactly|at least) {_UP_TO_TEN}.*?attributes?|exactly (\d+)", rule
-    ):
-        value = _number(match[2] or match[3]) or 0
-        low = value if match[1] in ("exactly", "at least", None) else None
-        return all(_within(count, low, None if match[1] == "at least" else value) for count in _attributes(answer))
+    amounts = (
+        (rf"no more than {_UP_TO_TEN} attributes?|must not exceed {_UP_TO_TEN}.*?attributes?", "high"),
+        (
+            rf"number of attributes must be exactly {_UP_TO_TEN}|must (?:have|include) exactly {_UP_TO_TEN} attributes?",
+            "exact",
+        ),
+        (rf"at least {_UP_TO_TEN} attributes?", "low"),
+    )
+    for pattern, kind in amounts:
+        if match := re.search(pattern, rule):
+            value = _number(next(filter(None, match.groups())))
+            low, high = value if kind != "high" else None, value if kind != "low" else None
+            return all(_within(count, low, high) for count in _attributes(answer))
     if "bullet points" in rule:
         return bool(re.search(r"^\s*[-*]", answer, re.M)) != ("no bullet points" in rule)
-    if "block quotes" in rule:
+    if "block quotes format" in rule or "be formatted in block quotes" in rule:
         return bool(re.search(r"^>", answer, re.M)) or "<blockquote>" in answer.lower()
     if match := re.search(rf"(?:no more than|limited to a maximum of) {_UP_TO_TEN} rows", rule):
         rows = [row for row in re.findall(r"^\|.*\|$", answer, re.M) if not re.match(r"^\|(\s*-+\s*\|)+$", row)]
@@ -682,6 +698,22 @@ _STRAY = {
     ("Format", "Text"): others, ("Format", "Blurb"): others, ("Table", "Table"): others,
     ("Format", "Markdown: Block quotes"): others,
 }  # fmt: skip
+
+
+def reads(second: str, constraint: str) -> str:
+    """What the original makes of a constraint: "vacuous" where nothing is understood and every answer passes (of XML: every
+    answer without any), "impossible" where nothing is understood and every answer fails, else "decides"."""
+    rule = constraint.lower()
+    if second == "Sentences" and _limits(_SENTENCES, rule.strip()) == (None, None):
+        return "vacuous"
+    told = "block quotes|bold|bullet points|each|any"  # the last two ask for some heading
+    if second == "Markdown" and not _heading_rules(constraint) and not re.search(told, rule):
+        return "vacuous"
+    if second == "English" and not _letter_case(rule.strip()):
+        return "impossible"
+    if second == "Paragraphs" and _limits(_PARAGRAPHS, rule) == (None, None):
+        return "impossible"
+    return "vacuous" if second == "XML" and others(constraint, "") else "decides"
 
 
 def verdict(main: str, sub: str, second: str, constraint: str, answer: str) -> bool:
