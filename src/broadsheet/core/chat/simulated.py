@@ -25,7 +25,7 @@ class Draw:
     """Randomness of one answer: the same question and sample always draw the same for the same ``kind``."""
 
     def __init__(self, key: str):
-        # The key may be a long prompt: it is hashed once.
+        self.key = key  # perhaps a long prompt: it is hashed once
         self._hash = hashlib.blake2b(f"{key}\0".encode("utf-8", "surrogatepass"), digest_size=8)
 
     def uniform(self, kind: str) -> float:

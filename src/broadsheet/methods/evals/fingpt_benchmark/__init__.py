@@ -127,7 +127,11 @@ class FinGPTBenchmark(Benchmark):
         names = _ZERO if self.phase == "zero" else _TESTS
         found = {}
         for family in self.families:
-            setting = {"path": self.path, "accept_noncommercial": self.accept_noncommercial, "seed": self.seed}
+            setting: dict[str, Any] = {
+                "path": self.path,
+                "accept_noncommercial": self.accept_noncommercial,
+                "seed": self.seed,
+            }
             # A quarter of the synthetic texts are for testing, and each gives at least one row but of neutral sentiment.
             items = max(16 * self.items, 400)
             test = list(FinTask(names[family], items=items, **setting).load().test)
