@@ -323,6 +323,17 @@ app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 
 
+@app.command(name="lm-eval")
+def lm_eval() -> None:
+    """Print the folder of the benchmarks' lm-eval tasks, for its --include_path.
+
+    Example: lm_eval --include_path "$(broadsheet lm-eval)" --tasks broadsheet_ifeval --model hf --model_args pretrained=...
+    """
+    from importlib.resources import files
+
+    typer.echo(str(files("broadsheet") / "methods" / "evals" / "lm_eval"))
+
+
 # --- data, models, machine --------------------------------------------------------------------------------------
 
 
@@ -380,6 +391,8 @@ def _asked(model: str, chat: str, model_name: str) -> dict[str, str]:
     """Which model a workload is about: an endpoint's, or a local one."""
     if model_name and not chat:
         raise ValueError("--model-name goes with --chat URL: it is one of the endpoint's models")
+    if chat and not chat.startswith(("http://", "https://")):
+        raise ValueError(f"--chat takes an address such as http://localhost:8000/v1, got '{chat}'")
     return {"model": chat, "name": model_name} if chat else {"model": model}
 
 
