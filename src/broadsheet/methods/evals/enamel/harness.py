@@ -174,8 +174,8 @@ def run_sample(source, entry, given, count, out, quiet, most):
 def _counter(most, late):
     """(start, stop, how many byte-code instructions were executed in the last span); after ``most``: ``late()``.
 
-    By `sys.monitoring` (Python 3.12), before that by the trace function. The sample can reach neither: one is taken away, and
-    a change of the other is refused.
+    By `sys.monitoring` (Python 3.12), before that by the trace function. The sample can reach neither: one is taken away,
+    and a change of the other is refused.
     """
     executed = 0
 
