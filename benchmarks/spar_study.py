@@ -66,11 +66,11 @@ def worlds(study: Study, seed: int) -> None:
     for lock in (0.0, 0.15):
         requests = make_requests(2 * items, 5, seed)
         chat = Chat(SimulatedChat(SimSPaR(requests, lock=lock, vote=0.75), "sim:spar", seed))
-        policies(study, chat, requests, items, seed, part="weak judge", constraints=5, lock=lock, fix=0.6)
+        policies(study, chat, requests, items // 2, seed, part="weak judge", constraints=5, lock=lock, fix=0.6)
 
 
 def pairs(study: Study, seed: int) -> None:
-    requests = make_requests(150, 6, seed)
+    requests = make_requests(100, 6, seed)
     chat = Chat(SimulatedChat(SimSPaR(requests, lock=0.1), "sim:spar", seed))
     for name, method in (("refined", SPaR()), ("independent", SPaR(refined=False))):
         built = method.pairs(chat, [request.prompt for request in requests])
@@ -82,7 +82,7 @@ def pairs(study: Study, seed: int) -> None:
 
 def main() -> None:
     study = Study.start("spar-study", "spar", __doc__, items=500)
-    prompts = study.ifeval()
+    prompts = study.ifeval()[::2]
     for seed in range(study.arguments.seeds):
         worlds(study, seed)
         pairs(study, seed)
