@@ -377,7 +377,7 @@ def judge():
 
     # A first round gives the answers, warms up, and says for how long samples may run.
     which = {"wall": 0, "cpu": 1, "instructions": 2}[clock]
-    answers, longest, counted = {}, 0.0, 0
+    answers, longest, slowest = {}, 0.0, 0.0
     unlimited = 1 << 62 if clock == "instructions" else 0
     places = [(level, case) for level, cases in enumerate(inputs) for case in range(len(cases))]
     for number, (level, _) in enumerate(places):
@@ -386,12 +386,13 @@ def judge():
             raise SystemExit(f"the reference failed at level {level}: {kind.decode()} {outputs}")
         answers[number] = outputs[0]
         if hardness[level]:
-            longest, counted = max(longest, times[0][0]), max(counted, times[0][2])
+            longest, slowest = max(longest, times[0][0]), max(slowest, times[0][which])
     # By the wall clock a run is cut a little after its limit; by another clock load must not cut it.
     patience = 1.25 * job["alpha"] * longest + job["tol"] + 0.05
     if clock != "wall":
         patience = 4 * patience + 1.0
-    most = unlimited and int(job["alpha"] * counted + job["tol"] * job["instructions_a_second"]) + 1
+    limit = job["alpha"] * slowest + job["tol"] * (job["instructions_a_second"] if unlimited else 1.0)
+    most = unlimited and int(limit) + 1
 
     base: list = [[[] for _ in cases] for cases in inputs]
     runners = [again, *samples]
@@ -401,8 +402,10 @@ def judge():
     agreed: list[dict] = [{} for _ in runners]
     for number, (level, case) in enumerate(places):
         repeats = job["repeats"] if hardness[level] else 1
-        batch = 1 if job["isolate"] else repeats
-        for _ in range(repeats // batch):
+        # A case's first run is always alone: what is far too slow is not waited for again.
+        for batch in [1] * repeats if job["isolate"] else [1, repeats - 1]:
+            if not batch:
+                continue
             if hardness[level]:
                 kind, times, outputs = reference.run(number, batch, 60.0, unlimited)
                 if kind != DONE:
@@ -425,6 +428,8 @@ def judge():
                         agreed[index][number] = output
                 else:
                     one["times"][level][case] += [t[which] for t in times]
+                    if max(t[which] for t in times) > 1.25 * limit:
+                        one.update(outcome="timeout", level=level)
     print(json.dumps({"reference": base, "again": found[0], "samples": found[1:]}))
     sys.stdout.flush()
 
