@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,8 +66,9 @@ def _row(**more):
 def test_check1_all_ids_resolve_and_files_are_checked(tmp_path):
     assert len(CHECKERS) == 22
     kwargs = {
-        "keywords": ["a"], "keyword": "a", "frequency": 1, "relation": "at least", "forbidden_words": ["b"], "language": "de",
-        "prompt_to_repeat": "q", "num_sentences": 2, "num_paragraphs": 2, "num_words": 9, "nth_paragraph": 1, "first_word": "a",
+        "keywords": ["a"], "keyword": "a", "frequency": 1, "relation": "at least", "forbidden_words": ["b"],
+        "language": "de", "prompt_to_repeat": "q", "num_sentences": 2, "num_paragraphs": 2, "num_words": 9,
+        "nth_paragraph": 1, "first_word": "a",
         "postscript_marker": "P.S.", "end_phrase": "x", "num_placeholders": 1, "num_bullets": 1, "num_highlights": 1,
         "section_spliter": "Part", "num_sections": 1, "capital_frequency": 1, "capital_relation": "at least",
     }  # fmt: skip
@@ -137,8 +139,7 @@ class Answers:
 def test_check8_source_means_give_the_whole():
     bench = FollowRAG(count=90)
     items = bench.items()
-    renamed = [type(item)(item.key, source, *[getattr(item, name) for name in ("prompt", "question", "answers", "instructions")])
-               for item, source in zip(items, ("ifnq", "iftq", "ifhq") * 30, strict=True)]  # fmt: skip
+    renamed = [replace(item, source=source) for item, source in zip(items, ("ifnq", "iftq", "ifhq") * 30, strict=True)]
     mixed = _Fixed(count=90, seed=bench.seed)
     _Fixed.fixed = renamed
     report = mixed.evaluate(Chat(SimulatedChat(Answers(bench), name="sim:answers")))
@@ -173,7 +174,8 @@ def test_our_items_can_be_obeyed_and_repeat_themselves():
 @pytest.mark.parametrize(
     ("reply", "rating"),
     [
-        ("Rating: [1]\nReason: [right]", 1.0), ("Rating: [0.5]", 0.5), ("Rating:[0]", 0.0), ("Rating: [0]\nRating: [1]", 1.0),
+        ("Rating: [1]\nReason: [right]", 1.0), ("Rating: [0.5]", 0.5), ("Rating:[0]", 0.0),
+        ("Rating: [0]\nRating: [1]", 1.0),
         ("<think>Rating: [0]</think>Rating: [1]", 1.0), ("Rating: [0.7]", None), ("Rating: [2]", None), ("Rating: 1", None),
         ("Rating: [1.0]", None), ("", None), ("I would say it is right.", None), ("Rating: [10]", None),
     ],
@@ -204,7 +206,7 @@ def test_without_a_judge_it_is_called_something_else():
     assert report.get("answer_match").value == 0
     with pytest.raises(ValueError, match="judge"):
         bench.score(["x"] * 8, answers="judge")
-    with pytest.raises(ValueError, match="3 responses to 8 items"):
+    with pytest.raises(ValueError, match="3 responses to 8 samples"):
         bench.score(["x"] * 3)
     assert not alias_match(("art",), "The party")
     assert alias_match(("The Castor Bay",), "In castor-bay? No: Castor Bay!")
@@ -364,9 +366,11 @@ def test_check5_precision_rises_with_strictness():
         made = chat.map(lambda text: asynthesize_verifiers(chat, text, executor=library.run), list(library.atoms))  # noqa: B023
         precision = []
         for accept in ("any", "majority", "all"):
-            kept = [(one.instruction, text) for one in made if not one.rejected
-                    for text in filter_responses(one, library.atoms[one.instruction].texts, accept, library.run)]  # fmt: skip
-            precision.append(statistics.fmean(library.atoms[text].true(answer) for text, answer in kept))
+            kept = []
+            for one in (one for one in made if not one.rejected):
+                atom = library.atoms[one.instruction]
+                kept += [atom.true(text) for text in filter_responses(one, atom.texts, accept, library.run)]
+            precision.append(statistics.fmean(kept))
         assert precision[0] <= precision[1] <= precision[2]
         assert precision[0] < precision[2]
     with pytest.raises(ValueError, match="accept"):

@@ -13,14 +13,14 @@ import random
 import re
 import statistics
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from broadsheet.core.chat import Chat, Choice
 from broadsheet.core.chat.client import here, in_order, run
-from broadsheet.core.chat.protocol import NOTHING, Usage
+from broadsheet.core.chat.protocol import Usage
 from broadsheet.core.constraints import Constraint, Unverifiable
 from broadsheet.core.constraints.ifeval import constraint, joint_witness
 from broadsheet.core.replies import answer_part
@@ -256,24 +256,17 @@ class FollowRAG(Benchmark):
         report = await super().aevaluate(chat, limit, done)
         return await self._rated(report) if self.judge else report
 
-    def score(self, responses: Mapping[str, str] | Iterable[str], answers: Literal["match", "judge"] = "match") -> Report:
-        """A report on answers that were made elsewhere, in the items' order or by sample id. Raises ValueError."""
+    def score(
+        self,
+        responses: Mapping[str, str] | Sequence[str],
+        model: str = "responses",
+        answers: Literal["match", "judge"] = "match",
+    ) -> Report:
+        """A report on answers that were made elsewhere, by sample id or in order; ``answers`` says who judges whether they
+        are right. Raises ValueError."""
         if answers == "judge" and self.judge is None:
             raise ValueError("a judge is asked for but there is none: give FollowRAG(judge=...) a chat, or use 'match'")
-        samples = self.samples()
-        if isinstance(responses, Mapping):
-            lacking = [sample.id for sample in samples if sample.id not in responses]
-            if lacking or len(responses) != len(samples):
-                raise ValueError(f"responses and items differ; without a response: {lacking[:3]}")
-            texts = [responses[sample.id] for sample in samples]
-        else:
-            texts = list(responses)
-        if len(texts) != len(samples):
-            raise ValueError(f"{len(texts)} responses to {len(samples)} items")
-        scored = tuple(
-            Scored(sample, (Choice(text),), (self.mark(sample, text),)) for sample, text in zip(samples, texts, strict=True)
-        )
-        report = Report(self.slug, "responses", tuple(self.metrics(scored)), scored, NOTHING, NOTHING)
+        report = super().score(responses, model)
         return run(self._rated(report)) if answers == "judge" else report
 
     async def _rated(self, report: Report) -> Report:

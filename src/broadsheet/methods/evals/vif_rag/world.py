@@ -19,7 +19,8 @@ from broadsheet.core.chat.simulated import Draw
 from broadsheet.core.constraints.texts import WORDS
 
 Function = Callable[[str], bool]
-KEYS = ("lantern", "harvest", "copper", "silence", "window", "compass", "bridge", "morning")
+_STEMS = ("lantern", "harvest", "copper", "silence", "window", "compass", "bridge", "morning")
+KEYS = tuple(stem + end for end in ("", "ish", "let", "like", "less", "wise", "dom", "ward") for stem in _STEMS)
 
 
 @dataclass(frozen=True)
