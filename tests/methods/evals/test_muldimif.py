@@ -198,7 +198,7 @@ def test_bad_input_is_a_one_line_error(tmp_path):
     with pytest.raises(ValueError, match="no constraints"):
         Item("1", "Say hello.", ())
     bench = MulDimIF(count=12)
-    with pytest.raises(ValueError, match="3 responses to 12 items"):
+    with pytest.raises(ValueError, match="3 responses to 12 samples"):
         bench.score(["a"] * 3)
     with pytest.raises(ValueError, match="ids"):
         bench.score({"nobody": "a"})

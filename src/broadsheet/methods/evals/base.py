@@ -186,6 +186,25 @@ class Benchmark(ABC):
         scored = await here(in_order(one, chosen, 2 * chat.concurrency, tell))
         return self.report(chat, scored, before)
 
+    def score(self, responses: Mapping[str, str] | Sequence[str], model: str = "responses") -> Report:
+        """A report on answers that were made elsewhere, by sample id or in the samples' order. Raises ValueError."""
+        samples = self.samples()
+        if isinstance(responses, Mapping):
+            unknown = sorted(set(responses) ^ {sample.id for sample in samples})
+            if unknown:
+                raise ValueError(f"the ids of responses and samples differ, for example in {', '.join(unknown[:3])}")
+            responses = [responses[sample.id] for sample in samples]
+        if len(responses) != len(samples):
+            raise ValueError(f"{len(responses)} responses to {len(samples)} samples")
+        for sample, text in zip(samples, responses, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"the response to {sample.id} is {type(text).__name__}, not a string")
+        scored = tuple(
+            Scored(sample, (Choice(text),), (self.mark(sample, text),))
+            for sample, text in zip(samples, responses, strict=True)
+        )
+        return Report(self.slug, model, tuple(self.metrics(scored)), scored, NOTHING, NOTHING)
+
     def report(self, chat: Chat, scored: Sequence[Scored], before: Usage = NOTHING) -> Report:
         """A report of marked answers; ``before``: what the chat had spent when this began."""
         cost = sum((choice.usage for one in scored for choice in one.answers), NOTHING)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from broadsheet.core.chat import Choice
-from broadsheet.core.chat.protocol import NOTHING
 from broadsheet.core.constraints import Constraint, Unverifiable
 from broadsheet.core.replies import answer_part
 from broadsheet.core.stats import bootstrap_ci
@@ -153,25 +151,6 @@ class MulDimIF(Benchmark):
         if seen:
             found.append(Metric("verifiable", len(micro) / seen, None, seen))
         return found
-
-    def score(self, responses: Mapping[str, str] | Sequence[str], model: str = "responses") -> Report:
-        """A report on answers that were made elsewhere, by item id or in the items' order. Raises ValueError."""
-        samples = self.samples()
-        if isinstance(responses, Mapping):
-            unknown = set(responses) ^ {sample.id for sample in samples}
-            if unknown:
-                raise ValueError(f"the ids of responses and items differ: {sorted(unknown)[:3]}")
-            texts = [responses[sample.id] for sample in samples]
-        else:
-            texts = list(responses)
-        if len(texts) != len(samples):
-            raise ValueError(f"{len(texts)} responses to {len(samples)} items")
-        scored = []
-        for sample, text in zip(samples, texts, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"the response to item {sample.id} is {type(text).__name__}, not a string")
-            scored.append(Scored(sample, (Choice(text),), (self.mark(sample, text),)))
-        return Report(self.slug, model, tuple(self.metrics(scored)), tuple(scored), NOTHING, NOTHING)
 
 
 def _values(verdicts: Sequence[bool | None]) -> dict[str, float]:
