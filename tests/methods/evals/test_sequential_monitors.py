@@ -407,7 +407,7 @@ def test_check6_the_bill_is_that_of_the_lists_read():
 
     mine = report.traces[0]
     for end in range(2, len(task.subtasks) + 1):
-        asked = Request.of(monitor.messages(task.subtasks[:end])).most_tokens
+        asked = Request.of(monitor.messages(task.subtasks[:end])).size
         assert mine.usage[end - 1].prompt_tokens == -(-asked // 4)
     assert mine.usage[0].calls == 0
     assert report.cost_of_all.calls == sum(len(one.task.subtasks) - 1 for one in report.traces)
