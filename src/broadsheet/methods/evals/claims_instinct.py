@@ -20,7 +20,8 @@ def _one(records: Sequence[Record], method: str, metric: str, world: str, **sett
 
 
 def average_rank(records: Sequence[Record]) -> Verdict:
-    """The scaled network's mean reward over random search's, beyond its interval; what was chosen in the end is shown."""
+    """The scaled network's mean reward over random search's, and what it chose in the end is truly better too: a rank is of
+    what was found, and a bandit may earn well with an instruction that chance finds as well."""
     parts, certain, likely = [], [], []
     for world, wanted in _WANTED.items():
         ratio = _one(records, "instinct", "ratio", world)
@@ -33,6 +34,8 @@ def average_rank(records: Sequence[Record]) -> Verdict:
             score = _one(records, method, "true_score", world)
             if score:
                 shown.append(f"{method} {score.value:.2f}")
+        ours, chance = (_one(records, method, "true_score", world) for method in ("instinct", "random"))
+        certain.append(bool(ours and chance and ours.ci and ours.ci[0] > chance.value))
         parts.append(f"{world}: {ratio.value:.1f}x random in mean reward; chosen instruction {', '.join(shown)}")
     return graded(certain, likely), "SIMULATED: " + "; ".join(parts)
 
