@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broadsheet.core.constraints import Constraint, Range, Unverifiable, Verdict, counted, verified
@@ -83,6 +83,7 @@ def test_agrees_with_the_original():
     assert len(differ) <= 20
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="aB .,*\n\"[]<>{}:-'1P", max_size=80))
 def test_check2_loose_is_never_stricter(text):
     for name in INSTRUCTIONS:

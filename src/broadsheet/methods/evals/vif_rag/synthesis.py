@@ -224,7 +224,9 @@ def synthesize_verifiers(chat: Chat, instruction: str, k: int = 8, **settings: A
 def accepted(votes: Sequence[bool | None], accept: Accept = "any") -> bool:
     """Whether an answer passes. Functions that fail to run are skipped; an answer that none could judge does not pass.
 
-    "any" is the paper's (mean verdict above 0), which is lenient; "majority" and "all" of those that ran are stricter.
+    "any" is the paper's (mean verdict above 0), which is lenient; "majority" and "all" of those that ran are stricter: what
+    they accept is a subset. The share of right answers among the accepted rises from "any"; from "majority" to "all" it need
+    not, since "all" also loses right answers where the functions disagree.
     """
     known = [vote for vote in votes if vote is not None]
     if not known:
