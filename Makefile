@@ -62,6 +62,8 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/longproc_study.py --official $(SHARED)/data/longproc
 	$(BIN)/python benchmarks/fingpt_benchmark_study.py --shared $(SHARED)/data
 	$(BIN)/python benchmarks/enamel_study.py
+	$(BIN)/python benchmarks/muldimif_study.py --data $(SHARED)/data/muldimif
+	$(BIN)/python benchmarks/vif_rag_study.py
 	$(BIN)/python benchmarks/decrim_study.py
 	$(BIN)/python benchmarks/spar_study.py
 	$(BIN)/python benchmarks/sequential_monitors_study.py
