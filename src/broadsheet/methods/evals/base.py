@@ -93,11 +93,11 @@ class Report:
         return Counter(mark.outcome for one in self.scored for mark in one.marks)
 
     def get(self, name: str, axis: str = "", value_of: str = "") -> Metric:
-        """The metric of that name; raises KeyError."""
+        """The metric of that name; raises ValueError where too little was asked for it."""
         for metric in self.metrics:
             if (metric.name, metric.axis, metric.value_of) == (name, axis, value_of):
                 return metric
-        raise KeyError(name)
+        raise ValueError(f"{self.benchmark} has no {name} of {len(self.scored)} samples: ask more of them (-o limit=0: all)")
 
     def transcript(self) -> list[dict[str, Any]]:
         """A JSON-able row an answer: what was asked, what came back, what it was worth and why; a loop's steps too."""
@@ -143,6 +143,10 @@ class Benchmark(ABC):
     def samples(self) -> Sequence[Sample]:
         """What is asked, in order; the same for the same settings. Raises ValueError for data that cannot be read."""
 
+    def first(self, limit: int | None = None) -> list[Sample]:
+        """The first ``limit`` samples; all without one."""
+        return list(self.samples())[:limit]
+
     @abstractmethod
     def mark(self, sample: Sample, text: str) -> Mark:
         """What a whole answer is worth."""
@@ -174,7 +178,7 @@ class Benchmark(ABC):
         self, chat: Chat, limit: int | None = None, done: Callable[[int, int], None] | None = None
     ) -> Report:
         """`evaluate`, awaited."""
-        chosen = list(self.samples())[:limit]
+        chosen = self.first(limit)
         before = chat.spent
 
         async def one(sample: Sample) -> Scored:
@@ -261,7 +265,7 @@ class Solver(ABC):
         self, chat: Chat, work: Benchmark, limit: int | None = None, done: Callable[[int, int], None] | None = None
     ) -> Report:
         """Its answers to a benchmark's samples, marked by the benchmark."""
-        chosen, before = list(work.samples())[:limit], chat.spent
+        chosen, before = work.first(limit), chat.spent
 
         async def one(sample: Sample) -> tuple[Scored, Answer]:
             answer = await self.asolve(chat, sample.messages)

@@ -66,6 +66,7 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "best-of-n": ("broadsheet.methods.evals.decrim:BestOf", {}),
     "self-refine": ("broadsheet.methods.evals.decrim:SelfRefine", {}),
     "ifeval": ("broadsheet.methods.evals.ifeval:IFEval", {}),
+    "sequential-monitors": ("broadsheet.methods.evals.sequential_monitors:MonitorBench", {}),  # the monitor, as a benchmark
 }
 
 Method = Benchmark | Solver

@@ -44,7 +44,7 @@ _REASONS = {"stop": "stop", "tool_calls": "tool_calls", "max_tokens": "length", 
 
 def inspect_task(benchmark: Benchmark, limit: int | None = None) -> Task:
     """A benchmark as a task: the same samples, request parameters and marks."""
-    chosen = list(benchmark.samples())[:limit]
+    chosen = benchmark.first(limit)
     dataset = MemoryDataset([_sample(sample) for sample in chosen], name=benchmark.slug)
     shared = {**benchmark.request, **(chosen[0].parameters if chosen else {})}
     stop = shared.get("stop")

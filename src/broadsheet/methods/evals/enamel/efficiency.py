@@ -108,9 +108,9 @@ class Efficiency:
 
     Differences from the official evaluator, which executes samples in its own process: samples run in the sandbox and never
     together with an answer; the reference is timed between the runs of the samples and not before them; clocks are
-    monotonic; a case whose run takes longer than the limit is censored by its time and not by a signal that a bare ``except`` swallows.
-    A fresh process touches its memory for the first time, which costs sample and reference the same tens of microseconds:
-    where both take little more, scores come out nearer to 1 than officially.
+    monotonic; a case whose run takes longer than the limit is censored by its time and not by a signal that a bare
+    ``except`` swallows. A fresh process touches its memory for the first time, which costs sample and reference the same
+    tens of microseconds: where both take little more, scores come out nearer to 1 than officially.
     """
 
     alpha: float = 2.0

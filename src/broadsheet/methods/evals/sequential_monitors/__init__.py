@@ -382,6 +382,12 @@ class MonitorBench(Benchmark):
                     found.append(Sample(f"{task.id}/{end}", tuple(monitor.messages(shown)), data, {}, limit))
         return found
 
+    def first(self, limit: int | None = None) -> list[Sample]:
+        """All steps of the first ``limit`` tasks: a task of which a step is missing is none."""
+        found = list(self.samples())
+        wanted = list(dict.fromkeys(one.data["task"].id for one in found))[:limit]
+        return [one for one in found if one.data["task"].id in wanted]
+
     def mark(self, sample: Sample, text: str) -> Mark:
         reading = PROMPTS[self.prompt].read(text)
         if reading.score is None:
