@@ -68,5 +68,6 @@ class Study:
         where = " ".join(f"{key}={value}" for key, value in setting.items())
         print(f"{metric:<22} {method:<18} {where:<58} seed {seed}: {value:.4g}", flush=True)
 
-    def finish(self) -> None:
+    def write(self) -> None:
+        """All records so far; called after every seed, so that a kill costs one seed at most."""
         write_results(self.records, self.arguments.out)

@@ -163,7 +163,7 @@ def main() -> None:
         stops_helping(study, seed)
         if prompts:
             on_ifeval(study, prompts, seed)
-    study.finish()
+        study.write()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
         if prompts:
             chat = Chat(SimulatedChat(SimSPaR(prompts, satisfied=0.6), "sim:spar", seed))
             policies(study, chat, prompts, len(prompts), seed, part="ifeval")
-    study.finish()
+        study.write()
 
 
 if __name__ == "__main__":
