@@ -406,13 +406,12 @@ def test_replies_without_code_are_unparsed_and_cut_ones_truncated(monkeypatch):
 @needs_sandbox
 @pytest.mark.slow
 def test_check5_some_official_problems_end_as_in_the_official_evaluation():
-    """Twelve of the 142, by CPU time; benchmarks/enamel_study.py does all of them."""
+    """Twelve of the 142, by CPU time; benchmarks/enamel_study.py does all of them, and scores them against the paper's."""
     problems = read_problems(SHARED / "enamel.csv")[::12]
     every = read_samples(SHARED / "humaneval-canonical.json", read_problems(SHARED / "enamel.csv"))
     evaluation = Efficiency(clock="cpu").evaluate({p.id: every[p.id] for p in problems}, problems)
-    assert evaluation.self_score > 0.9
+    assert evaluation.self_score >= 0.93
     for problem in problems:
         (score,), reference = evaluation.scores[problem.id], evaluation.references[problem.id]
         assert reference.passed
-        assert (score.passed, problem.id) == (GOLDEN["canonical"][problem.id][0], problem.id)
-        assert score.value == pytest.approx(GOLDEN["canonical"][problem.id][1], abs=0.35), problem.id
+        assert (score.passed, problem.id) == (GOLDEN["canonical"][problem.id], problem.id)

@@ -51,6 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from glob import glob
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +64,9 @@ LANGUAGES = ("python", "java", "cpp")
 #: Bytes of standard output, and of standard error, that `run` keeps.
 KEPT = 64_000
 _COMPILE_SECONDS = 60.0
-#: Users that systemd, too, gives out for the length of a program.
+#: Users that systemd, too, gives out for the length of a program; in turn, so that programs at once share none.
 _DYNAMIC_USERS = range(61184, 65520)
+_turn = count(secrets.randbelow(len(_DYNAMIC_USERS)))
 
 
 class ExecutorMissing(ValueError):
@@ -441,7 +443,7 @@ def _supervise(
             **job, "backend": machine.backend, "contained": contained, "landlock": locked, "report": writing,
             "signals": contained or (locked and confine.landlock_version() >= 6),
             "root": host, "readable": paths, "writable": {folder: size}, "folder": folder,
-            "user": secrets.choice(_DYNAMIC_USERS) if machine.drops else None,
+            "user": _DYNAMIC_USERS[next(_turn) % len(_DYNAMIC_USERS)] if machine.drops else None,
             "extra_processes": _others(machine) if job["processes"] > 1 else 0,
             "environment": {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": _PATH, "HOME": folder, "TMPDIR": folder},
         }  # fmt: skip
@@ -481,12 +483,12 @@ def _others(machine: _Machine) -> int:
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if machine.backend in ("bubblewrap", "namespaces") and release and (int(release[1]), int(release[2])) >= (5, 14):
         return 4
-    count = 4
+    others = 4
     for path in glob("/proc/[0-9]*") if not machine.drops else ():
         with contextlib.suppress(OSError):
             if os.stat(path).st_uid == os.getuid():
-                count += len(os.listdir(f"{path}/task"))
-    return count
+                others += len(os.listdir(f"{path}/task"))
+    return others
 
 
 #: Seconds that the sandbox has to be set up, and that a keeper has to say how the program ended.

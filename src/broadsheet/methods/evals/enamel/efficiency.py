@@ -164,7 +164,7 @@ class Efficiency:
 
     def _run(self, problem: Problem, codes: Sequence[str]) -> dict[str, Any]:
         """Times as the harness reports them."""
-        box = Sandbox(disk_mb=0, processes=len(codes) + 12)
+        box = Sandbox(disk_mb=0, processes=len(codes) + 24)
         machine = box._machine()
         if machine.backend == "seccomp" and confine.landlock_version() < 6:
             raise ExecutorMissing("timing samples needs bubblewrap, user namespaces or a newer kernel: install bubblewrap")
