@@ -61,7 +61,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/chat_harness.py
 	$(BIN)/python benchmarks/longproc_study.py --official $(SHARED)/data/longproc
 	$(BIN)/python benchmarks/fingpt_benchmark_study.py --shared $(SHARED)/data
-	$(BIN)/python benchmarks/enamel_study.py
+	$(BIN)/python benchmarks/enamel_study.py --data $(SHARED)/data/enamel
 	$(BIN)/python benchmarks/muldimif_study.py --data $(SHARED)/data/muldimif
 	$(BIN)/python benchmarks/vif_rag_study.py
 	$(BIN)/python benchmarks/decrim_study.py
