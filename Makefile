@@ -18,7 +18,7 @@ run: install                ## the main job: a ranked table and plots of the KV-
 	$(BIN)/broadsheet compare caches --budgets 0.25 --html out/caches.html --json out/caches.json
 
 test: install               ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install           ## the slow ones too
 	$(BIN)/python -m pytest -m "not gpu and not peers"
@@ -58,11 +58,25 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/code_study.py
 	$(BIN)/python benchmarks/accllm_ladder.py
 	$(BIN)/python benchmarks/accllm_ladder.py --model $(SHARED)/models/stories260K --text $(SHARED)/data/tinystories_wikitext_1000/tinystories_1000.json --tokens 160 --items 48 --out benchmarks/results/accllm_ladder.stories260K.records.json
+	$(BIN)/python benchmarks/chat_harness.py
+	$(BIN)/python benchmarks/longproc_study.py --official $(SHARED)/data/longproc
+	$(BIN)/python benchmarks/fingpt_benchmark_study.py --shared $(SHARED)/data
+	$(BIN)/python benchmarks/enamel_study.py --data $(SHARED)/data/enamel
+	$(BIN)/python benchmarks/muldimif_study.py --data $(SHARED)/data/muldimif
+	$(BIN)/python benchmarks/vif_rag_study.py
+	$(BIN)/python benchmarks/decrim_study.py
+	$(BIN)/python benchmarks/spar_study.py
+	$(BIN)/python benchmarks/sequential_monitors_study.py
+	$(BIN)/python benchmarks/instinct_study.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/broadsheet claims --write
 
-system-deps:                ## nothing beyond Python, pip and make is needed
-	@echo "no system packages are needed"
+system-deps:                ## bubblewrap and g++: tests that need them skip where they are missing
+	@if command -v bwrap >/dev/null && command -v g++ >/dev/null; then echo "bubblewrap and g++ are here"; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		(apt-get install -y -qq --no-install-recommends bubblewrap g++ || (apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends bubblewrap g++)) >/dev/null 2>&1 || echo "not installed: bubblewrap, g++"; \
+	else echo "install bubblewrap and g++ to run all tests of the sandbox"; fi
 
 clean:
 	rm -rf $(VENV) out build dist

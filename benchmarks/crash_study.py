@@ -3,11 +3,11 @@
     python benchmarks/crash_study.py [--base FOLDER] [--seeds 3] [--steps 60] [--random 20] [--layers 12]
 
 The base model is trained on the built-in world without the private tasks (`--base` keeps it, and resumes its training when
-that was stopped). For every private task and seed each emulator's adapters (as many for all, as many steps, the learning
-rate chosen by the emulator's own loss) are tuned on the client's sessions and plugged into the full model. Measured on other
-sessions: answers that are right, and loss, of the full model before and after tuning all of it, of the emulator before and
-after, and of the full model with the adapters plugged in. Then the losses on the straight line between the full model tuned
-as a whole and the plugged-in one.
+that was stopped; what the study has measured is kept beside it, and not measured again). For every private task and seed
+each emulator's adapters (as many for all, as many steps, the learning rate chosen by the emulator's own loss) are tuned on
+the client's sessions and plugged into the full model. Measured on other sessions: answers that are right, and loss, of the
+full model before and after tuning all of it, of the emulator before and after, and of the full model with the adapters
+plugged in. Then the losses on the straight line between the full model tuned as a whole and the plugged-in one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from broadsheet.core.microworld.tasks import make_sessions
 from broadsheet.core.microworld.train import RECIPES, Recipe, Stage, train
 from broadsheet.core.models import fingerprint, load
 from broadsheet.core.models.walker import decoder_blocks
-from broadsheet.core.records import Record, now, provenance, write_results
+from broadsheet.core.records import Record, RecordStore, cell_key, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.weights.crash import (
     CRaSh,
@@ -45,6 +46,8 @@ from broadsheet.methods.weights.crash.layers import adjacent
 
 PRIVATE = ("lists", "functions", "many_shot")
 RATES = (1e-3, 3e-3)
+#: arguments that a stored cell does not depend on
+UNEQUAL = ("base", "seeds", "random", "threads")
 BATCH = 16
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -228,16 +231,26 @@ class Study:
         ]
         self.offsite("distilled", uniform, task, seed, distilled(uniform, self.model, general, 2 * a.steps))
         self.offsite("cka_drop", CRaSh(**shape, select="cka_drop").plan(self.model, ids), task, seed)
-        if seed == 0 and task == PRIVATE[0]:
-            for draw in range(a.random):
-                plan = CRaSh(**shape, select="random", seed=draw, adapters=None).plan(self.model)
-                self.offsite(f"random {draw}", plan, task, seed)
-
         line = [(alpha, evaluated(between, test)[0]) for alpha, between in interpolate(full, plugged)]
         for alpha, loss in line:
             self.record("crash", "line_loss", loss, seed, task=task, alpha=round(alpha, 4))
         share = barrier([loss for _, loss in line]) / max(zero - best, 1e-9)
         self.record("crash", "barrier", share, seed, task=task)
+
+    def random(self, task: str, seed: int, draw: int) -> None:
+        """An emulator of layers kept at random."""
+        plan = CRaSh(n_keep=self.arguments.keep, n_adapters=4, select="random", seed=draw, adapters=None).plan(self.model)
+        self.offsite(f"random {draw}", plan, task, seed)
+
+    def kept(self, store: RecordStore, cell: str, measure: Callable[[], None]) -> None:
+        """Measures a cell, or takes it from what an earlier run measured with these arguments."""
+        key = cell_key(cell=cell, **{name: value for name, value in vars(self.arguments).items() if name not in UNEQUAL})
+        if (found := store.cells().get(key)) is not None:
+            self.records += found
+            return
+        before = len(self.records)
+        measure()
+        store.add(key, self.records[before:])
 
     def calibration(self, seed: int) -> torch.Tensor:
         """256 samples of the tasks that the owner knows, cut to one length."""
@@ -268,10 +281,11 @@ def main() -> None:
                 flush=True,
             )
     model, tokenizer = load(arguments.base, dtype=torch.float32)
-    study = Study(arguments, model, tokenizer)
-    for seed in range(arguments.seeds):
-        for task in PRIVATE:
-            study.run(task, seed)
+    study, store = Study(arguments, model, tokenizer), RecordStore(Path(arguments.base) / "study.jsonl")
+    cells = [(f"{task} {seed}", partial(study.run, task, seed)) for seed in range(arguments.seeds) for task in PRIVATE]
+    cells += [(f"random {draw}", partial(study.random, PRIVATE[0], 0, draw)) for draw in range(arguments.random)]
+    for cell, measure in cells:
+        study.kept(store, cell, measure)
         write_results(study.records, Path(__file__).parent / "results" / f"crash_study.{arguments.layers}.records.json")
 
 

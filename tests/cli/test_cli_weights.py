@@ -77,7 +77,7 @@ def test_a_folder_of_something_else_is_not_overwritten(folder, tmp_path):
     [
         (("run", "rtn", "-o", "size=lots"), "size is bytes, such as 120MB"),
         (("run", "rtn", "-o", "size=-3MB"), "size is bytes, such as 120MB"),
-        (("run", "snapkv", "--out", "x"), "--out is for methods that make a model to keep"),
+        (("run", "snapkv", "--out", "x"), "--out is for methods that make something to keep"),
         (("bitstack", "sizes", "."), "holds no bitstack.safetensors"),
         (("dfloat11", "inspect", "no-such-folder"), "no-such-folder"),
     ],

@@ -4,7 +4,7 @@ import torch
 
 from broadsheet.core.microworld.code import make_tasks
 from broadsheet.core.models import load
-from broadsheet.core.sampling import _Noise, sample
+from broadsheet.core.sampling import Noise, sample
 
 
 def prompts(count):
@@ -33,7 +33,7 @@ def test_samples_do_not_depend_on_the_batch_but_on_the_seed():
 
 def test_noise_draws_from_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0])
-    noise = _Noise("key", 20_000)
+    noise = Noise("key", 20_000)
     drawn = (logits + noise.next(3)).argmax(-1)
     shares = torch.bincount(drawn, minlength=3) / len(drawn)
     assert torch.allclose(shares, logits.softmax(-1), atol=0.015)

@@ -8,6 +8,7 @@ import typer
 
 from broadsheet import catalogue
 
+from .chat import ledger, serve_model
 from .crash import crash
 from .study import study
 from .weights import bitstack, dfloat11
@@ -28,6 +29,11 @@ app = typer.Typer(
 )
 
 JSON = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - is standard output.")]
+CHAT = Annotated[
+    str,
+    typer.Option("--chat", metavar="URL", help="An OpenAI-compatible endpoint (evals); its key is BROADSHEET_API_KEY's."),
+]
+MODEL_NAME = Annotated[str, typer.Option("--model-name", help="With --chat: which of the endpoint's models.")]
 MODEL = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder, or a hub name.")]
 
 
@@ -97,9 +103,14 @@ def compare(
     family: Annotated[str, typer.Argument(help="The family of methods, for example caches.")],
     methods: Annotated[str, typer.Option(help="Comma-separated methods; default: all.")] = "",
     model: MODEL = "pocket-2m",
+    chat: CHAT = "",
+    model_name: MODEL_NAME = "",
     budgets: Annotated[
         str,
-        typer.Option(help="Fractions of the full cache's bytes, or bits a weight, comma-separated; default: the family's."),
+        typer.Option(
+            help="Fractions of the full cache's bytes, bits a weight or answers a prompt, comma-separated; default: the "
+            "family's."
+        ),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     tasks: Annotated[str, typer.Option(help="Session tasks, comma-separated; default: the bench's.")] = "",
@@ -132,6 +143,8 @@ def compare(
       broadsheet compare caches --model ./my-llama --text wiki.txt --methods full,kivi,gear
 
       broadsheet compare weights --model ./my-llama --text wiki.txt --budgets 2,3,4
+
+      broadsheet compare evals --chat http://localhost:8000/v1 --model-name qwen3-8b -o limit=100
     """
     from broadsheet.core.records import write_json
     from broadsheet.lab import compare as lab
@@ -139,7 +152,7 @@ def compare(
     from broadsheet.lab.run import make_workload
 
     given = {
-        "model": model,
+        **_asked(model, chat, model_name),
         "tasks": _split(tasks),
         "modes": _split(modes),
         "sessions": sessions,
@@ -161,8 +174,8 @@ def compare(
         example = ",".join(f"{budget:g}" for budget in module.VIEW.budgets)
         raise ValueError(f"budgets are numbers such as {example}; got '{budgets}'") from None
     records = _with_progress(
-        lambda progress: lab.compare(
-            family, workload, _split(methods) or None, wanted or None, seeds, fresh=fresh, progress=progress
+        lambda progress, tick: lab.compare(
+            family, workload, _split(methods) or None, wanted or None, seeds, fresh=fresh, progress=progress, tick=tick
         )
     )
     if as_json:
@@ -182,8 +195,12 @@ def run(
         list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="A parameter of the method or its workload.")
     ] = None,
     model: MODEL = "pocket-2m",
+    chat: CHAT = "",
+    model_name: MODEL_NAME = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where the compressed model goes (weights).")] = "",
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Keeps the compressed model (weights), or transcripts and a log (evals).")
+    ] = "",
     as_json: JSON = None,
 ) -> None:
     """Run one paper's method beside its reference, with its own parameters.
@@ -196,18 +213,20 @@ def run(
       broadsheet run gear -o bits=4 -o rank_prefill=2 -o sessions=16
 
       broadsheet run bitstack --model ./my-llama -o size=120MB -o text=wiki.txt --out ./my-llama-120MB
+
+      broadsheet run decrim --chat http://localhost:8000/v1 --model-name qwen3-8b -o max_rounds=4 --out ./transcripts
     """
     from broadsheet.core.records import write_json
     from broadsheet.lab.run import family_of, run_method
 
-    options, family = _options(option), family_of(slug)
-    records = _with_progress(lambda progress: run_method(family, slug, options, model, device, progress, out))
+    options, family = {**_options(option), **_asked(model, chat, model_name)}, family_of(slug)
+    records = _with_progress(lambda progress, tick: run_method(family, slug, options, device, progress, out, tick))
     if as_json:
         write_json(records, as_json)
     if as_json != "-":
         _print_table(records)
         if out:
-            typer.echo(f"wrote {out}: import broadsheet, then AutoModelForCausalLM.from_pretrained({out!r}) loads it")
+            typer.echo(f"wrote {out}: {_kept(family, out)}")
 
 
 @app.command()
@@ -300,6 +319,19 @@ app.add_typer(dfloat11, name="dfloat11")
 app.add_typer(bitstack, name="bitstack")
 app.add_typer(crash, name="crash")
 app.add_typer(study, name="study")
+app.add_typer(ledger, name="ledger")
+app.command(name="serve-model")(serve_model)
+
+
+@app.command(name="lm-eval")
+def lm_eval() -> None:
+    """Print the folder of the benchmarks' lm-eval tasks, for its --include_path.
+
+    Example: lm_eval --include_path "$(broadsheet lm-eval)" --tasks broadsheet_ifeval --model hf --model_args pretrained=...
+    """
+    from importlib.resources import files
+
+    typer.echo(str(files("broadsheet") / "methods" / "evals" / "lm_eval"))
 
 
 # --- data, models, machine --------------------------------------------------------------------------------------
@@ -355,6 +387,21 @@ def doctor() -> None:
 # --- helpers ----------------------------------------------------------------------------------------------------
 
 
+def _asked(model: str, chat: str, model_name: str) -> dict[str, str]:
+    """Which model a workload is about: an endpoint's, or a local one."""
+    if model_name and not chat:
+        raise ValueError("--model-name goes with --chat URL: it is one of the endpoint's models")
+    if chat and not chat.startswith(("http://", "https://")):
+        raise ValueError(f"--chat takes an address such as http://localhost:8000/v1, got '{chat}'")
+    return {"model": chat, "name": model_name} if chat else {"model": model}
+
+
+def _kept(family: str, out: str) -> str:
+    if family == "evals":
+        return f"transcripts as JSON lines, and logs for inspect view --log-dir {out}"
+    return f"import broadsheet, then AutoModelForCausalLM.from_pretrained({out!r}) loads it"
+
+
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -378,7 +425,7 @@ def _value(text: str) -> Any:
 
 
 def _with_progress(work: Any) -> "list[Record]":
-    """Runs ``work(progress)`` under a progress bar on standard error."""
+    """Runs ``work(progress, tick)`` under progress bars on standard error: one of cells, one of what is done in a cell."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from transformers.utils.logging import disable_progress_bar
@@ -400,7 +447,13 @@ def _with_progress(work: Any) -> "list[Record]":
             seed = f" seed {cell.seed}" if cell.seed else ""
             bar.update(line, completed=number, total=total, description=f"{cell.method}{budget}{seed}")
 
-        return work(progress)
+        def tick(done: int, of: int) -> None:
+            if not inner:
+                inner.append(bar.add_task("", total=of))
+            bar.update(inner[0], completed=done, total=of, visible=done < of)
+
+        inner: list[Any] = []
+        return work(progress, tick)
 
 
 def _print_table(records: "Sequence[Record]") -> None:

@@ -39,6 +39,12 @@ _UNSURE = re.compile(
     re.I,
 )
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])(?!\.\d)")
+_PROBABILITY = re.compile(r"[\s*`\"'(=:]*([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)\s*(%?)[\s.*`\"')]*")
+_REFUSAL = re.compile(
+    r"\b(?:I(?:['’]m| am)? (?:sorry|unable|not able)|I (?:cannot|can['’]t|can not|won['’]t|must decline)|"
+    r"(?:cannot|can['’]t|unable to) (?:help|assist|comply|provide)|decline to)\b",
+    re.I,
+)
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.S | re.M)
 
 
@@ -110,6 +116,29 @@ def number(text: str, low: float = float("-inf"), high: float = float("inf"), la
         return None
     value = float(match[0])
     return value if low <= value <= high else None
+
+
+def probability(text: str, label: str = "") -> float | None:
+    """A probability that stands alone: as the whole reply, in the last ``<label>...</label>``, or on the rest of the line
+    after the last ``label`` and a colon.
+
+    "0.85" and "85 %" are read; "85", "1.2", "0.2 or 0.9" and a number within a sentence are not.
+    """
+    part = answer_part(text)
+    if label:
+        tagged = tag(part, label)
+        lines = re.findall(rf"\b{re.escape(label)}\b[*\"'_]*\s*:([^\n]*)", part, re.I)
+        part = tagged if tagged is not None else lines[-1] if lines else ""
+    match = _PROBABILITY.fullmatch(part)
+    if not match:
+        return None
+    value = float(match[1]) / (100 if match[2] else 1)
+    return value if 0 <= value <= 1 else None
+
+
+def refuses(text: str) -> bool:
+    """Whether a reply says that its author will not answer. A guess from its wording; never the ground of a pass."""
+    return bool(_REFUSAL.search(answer_part(text)))
 
 
 def tag(text: str, name: str) -> str | None:

@@ -8,7 +8,7 @@ agree draw nearly the same completions (common random numbers).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from .models import cache_of, with_cache
 
 #: How many steps pass between looks at which rows are done.
 _EVERY = 4
+#: Tokens before a completion that are decoded with it.
+_CONTEXT = 16
 
 
-@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,50 +36,81 @@ def sample(
     """``samples`` completions of every prompt of one batch, each a ``(name, text)``.
 
     ``temperature`` 0 is greedy. ``stops``: for every prompt, strings that a completion ends before. A completion also ends
-    at the model's end token, at ``max_new_tokens`` or where the model's positions end. Rows that are done are dropped from
-    the batch.
+    at the model's end token, at ``max_new_tokens`` or where the model's positions end.
     """
     opening = [tokenizer(text)["input_ids"] for _, text in prompts]
-    width = max(map(len, opening))
+    most = positions(model)
+    if most is not None and most <= max(map(len, opening)):
+        raise ValueError(f"a prompt has {max(map(len, opening))} tokens, the model {most} positions; leave such tasks out")
+    noises = [Noise(f"{seed}/{name}", samples) for name, _ in prompts]
+
+    def choose(live: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if temperature > 0:
+            noise = torch.cat([noise.next(logits.shape[-1]) for noise in noises])[live].to(logits.device)
+            logits = logits / temperature + noise
+        return logits.argmax(-1)
+
+    rows = [place for place in range(len(prompts)) for _ in range(samples)]
+    endings = [stops[place] if stops else () for place in rows]
+    written = decode(model, tokenizer, opening, rows, [max_new_tokens] * len(rows), endings, choose)
+    completions = []
+    for place, tokens, some in zip(rows, written, endings, strict=True):
+        text = text_of(tokenizer, opening[place], tokens[: end_of(model, tokenizer, tokens)])
+        completions.append(text[: first_stop(text, some)])
+    return [completions[first : first + samples] for first in range(0, len(completions), samples)]
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    limits: Sequence[int],
+    stops: Sequence[Sequence[str]],
+    choose: Callable[[list[int], torch.Tensor], torch.Tensor],
+) -> list[list[int]]:
+    """Tokens of completions, a row each, all in one batch. Every prompt is read once, whatever the number of its rows.
+
+    ``rows``: which of the prompts a row continues. A row ends at its limit, where the model's positions end, or a few tokens
+    after an end token or one of its strings: the caller cuts. Rows that are done leave the batch. ``choose(live, logits)``
+    gives the next token of every live row, [live rows], from their logits, [live rows, vocabulary] in float32.
+    """
+    width = max(map(len, prompts))
     pad = tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in opening], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in opening], device=model.device)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or width + max_new_tokens
-    if most <= width:
-        raise ValueError(f"a prompt has {width} tokens, the model {most} positions; leave such tasks out")
-    noises = [_Noise(f"{seed}/{name}", samples) for name, _ in prompts]
-    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in opening]
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    most = positions(model)
+    limits = [
+        limit if most is None else min(limit, most - len(prompts[row])) for row, limit in zip(rows, limits, strict=True)
+    ]
 
     output: Any = model(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1
     )
-    cache, logits = cache_of(output), output.logits[:, -1].repeat_interleave(samples, 0)
-    cache.batch_repeat_interleave(samples)
-    mask = mask.repeat_interleave(samples, 0)
-    live = torch.arange(len(prompts) * samples, device=model.device)
+    first = torch.tensor(rows, device=model.device)
+    cache, logits, mask = cache_of(output), output.logits[:, -1][first], mask[first]
+    cache.batch_select_indices(first)
+    live = list(range(len(rows)))
     written: list[list[int]] = [[] for _ in live]
     ends = _ends(model, tokenizer)
-    for step in range(min(max_new_tokens, most - width)):
-        scores = logits.float()
-        if temperature > 0:
-            noise = torch.cat([noise.next(scores.shape[-1]) for noise in noises])[live.cpu()].to(scores.device)
-            scores = scores / temperature + noise
-        chosen = scores.argmax(-1)
-        for row, token in zip(live.tolist(), chosen.tolist(), strict=True):
+    while True:
+        chosen = choose(live, logits.float())
+        for row, token in zip(live, chosen.tolist(), strict=True):
             written[row].append(token)
-        if step % _EVERY == _EVERY - 1:
-            kept = [
-                place
-                for place, row in enumerate(live.tolist())
-                if not ends & set(written[row][-_EVERY:])
-                and not _stopped(tokenizer, written[row], stops[row // samples] if stops else ())
-            ]
-            if not kept:
-                break
-            if len(kept) < len(live):
-                index = torch.tensor(kept, device=model.device)
-                live, chosen, mask = live[index], chosen[index], mask[index]
-                cache.batch_select_indices(index)
+        look = len(written[live[0]]) % _EVERY == 0  # all live rows are equally long
+        kept = [
+            place
+            for place, row in enumerate(live)
+            if len(written[row]) < limits[row]
+            and not (look and (ends & set(written[row][-_EVERY:]) or _stopped(tokenizer, written[row], stops[row])))
+        ]
+        if not kept:
+            return written
+        if len(kept) < len(live):
+            index = torch.tensor(kept, device=model.device)
+            live, chosen, mask = [live[place] for place in kept], chosen[index], mask[index]
+            cache.batch_select_indices(index)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         output = model(
             input_ids=chosen[:, None],
@@ -88,17 +120,29 @@ def sample(
             use_cache=True,
         )
         logits = output.logits[:, -1]
-    completions = []
-    for row, tokens in enumerate(written):
-        place = row // samples
-        tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
-        # With the prompt before it, because some tokenizers drop a leading space.
-        text = str(tokenizer.decode(opening[place] + tokens, clean_up_tokenization_spaces=False))[len(texts[place]) :]
-        completions.append(text[: first_stop(text, stops[place] if stops else ())])
-    return [completions[first : first + samples] for first in range(0, len(completions), samples)]
 
 
-class _Noise:
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can see, or None where nothing limits them."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
+    """Where the first end token stands, or the number of tokens."""
+    ends = _ends(model, tokenizer)
+    return next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase, opening: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool = False
+) -> str:
+    """The text of tokens that follow others; some tokenizers drop the leading space of a text that stands alone."""
+    before = list(opening[-_CONTEXT:])
+    options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": skip_special_tokens}
+    return str(tokenizer.decode(before + list(tokens), **options))[len(str(tokenizer.decode(before, **options))) :]
+
+
+class Noise:
     """Gumbel noise of one prompt: [samples, vocabulary] a step."""
 
     def __init__(self, key: str, samples: int):

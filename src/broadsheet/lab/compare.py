@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,11 @@ def has_bench(family: str) -> bool:
     return (Path(broadsheet.__file__).parent / "methods" / family / "bench.py").is_file()
 
 
+def taken(module: ModuleType, **optional: Any) -> dict[str, Any]:
+    """Those of the optional arguments that the family's ``measure`` takes."""
+    return {name: value for name, value in optional.items() if value and name in signature(module.measure).parameters}
+
+
 def plan(methods: Mapping[str, bool], budgets: Sequence[float], seeds: int) -> list[Cell]:
     """Cells in an order that fills the table evenly. ``methods``: name -> whether it has budgets; those that have none (the
     reference, for one) run once a seed, before the others."""
@@ -59,10 +65,12 @@ def compare(
     store: RecordStore | None = None,
     fresh: bool = False,
     progress: Callable[[Cell, int, int, bool], None] | None = None,
+    tick: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
     """All records of the comparison, in plan order.
 
-    ``progress(cell, number, total, stored)`` is called before each cell. Ctrl-C between or within cells loses only the
+    ``progress(cell, number, total, stored)`` is called before each cell, ``tick(done, total)`` within one where the family
+    says how far it is. Ctrl-C between or within cells loses only the
     cell under way. Raises ValueError for unknown methods and budgets that cannot be meant.
     """
     module = bench(family)
@@ -94,7 +102,7 @@ def compare(
         if progress:
             progress(cell, number, len(cells), key in done)
         if key not in done:
-            done[key] = module.measure(cell.method, known[cell.method], seeded, cell.budget)
+            done[key] = module.measure(cell.method, known[cell.method], seeded, cell.budget, **taken(module, tick=tick))
             store.add(key, done[key])
         records += done[key]
     return records

@@ -21,7 +21,7 @@ def examine() -> list[tuple[str, str, str]]:
     import torch
 
     from broadsheet.core.models import pockets
-    from broadsheet.core.sandbox import guard
+    from broadsheet.core.sandbox import backend
 
     lines = []
     for package in ("broadsheet", "torch", "transformers", "numba", "matplotlib"):
@@ -34,13 +34,14 @@ def examine() -> list[tuple[str, str, str]]:
     lines.append(("gpu", "ok" if cuda else "missing", cuda or "none; everything runs on the CPU"))
     names = pockets()
     lines.append(("models", "ok" if names else "problem", ", ".join(names) or "no pocket model in the package"))
-    confined = guard() == "seccomp"
-    note = (
-        "the kernel confines programs that models write"
-        if confined
-        else "audit hook alone: use a container for such programs"
-    )
-    lines.append(("sandbox", "ok" if confined else "missing", note))
+    name = backend()
+    notes = {
+        "bubblewrap": "namespaces and a seccomp filter",
+        "namespaces": "namespaces (made without bubblewrap) and a seccomp filter",
+        "seccomp": "a seccomp filter; bubblewrap or user namespaces would add a file system of its own",
+        "rlimits": "nothing confines programs that models write here; BROADSHEET_UNSAFE_SANDBOX=1 runs them in a container",
+    }
+    lines.append(("sandbox", "missing" if name == "rlimits" else "ok", f"{name}: {notes[name]}"))
     jdk = bool(shutil.which("java") and shutil.which("javac"))
     lines.append(
         ("jdk", "ok" if jdk else "missing", "" if jdk else "Java tasks of 'broadsheet study code' need java and javac")

@@ -32,7 +32,7 @@ def columns(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Any]]]:
     """(heading, metric, setting) of the table's columns, by what was measured."""
     names = {record.metric for record in records}
     found: list[tuple[str, str, dict[str, Any]]] = []
-    if "accuracy" in names:
+    if quality_of(records).metric == "accuracy":
         found = [("accuracy", "accuracy", {})]
         modes = dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting)
         found += [(mode, "accuracy", {"mode": mode}) for mode in modes]
@@ -46,7 +46,9 @@ def cell(row: Row, metric: str, setting: dict[str, Any]) -> str:
     value = row.get(metric, **setting)
     if value is None:
         return ""
-    if metric == "accuracy":
+    if metric.endswith("_share"):
+        return f"{100 * value:.1f} %"
+    if metric in ("accuracy", "score"):
         text = f"{100 * value:.1f} %"
         if not setting and metric in row.intervals:
             low, high = row.intervals[metric]
@@ -54,12 +56,15 @@ def cell(row: Row, metric: str, setting: dict[str, Any]) -> str:
         return text
     if metric.endswith("bytes"):
         return f"{value / 1e6:.2f}"
+    if value >= 1000 or value == int(value):
+        return f"{value:,.0f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
 
 
 def price(row: Row, how: View) -> str:
     """What the row paid."""
-    return f"{row.values.get(how.price, float('nan')):.{how.price_digits}f}"
+    paid = row.values.get(how.price)
+    return "–" if paid is None else f"{paid:.{how.price_digits}f}"
 
 
 def budget_of(row: Row, how: View) -> str:

@@ -6,15 +6,16 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
-from inspect import signature
 from types import ModuleType
 from typing import Any
 
 from broadsheet import catalogue
 from broadsheet.core.records import Record
 
-from .compare import Cell, bench, has_bench
+from .compare import Cell, bench, has_bench, taken
 
+#: Papers that need what no command line gives.
+PYTHON = {"instinct": "broadsheet.method('instinct')().solve(chat, task, model, tokenizer)"}
 #: Papers that have a command of their own.
 COMMANDS = {"crash": "crash", "quantizing-code-llms": "study code"}
 
@@ -25,10 +26,12 @@ def family_of(slug: str) -> str:
         paper = catalogue.paper(slug)
         if not paper.method:
             raise ValueError(f"'{slug}' does not run yet; 'broadsheet papers' marks with ● those that do")
+        if slug in PYTHON:
+            raise ValueError(f"'{slug}' is called from Python, with a task and a model of yours: {PYTHON[slug]}")
         if slug in COMMANDS:
             raise ValueError(f"'{slug}' has a command of its own: broadsheet {COMMANDS[slug]} --help")
         return paper.family
-    for family in catalogue.FAMILIES:
+    for family in sorted(catalogue.FAMILIES, key="evals".__ne__):  # whose bench imports no torch
         if has_bench(family) and slug in bench(family).methods():
             return family
     return catalogue.paper(slug).family  # raises, naming the nearest
@@ -38,28 +41,26 @@ def run_method(
     family: str,
     slug: str,
     options: dict[str, Any],
-    model: str,
     device: str = "cpu",
     progress: Callable[[Cell, int, int, bool], None] | None = None,
     out: str | None = None,
+    tick: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
-    """Measures ``slug`` as ``options`` configure it, and the full reference, on one workload.
+    """Measures ``slug`` as ``options`` configure it, and the family's reference (but for benchmarks), on one workload.
 
     Options that name a field of the workload go there, the others to the method. ``method=NAME`` runs another method
     of the family on a benchmark paper (``run scbench -o method=snapkv``). Where a method makes another model,
     ``size=BYTES`` fits that into so many bytes and ``out`` is the folder that it is written to.
     """
     module = bench(family)
-    if out and "out" not in signature(module.measure).parameters:
-        raise ValueError(f"--out is for methods that make a model to keep; {family} work on a model as it runs")
+    if out and not taken(module, out=out):
+        raise ValueError(f"--out is for methods that make something to keep; {family} work on a model as it runs")
     known = module.methods()
     options = dict(options)
     name = str(options.pop("method", slug))
     budget = options.pop("budget", None) if name != slug else None
     of_workload = {field.name for field in fields(module.Workload)}
-    workload = make_workload(
-        module, {"model": model, "device": device, **{k: v for k, v in options.items() if k in of_workload}}
-    )
+    workload = make_workload(module, {"device": device, **{k: v for k, v in options.items() if k in of_workload}})
     fits = hasattr(module, "at_size")
     room = _bytes(options.pop("size")) if fits and "size" in options else None
     parameters = {k: v for k, v in options.items() if k not in of_workload}
@@ -69,11 +70,13 @@ def run_method(
     reference = module.VIEW.reference
     names = [name] if name in known else list(known)
     records: list[Record] = []
-    cells = [Cell(reference, None, workload.seed), *(Cell(n, budget, workload.seed) for n in names if n != reference)]
+    cells = [Cell(n, budget, workload.seed) for n in names if n != reference]
+    if any(getattr(known[n], "compared", True) for n in names):
+        cells.insert(0, Cell(reference, None, workload.seed))
     for number, cell in enumerate(cells):
         if progress:
             progress(cell, number, len(cells), False)
-        kept = {"out": out} if out and cell.method == name else {}
+        kept = taken(module, out=out if cell.method == name else None, tick=tick)
         records += module.measure(cell.method, known[cell.method], workload, cell.budget, **kept)
     return records
 

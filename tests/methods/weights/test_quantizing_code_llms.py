@@ -131,7 +131,7 @@ def _made(*arms):
     tasks = tuple(CodeTask(f"t{i}", "python", "", "") for i in range(10))
     made = []
     for arm, passes in arms:
-        statuses = tuple(("passed",) * count + ("failed",) * (20 - count) for count in passes)
+        statuses = tuple(("pass",) * count + ("fail",) * (20 - count) for count in passes)
         made.append(ArmResult(arm, facts, statuses, tuple(("",) * 20 for _ in tasks)))
     return Results(tasks, tuple(made), 20, 0.2, 0)
 
@@ -164,7 +164,7 @@ def test_completions_that_lead_nowhere_fail_and_stay():
     nothing = Study({**FACTORS, "method": ["rtn"], "precision": [8]}, TASKS[:2], **{**SMALL, "max_new_tokens": 1}).run()
     for result in nothing.arms:
         assert [len(row) for row in result.statuses] == [2, 2]
-        assert results_of(result) == {"error"} or "failed" in results_of(result)
+        assert results_of(result) <= {"fail", "timeout"}
     assert nothing.compare()[0].samples == 4
 
 
@@ -267,7 +267,7 @@ def test_own_texts_calibrate_any_model(tmp_path):
     factors = {"model": [str(tmp_path / "model")], "method": ["gptq"], "precision": [4], "calibration": ["mine"]}
     found = Study(factors, TASKS[:2], texts={"mine": str(text)}, perplexity={"own": str(text)}, **SMALL).run()
     assert found.arms[1].facts["perplexity"]["own"] > 1
-    assert all(status != "passed" for arm in found.arms for row in arm.statuses for status in row)
+    assert all(status != "pass" for arm in found.arms for row in arm.statuses for status in row)
     assert torch.isfinite(torch.tensor(found.arms[0].facts["perplexity"]["own"]))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -37,12 +38,21 @@ class RequestRefused(Exception):
 class Transient(Exception):
     """Worth another try: 429, 5xx, a time-out, a cut stream, an answer that is no answer.
 
-    ``after``: seconds that the server asked to wait, from its ``Retry-After``.
+    ``after``: seconds that the server asked to wait, from its ``Retry-After``. ``begun``: the server may have worked (and
+    charged) for it, as when the answer was cut off.
     """
 
-    def __init__(self, message: str, after: float | None = None):
+    def __init__(self, message: str, after: float | None = None, begun: bool = False):
         super().__init__(message)
-        self.after = after
+        self.after, self.begun = after, begun
+
+
+class Unreachable(Transient):
+    """Nobody listens: after all tries that ends the run, since no other request would be answered either."""
+
+
+#: so many tokens a chat template may add to a request (role marks, a default system prompt), and so many an image may be
+_TEMPLATE, _IMAGE = 256, 16_384
 
 
 @dataclass(frozen=True)
@@ -66,19 +76,28 @@ class Request:
 
     @classmethod
     def of(cls, messages: Sequence[Message] | str, **parameters: Any) -> Request:
-        """A checked request. Raises ValueError for parameters that cannot be meant."""
+        """A checked request, a copy of what it is made of. Raises ValueError for what cannot be meant."""
         if not isinstance(messages, str):
             messages = tuple(messages)
             for message in messages:
                 if not isinstance(message, Mapping) or "role" not in message:
                     raise ValueError("a message is a mapping with 'role' and 'content'")
+            messages = tuple(_copied(message) for message in messages)
         if not messages:
             raise ValueError("there is nothing to ask: messages are empty")
         for name in ("stop", "tools"):
             value = parameters.get(name) or ()
-            parameters[name] = (value,) if isinstance(value, str) else tuple(value)
+            parameters[name] = tuple(_copied([value] if isinstance(value, str) else list(value)))
+        if not all(isinstance(stop, str) and stop for stop in parameters["stop"]):
+            raise ValueError("stop strings are texts that are not empty")
+        for name in ("response_format", "extra"):
+            if name in parameters:
+                parameters[name] = _copied(parameters[name])
+        for name, kind in (("temperature", float), ("top_p", float), ("max_tokens", int)):  # 0 and 0.0 are one request
+            if name in parameters:
+                parameters[name] = _number(name, parameters[name], kind)
         made = cls(messages, **parameters)
-        if made.temperature < 0 or not 0 < made.top_p <= 1 or made.max_tokens < 1:
+        if not 0 <= made.temperature < math.inf or not 0 < made.top_p <= 1 or made.max_tokens < 1:
             raise ValueError(
                 f"temperature must be at least 0, top_p in (0, 1], max_tokens at least 1; got {made.temperature}, "
                 f"{made.top_p}, {made.max_tokens}"
@@ -88,22 +107,72 @@ class Request:
     @cached_property
     def content(self) -> str:
         """The request as canonical JSON, without what is not set: what it is known by, and what the ledger keeps."""
-        fields = {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         kept = {name: value for name, value in fields.items() if value not in ((), None, {})}
         return json.dumps(kept, sort_keys=True, separators=(",", ":"), default=dict)
 
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.blake2b(self.content.encode(), digest_size=32).hexdigest()
+
     def key(self, identity: str, sample: int) -> str:
         """What the ledger finds an answer by: the model's identity, the request and the number of the sample."""
-        return hashlib.blake2b(f"{identity}\0{sample}\0{self.content}".encode(), digest_size=20).hexdigest()
+        known_by = f"{identity}\0{sample}\0{self._digest}"
+        return hashlib.blake2b(known_by.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the prompt and of the tools' descriptions, images apart."""
+        if isinstance(self.messages, str):
+            return len(self.messages.encode("utf-8", "surrogatepass"))
+        texts = [json.dumps({**m, "content": _without_images(m.get("content"))}, ensure_ascii=False) for m in self.messages]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+    @property
+    def images(self) -> int:
+        if isinstance(self.messages, str):
+            return 0
+        return sum(_is_image(part) for m in self.messages for part in _parts(m.get("content")))
 
     @property
     def most_tokens(self) -> int:
-        """No tokenizer makes more of the prompt: tokens have at least one byte each."""
-        if isinstance(self.messages, str):
-            return len(self.messages.encode("utf-8", "replace"))
-        return sum(
-            len(json.dumps(dict(m), ensure_ascii=False, default=dict).encode("utf-8", "replace")) for m in self.messages
-        )
+        """Tokens that the prompt has at most: one a byte of text and tools, what templates add, and the largest images.
+
+        Tokens of byte-level tokenizers have at least one byte each; templates and images are bounded by those in use.
+        """
+        return self.size if isinstance(self.messages, str) else self.size + _TEMPLATE + _IMAGE * self.images
+
+
+def _copied(value: Any) -> Any:
+    """JSON, copied: what is changed by the caller later changes neither what is sent nor what it is known by."""
+    if isinstance(value, Mapping):
+        return {str(name): _copied(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(one) for one in value]
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(
+        f"requests are JSON: text, finite numbers, lists and mappings; got {type(value).__name__} {value!r:.40}"
+    )
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+        raise ValueError(f"{name} is {'a whole number' if kind is int else 'a number'}, got {value!r}")
+    return kind(value)
+
+
+def _parts(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else []
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and "image_url" in part
+
+
+def _without_images(content: Any) -> Any:
+    return [part for part in content if not _is_image(part)] if isinstance(content, list) else content
 
 
 @dataclass(frozen=True)
@@ -116,13 +185,17 @@ class Price:
 
 @dataclass(frozen=True)
 class Usage:
-    """What was used: calls, tokens read and written, US dollars, seconds from request to answer (summed over calls)."""
+    """What was used: calls, tokens read and written, US dollars, seconds from request to answer (summed over calls).
+
+    ``estimated``: so many of the calls came back without a count of tokens, which is a quarter of the bytes for them.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     money: float = 0.0
     seconds: float = 0.0
+    estimated: int = 0
 
     @property
     def tokens(self) -> int:
@@ -141,6 +214,7 @@ class Usage:
             self.completion_tokens + sign * other.completion_tokens,
             self.money + sign * other.money,
             self.seconds + sign * other.seconds,
+            self.estimated + sign * other.estimated,
         )
 
 
@@ -148,12 +222,18 @@ class Usage:
 NOTHING = Usage()
 
 
+def estimated_tokens(size: int) -> int:
+    """Tokens of ``size`` bytes where nobody counted them: four bytes each, as for English."""
+    return -(-size // 4)
+
+
 @dataclass(frozen=True)
 class Choice:
     """One answer.
 
     ``finish_reason``: "stop" or "tool_calls" when it is whole; else it is a failure: "length" (cut at max_tokens), "context"
-    (the prompt does not fit), "content_filter", "error" (no answer after all tries). ``logprobs``: for every token
+    (the prompt does not fit), "content_filter", "error" (no answer after all tries). ``usage``: of a call for several
+    samples, its first choice carries the call and the prompt, so that sums are right. ``logprobs``: for every token
     ``{"token", "logprob", "top": {token: logprob}}``. ``stored``: it came from the ledger and cost nothing now.
     """
 
@@ -170,6 +250,14 @@ class Choice:
         return self.finish_reason in ("stop", "tool_calls")
 
 
+def best_first(alternatives: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The ``top`` of a token's log-probabilities: of tokens that are spelled alike, the likeliest."""
+    found: dict[str, float] = {}
+    for token, logprob in sorted(alternatives, key=lambda one: -one[1]):
+        found.setdefault(token, logprob)
+    return found
+
+
 class Backend(Protocol):
     """Carries requests to one model."""
 
@@ -181,7 +269,7 @@ class Backend(Protocol):
     async def send(self, request: Request, samples: Sequence[int]) -> list[Choice]:
         """One answer for each of ``samples`` (consecutive numbers), or fewer where the server ignores ``n``.
 
-        Raises `Transient`, `RequestRefused` or `ChatError`.
+        Raises `Transient` (`Unreachable`), `RequestRefused` or `ChatError`.
         """
         ...
 

@@ -12,11 +12,11 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from statistics import NormalDist
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from .protocol import Choice, Request, Usage
+from .protocol import NOTHING, Choice, Request, Usage, estimated_tokens
 
 T = TypeVar("T")
 
@@ -25,13 +25,14 @@ class Draw:
     """Randomness of one answer: the same question and sample always draw the same for the same ``kind``."""
 
     def __init__(self, key: str):
-        self._keyed = hashlib.blake2b(f"{key}\0".encode("utf-8", "surrogatepass"), digest_size=8)
+        self.key = key  # perhaps a long prompt: it is hashed once
+        self._hash = hashlib.blake2b(f"{key}\0".encode("utf-8", "surrogatepass"), digest_size=8)
 
     def uniform(self, kind: str) -> float:
         """In (0, 1)."""
-        hashed = self._keyed.copy()  # the key may be a long prompt: it is hashed once
-        hashed.update(kind.encode("utf-8", "surrogatepass"))
-        return (int.from_bytes(hashed.digest(), "big") + 0.5) / 2**64
+        drawn = self._hash.copy()
+        drawn.update(kind.encode("utf-8", "surrogatepass"))
+        return (int.from_bytes(drawn.digest(), "big") + 0.5) / 2**64
 
     def chance(self, kind: str, probability: float) -> bool:
         return self.uniform(kind) < probability
@@ -68,36 +69,54 @@ SOUND = Faults()
 
 
 class SimulatedChat:
-    """A backend that answers from ``world``; see the module. ``seconds``: how long an answer takes."""
+    """A backend that answers from ``world``; see the module. ``seconds``: how long an answer takes.
+
+    Worlds are dataclasses: two that differ in a field are two models to a ledger. A token is four bytes; replies end before
+    a ``stop`` string and are cut at ``max_tokens``, as a model's are.
+    """
 
     def __init__(self, world: World, name: str = "sim:model", seed: int = 0, faults: Faults = SOUND, seconds: float = 0.0):
         if not name.startswith("sim:"):
             raise ValueError(f"names of simulated models begin with sim:, got '{name}'")
         self.world, self.name, self.seed, self.faults, self.seconds = world, name, seed, faults, seconds
-        self.identity = f"seed {seed} {faults}"
+        self.identity = f"{_identity(world)} seed {seed} {faults}"
 
     async def send(self, request: Request, samples: Sequence[int]) -> list[Choice]:
         if self.seconds:
             await asyncio.sleep(self.seconds)
-        return [self._answer(request, sample, first=sample == samples[0]) for sample in samples]
+        # A server is told the number of a sample only through the request's seed.
+        asked, first = replace(request, seed=None).content, request.seed or 0
+        used = Usage(1, estimated_tokens(request.size))
+        choices = []
+        for sample in samples:
+            draw = Draw(f"{self.name}\0{self.seed}\0{first + sample}\0{asked}")
+            text, reason = self._answer(request, draw)
+            written = estimated_tokens(len(text.encode("utf-8", "surrogatepass")))
+            choices.append(Choice(text, reason, replace(used, completion_tokens=written)))
+            used = NOTHING
+        return choices
 
     async def close(self) -> None:
         pass
 
-    def _answer(self, request: Request, sample: int, first: bool) -> Choice:
-        # A server is told the number of a sample only through the request's seed.
-        asked = request.content if request.seed is None else Request.of(**{**_fields(request), "seed": None}).content
-        draw = Draw(f"{self.name}\0{self.seed}\0{(request.seed or 0) + sample}\0{asked}")
-        text, reason, fault = self.world.reply(request, draw), "stop", draw.uniform("fault")
-        if fault < self.faults.refuse:
+    def _answer(self, request: Request, draw: Draw) -> tuple[str, str]:
+        text, faults, fault = self.world.reply(request, draw), self.faults, draw.uniform("fault")
+        if fault < faults.refuse:
             text = "I'm sorry, but I can't help with that."
-        elif fault < self.faults.refuse + self.faults.empty:
+        elif fault < faults.refuse + faults.empty:
             text = ""
-        elif fault < self.faults.refuse + self.faults.empty + self.faults.truncate:
-            text, reason = text[: len(text) // 2], "length"
-        prompt = -(-request.most_tokens // 4) if first else 0  # four bytes a token, as for English
-        return Choice(text, reason, Usage(1, prompt, -(-len(text) // 4)))
+        elif fault < faults.refuse + faults.empty + faults.truncate:
+            return text[: len(text) // 2], "length"
+        for stop in request.stop:
+            text = text.split(stop, 1)[0]
+        written = text.encode("utf-8", "surrogatepass")
+        if len(written) > 4 * request.max_tokens:
+            return written[: 4 * request.max_tokens].decode("utf-8", "ignore"), "length"
+        return text, "stop"
 
 
-def _fields(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in request.__dataclass_fields__}
+def _identity(world: World) -> str:
+    kind = f"{type(world).__module__}.{type(world).__qualname__}"
+    if not is_dataclass(world):
+        return kind
+    return f"{kind} {hashlib.blake2b(repr(world).encode('utf-8', 'backslashreplace'), digest_size=8).hexdigest()}"

@@ -563,3 +563,95 @@ def accuracies(checkers: Iterable[Sequence[Constraint | Unverifiable]], response
         for mode in ("strict", "loose")
     }
     return {**found, "unverifiable": float(totals["unverifiable"])}
+
+
+# --- texts that obey several at once ------------------------------------------------------------------------------------
+
+
+def joint_witness(instructions: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+    """A text that passes all the instructions at once, or None where none was found: they may contradict each other."""
+    checkers = [constraint(name, kwargs) for name, kwargs in instructions]
+    known = [one for one in checkers if isinstance(one, Constraint)]
+    if len(known) < len(checkers):
+        return None
+    # Of a pair of limits, the lower one says how much to write.
+    ordered = sorted(instructions, key=lambda pair: "at least" in pair[1].values())
+    drafts = [_joint(ordered, lines_first, short) for lines_first in (True, False) for short in (False, True)]
+    texts = [*drafts, *(one.witness() for one in known)]
+    return next((text for text in texts if all(one.check(text).ok for one in known)), None)
+
+
+def _amount(kwargs: Mapping[str, Any], number: str, relation: str = "relation") -> int:
+    """How many to write: the threshold where at least so many are asked for, else few."""
+    if kwargs.get(relation, "at least") == "at least":
+        return int(kwargs[number])
+    return max(0, min(int(kwargs[number]) - 1, 1))
+
+
+def _joint(instructions: Sequence[tuple[str, Mapping[str, Any]]], lines_first: bool, short: bool) -> str:
+    """A draft: extra lines before or after the prose, the prose as one sentence where ``short``."""
+    asked = dict(instructions)
+    given = asked.get
+    words: list[str] = []
+    for name, kwargs in instructions:
+        if name == "keywords:existence":
+            words += kwargs["keywords"]
+        elif name == "keywords:frequency":
+            words += [kwargs["keyword"]] * max(0, _amount(kwargs, "frequency") - words.count(kwargs["keyword"]))
+        elif name == "keywords:letter_frequency":
+            words += [kwargs["letter"]] * _amount(kwargs, "let_frequency", "let_relation")
+        elif name == "change_case:capital_word_frequency":
+            words += ["RIVER"] * _amount(kwargs, "capital_frequency", "capital_relation")
+    language = (given("language:response_language") or {}).get("language", "en")
+    forbidden = [word.lower() for word in (given("keywords:forbidden_words") or {}).get("forbidden_words", ())]
+    if language != "en":
+        base = SAMPLES[language]
+    else:
+        base = filler(8) if not any(word in filler(8) for word in forbidden) else "zig zag"
+    total, wanted = given("length_constraints:number_words"), given("length_constraints:number_sentences")
+    count = 1 if wanted is None else max(1, _amount(wanted, "num_sentences"))
+    sentence = base[:1].upper() + base[1:].rstrip(".") + "."
+    if total is not None and short:
+        sentence, count = "Yes.", min(count, max(1, _amount(total, "num_words")))
+    if total is not None and total["relation"] == "at least":
+        every = max(1, len(re.findall(r"\w+", sentence)))
+        if wanted is None:
+            count = -(-int(total["num_words"]) // every)
+        else:
+            sentence = " ".join([sentence.rstrip(".")] * -(-int(total["num_words"]) // (every * count))) + "."
+    prose = " ".join([sentence] * count)
+    lines = [" ".join(words)] if words else []
+    if "detectable_format:title" in asked:
+        lines.insert(0, "<<A day>>")
+    if (some := given("detectable_content:number_placeholders")) is not None:
+        lines.append("[name] " * int(some["num_placeholders"]))
+    lines += ["* point"] * int((given("detectable_format:number_bullet_lists") or {}).get("num_bullets", 0))
+    lines += ["*a part*"] * int((given("detectable_format:number_highlighted_sections") or {}).get("num_highlights", 0))
+    if "detectable_format:constrained_response" in asked:
+        lines.append(_ANSWERS[0])
+    if (some := given("detectable_format:multiple_sections")) is not None:
+        lines += [f"{some['section_spliter']} {place + 1}" for place in range(int(some["num_sections"]))]
+    body = "\n".join([*lines, prose] if lines_first else [prose, *lines])
+    if (some := given("length_constraints:number_paragraphs")) is not None:
+        body = "\n***\n".join([body, *["Yes."] * (int(some["num_paragraphs"]) - 1)])
+    if (some := given("length_constraints:nth_paragraph_first_word")) is not None:
+        parts = [body, *["Yes."] * (int(some["num_paragraphs"]) - 1)]
+        parts[int(some["nth_paragraph"]) - 1] = f"{some['first_word']} {parts[int(some['nth_paragraph']) - 1]}"
+        body = "\n\n".join(parts)
+    if "combination:two_responses" in asked:
+        body = f"{body}\n******\n{body} Yes."
+    if (some := given("detectable_content:postscript")) is not None:
+        body += f"\n\n{some['postscript_marker']} {words[0] if words else 'yes'}"
+    if (some := given("startend:end_checker")) is not None:
+        body += f"\n{some['end_phrase']}"
+    if "punctuation:no_comma" in asked:
+        body = body.replace(",", "")
+    if "detectable_format:json_format" in asked:
+        body = json.dumps({"answer": body}, ensure_ascii=False)
+    if (some := given("combination:repeat_prompt")) is not None:
+        body = f"{some['prompt_to_repeat']}\n\n{body}"
+    if "startend:quotation" in asked:
+        body = f'"{body}"'
+    if "change_case:english_capital" in asked:
+        return body.upper()
+    return body.lower() if "change_case:english_lowercase" in asked else body

@@ -1,164 +1,201 @@
-"""What runs in the sandbox's own process: it gives up what it could do harm with, and then runs the program.
+"""What runs in the sandbox: the *keeper*, and the program in a process that the keeper starts, times and ends.
 
-Started by `broadsheet.core.sandbox.run` as a script of its own, without the package and without site-packages. Takes the
-job on standard input, a literal: ``mode`` ("python": run ``source`` and then ``tests`` here; "exec": become ``argv``),
-``guard``, ``seconds``, ``memory`` in bytes or None, ``nonce``. The verdict goes to the file descriptor in its first
-argument, marked by the nonce: a program that merely ends, whatever its exit code, has not passed.
+Started by `broadsheet.core.sandbox` without the package and without site-packages. The keeper enters its namespaces (where
+nobody did so before it), writes the program's files, starts the program's process, which gives up what it could do harm
+with, and reports over a pipe that the program does not have: ``b"ready"`` when it has begun, then how it ended.
+
+A Python program says that it reached its end over a pipe of its own, marked by a token: a program that merely leaves,
+whatever its exit code and whatever it printed, has not passed.
 """
 
 import contextlib
-import ctypes
+import marshal
 import os
 import resource
+import secrets
 import signal
-import struct
+import stat
 import sys
+import time
 import types
 
-#: System calls a program is refused: (name, number on x86-64, number on aarch64 or None where it does not exist).
-REFUSED = (
-    # sockets of any kind (but pairs within the process, which event loops need), and the ring that could open them unseen
-    ("socket", 41, 198), ("io_uring_setup", 425, 425),
-    # more processes
-    ("fork", 57, None), ("vfork", 58, None),
-    # other processes, and whatever outlives this one
-    ("ptrace", 101, 117), ("process_vm_readv", 310, 270), ("process_vm_writev", 311, 271), ("pidfd_getfd", 438, 438),
-    ("pidfd_send_signal", 424, 424), ("rt_sigqueueinfo", 129, 138), ("rt_tgsigqueueinfo", 297, 240), ("tkill", 200, 130),
-    ("shmget", 29, 194), ("semget", 64, 190), ("msgget", 68, 186), ("mq_open", 240, 180),
-    ("add_key", 248, 217), ("request_key", 249, 218), ("keyctl", 250, 219),
-    # new powers
-    ("unshare", 272, 97), ("setns", 308, 268), ("bpf", 321, 280), ("userfaultfd", 323, 282), ("perf_event_open", 298, 241),
-    # the file system, but for reading
-    ("creat", 85, None), ("mkdir", 83, None), ("mkdirat", 258, 34), ("mknod", 133, None), ("mknodat", 259, 33),
-    ("rmdir", 84, None), ("unlink", 87, None), ("unlinkat", 263, 35), ("link", 86, None), ("linkat", 265, 37),
-    ("symlink", 88, None), ("symlinkat", 266, 36), ("rename", 82, None), ("renameat", 264, 38), ("renameat2", 316, 276),
-    ("truncate", 76, 45), ("ftruncate", 77, 46), ("fallocate", 285, 47),
-    ("chmod", 90, None), ("fchmod", 91, 52), ("fchmodat", 268, 53), ("fchmodat2", 452, 452),
-    ("chown", 92, None), ("lchown", 94, None), ("fchown", 93, 55), ("fchownat", 260, 54),
-    ("utime", 132, None), ("utimes", 235, None), ("futimesat", 261, None), ("utimensat", 280, 88),
-    ("setxattr", 188, 5), ("lsetxattr", 189, 6), ("fsetxattr", 190, 7), ("setxattrat", 463, 463),
-    ("removexattr", 197, 14), ("lremovexattr", 198, 15), ("fremovexattr", 199, 16), ("removexattrat", 466, 466),
-)  # fmt: skip
-#: Refused too, but "exec" needs the first once: to become the program.
-EXECUTE = (("execve", 59, 221), ("execveat", 322, 281))
-#: Answered with "no such call", so that the C library falls back to an older one that is judged by its arguments.
-ABSENT = (("clone3", 435, 435), ("openat2", 437, 437))
-#: AUDIT_ARCH_* by machine, and which column of the tables above it has.
-MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}
-
-_LOAD, _JUMP_EQUAL, _JUMP_MASK, _JUMP_FROM, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
-_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
-_NUMBER, _ARCHITECTURE = 0, 4  # places in struct seccomp_data
-_CLONE_THREAD = 0x10000
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+from . import confine
 
 
-def _argument(index, high=False):
-    """Where half of a system call's argument lies in struct seccomp_data (little-endian)."""
-    return 16 + 8 * index + 4 * high
+def keep(job):
+    """The keeper. ``job``: see `broadsheet.core.sandbox._supervise`."""
+    report, linux = job["report"], sys.platform == "linux"
+    if job["backend"] == "namespaces":
+        confine.namespaces(job["root"], job["readable"], job["writable"], job["user"] is None)
+    os.chdir(job["folder"])
+    os.umask(0)  # what is written here is the program's
+    if linux:
+        confine.control("die with parent", signal.SIGKILL)
+        confine.control("subreaper", 1)
+        confine.control("dumpable", 0)  # its memory and files are not the program's to read
+    for name, text in job["files"].items():
+        if os.path.dirname(name):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb", opener=lambda path, flags: os.open(path, flags, 0o777)) as file:
+            file.write(text)
+    reading, writing = os.pipe()
+    os.write(report, b"ready")
+    token, begin = secrets.token_bytes(16), time.monotonic()
+    program = os.fork()
+    if not program:
+        os.close(report)
+        os.close(reading)
+        _become(job, writing, token)
+    os.close(writing)
+    code, used, late = _wait(program, begin + job["seconds"])
+    wall = time.monotonic() - begin
+    _sweep(program, linux and not job["contained"])
+    os.set_blocking(reading, False)  # whatever may still hold its other end
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        said = os.read(reading, 65536)
+    message = said[16:].decode("utf-8", "replace") if said.startswith(token) else ""
+    peak = used.ru_maxrss * (1024 if linux else 1)
+    kept = {} if late else _collect(job["collect"], job["most_collected"])
+    ended = (code, wall, used.ru_utime + used.ru_stime, peak, late, message, kept)
+    with os.fdopen(report, "wb") as file:
+        marshal.dump(ended, file)
+    os._exit(0)
 
 
-def seccomp_filter(machine, executes):
-    """The filter as a list of (code, jump if true, jump if false, k): a small program in classic BPF.
+def _wait(program, until):
+    """Waits for the program, and kills it at its limit: (exit code or minus a signal, resources, whether it was late)."""
+    pause, late = 0.0005, False
+    while True:
+        ended, status, used = os.wait4(program, 0 if late else os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), used, late
+        if time.monotonic() >= until:
+            late = True
+            os.kill(program, signal.SIGKILL)
+        else:
+            time.sleep(min(pause, max(0.0, until - time.monotonic())))
+            pause = min(2 * pause, 0.01)
 
-    Every rule is "equal to this number, or skip the rule", so no jump leaves its rule.
+
+def _sweep(program, through_proc):
+    """Ends what the program left behind. In a process namespace the kernel does so when the keeper leaves; elsewhere
+    orphans became the keeper's children (it is a subreaper), and theirs will when they are killed."""
+    with contextlib.suppress(OSError):
+        os.killpg(program, signal.SIGKILL)
+    while through_proc:
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                    if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                        os.kill(int(name), signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.001)
+
+
+def _collect(names, most):
+    """The contents of these files, plain ones of the work folder that together fit into ``most`` bytes; ``*.x`` is all of a
+    kind."""
+    found = {}
+    for name in names:
+        here = sorted(n for n in os.listdir(".") if n.endswith(name[1:])) if name.startswith("*") else [name]
+        for path in here:
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                with os.fdopen(handle, "rb") as file:
+                    about = os.fstat(handle)
+                    if stat.S_ISREG(about.st_mode) and about.st_size <= most:
+                        found[path] = file.read(most)
+                        most -= len(found[path])
+    return found
+
+
+# --- the program's process ----------------------------------------------------------------------------------------------
+
+
+def _become(job, end, token):
+    """Gives up everything else and runs the program; never returns."""
+
+    def tell(kind, message=""):
+        os.write(end, token + f"{kind} {message[:2000]}".encode("utf-8", "replace"))
+
+    command, forks, writes = job["argv"], job["processes"] > 1, job["disk"] > 0
+    try:
+        os.setpgid(0, 0)
+        os.set_inheritable(end, False)
+        os.umask(0o022)
+        guarded = job["backend"] != "rlimits"
+        # With a filter, one process may have threads; the limit would count them.
+        most = job["processes"] + job["extra_processes"] if forks else None if guarded else 0
+        if job["user"] is not None:
+            os.setgroups([])
+            os.setresgid(job["user"], job["user"], job["user"])
+            os.setresuid(job["user"], job["user"], job["user"])
+        confine.limit(job["cpu"], job["memory"], most, job["disk"], job["open_files"])
+        if guarded:
+            confine.control("dumpable", 1)
+            if job["landlock"]:
+                seen = [*job["readable"], job["folder"], f"/proc/{os.getpid()}"]
+                confine.landlock(seen, [job["folder"], "/dev/null"] if writes else ["/dev/null"])
+            confine.confine(command is not None, writes, forks, forks and job["signals"])
+        elif command is None:
+            confine.watch(job["folder"] if writes else None)
+        if command is not None:
+            os.execve(command[0], command, job["environment"])
+    except OSError as error:
+        tell("sandbox_error", f"{error.strerror or error} {error.filename or ''}".strip())
+        os._exit(1)
+    kind, message, code = _judge(job)
+    with contextlib.suppress(Exception):  # closed, or replaced by something of the program's
+        sys.stdout.flush()
+    tell(kind, message)
+    os._exit(code)
+
+
+def _judge(job):
+    """Runs the parts (name, source) one after the other as one main module: (how it ended, message, exit code).
+
+    The last part may end in ``sys.exit(0)``, as unittest's do, unless what is called there by another part does so.
     """
-    architecture, column = MACHINES[machine]
-    rules = [
-        (_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER),
-    ]  # fmt: skip
-    if machine == "x86_64":  # the x32 calls have other numbers
-        rules += [(_JUMP_FROM, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]
-
-    def rule(number, *then):
-        rules.extend([(_JUMP_EQUAL, 0, len(then), number), *then])
-
-    for names, answer in ((REFUSED + (() if executes else EXECUTE), _EPERM), (ABSENT, _ENOSYS)):
-        for name_and_numbers in names:
-            if name_and_numbers[column] is not None:
-                rule(name_and_numbers[column], (_RETURN, 0, 0, answer))
-    allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)
-    clone, kill, tgkill, openat, prlimit, setrlimit = {
-        "x86_64": (56, 62, 234, 257, 302, 160), "aarch64": (220, 129, 131, 56, 261, 164),
-    }[machine]  # fmt: skip
-    rule(clone, (_LOAD, 0, 0, _argument(0)), (_JUMP_MASK, 0, 1, _CLONE_THREAD), allow, refuse)
-    for signalling in (kill, tgkill):  # to itself alone
-        rule(signalling, (_LOAD, 0, 0, _argument(0)), (_JUMP_EQUAL, 0, 1, os.getpid()), allow, refuse)
-    rule(openat, (_LOAD, 0, 0, _argument(2)), (_JUMP_MASK, 0, 1, _WRITING), refuse, allow)
-    if machine == "x86_64":  # open(2)
-        rule(2, (_LOAD, 0, 0, _argument(1)), (_JUMP_MASK, 0, 1, _WRITING), refuse, allow)
-    rule(
-        prlimit,  # with a null pointer it only reads
-        *[(_LOAD, 0, 0, _argument(2)), (_JUMP_EQUAL, 0, 3, 0), (_LOAD, 0, 0, _argument(2, high=True))],
-        *[(_JUMP_EQUAL, 0, 1, 0), allow, refuse],
-    )
-    rule(setrlimit, refuse)
-    rules.append(allow)
-    return rules
-
-
-def confine(executes):
-    """Gives up all capabilities and, by a seccomp filter, the calls above; for good. Raises OSError when it cannot be
-    done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    code = b"".join(struct.pack("HBBI", *line) for line in seccomp_filter(os.uname().machine, executes))
-    filters = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(filters))
-    set_seccomp, no_new_privileges, die_with_parent = 22, 38, 1
-    steps = (
-        ("PR_SET_PDEATHSIG", lambda: libc.prctl(die_with_parent, signal.SIGKILL, 0, 0, 0)),
-        ("PR_SET_NO_NEW_PRIVS", lambda: libc.prctl(no_new_privileges, 1, 0, 0, 0)),
-        ("capset", lambda: libc.capset(header, nothing)),
-        ("PR_SET_SECCOMP", lambda: libc.prctl(set_seccomp, 2, program, 0, 0)),
-    )
-    for name, step in steps:
-        if step() != 0:
-            raise OSError(ctypes.get_errno(), name)
-
-
-def watch(event, arguments):
-    """The audit hook of the weaker guard: Python's own ways to sockets, processes, C and files are closed."""
-    writing = event == "open" and (set(arguments[1] or "") & set("wxa+") or (arguments[2] or 0) & _WRITING)
-    refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "pty.")
-    changing = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.ch", "shutil.")
-    if writing or event.startswith((*refused, *changing, "ctypes.", "signal.pthread_kill")):
-        raise PermissionError(1, "not permitted in the sandbox: " + event)
-
-
-def limit(seconds, memory, processes):
-    """Resource limits, hard ones."""
-    wanted = {"RLIMIT_CPU": int(seconds) + 1, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
-    if memory:
-        wanted["RLIMIT_AS"] = memory
-    if not processes:
-        wanted["RLIMIT_NPROC"] = 0
-    for name, value in wanted.items():
-        which = getattr(resource, name)
-        _, most = resource.getrlimit(which)
-        hard = value + (name == "RLIMIT_CPU")  # a second between the signal that says so and the one that ends it
-        if most != resource.RLIM_INFINITY:
-            value, hard = min(value, most), min(hard, most)
-        resource.setrlimit(which, (value, hard))
-
-
-def judge(source, tests):
-    """Runs both as one main module and says how it ended: (status, message)."""
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    sys.argv = [""]
+    sys.argv = job["arguments"]
+    sys.path.insert(0, job["folder"])
+    parts = job["parts"]
+    if len(parts) == 1:
+        main.__file__ = parts[0][0]
     try:
-        exec(compile(source, "<source>", "exec"), main.__dict__)
-        exec(compile(tests, "<tests>", "exec"), main.__dict__)
+        for name, source in parts:
+            exec(compile(source, name, "exec"), main.__dict__)
     except AssertionError as error:
-        return "failed", f"AssertionError: {error}"
-    except MemoryError:
-        return "memory", "MemoryError"
+        return "fail", f"AssertionError: {error}", _trace(error)
+    except MemoryError as error:
+        return "oom", "MemoryError", _trace(error)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        if isinstance(error.code, str):
+            with contextlib.suppress(Exception):
+                print(error.code, file=sys.stderr)
+        left = len(parts) == 1 or _passes(error.__traceback__, parts[0][0])
+        kind = "left" if code == 0 and left else "pass" if code == 0 else "fail"
+        return kind, f"SystemExit: {error.code}", code & 0xFF
     except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code and not _passes(error.__traceback__, "<source>"):
-            return "passed", ""  # tests may end in sys.exit(0), as unittest's do; what they test may not
-        return "error", f"{type(error).__name__}: {error}"
-    return "passed", ""
+        return "fail", f"{type(error).__name__}: {error}", _trace(error)
+    return "pass", "", 0
+
+
+def _trace(error):
+    """Prints the traceback as the interpreter would, without our own frame; gives the interpreter's exit code."""
+    with contextlib.suppress(Exception):  # whatever the program did to its modules
+        import traceback
+
+        trace = error.__traceback__.tb_next
+        print("".join(traceback.format_exception(type(error), error, trace)), end="", file=sys.stderr, flush=True)
+    return 1
 
 
 def _passes(trace, name):
@@ -170,23 +207,7 @@ def _passes(trace, name):
     return False
 
 
-def start():
-    report = int(sys.argv[1])
-    job = eval(sys.stdin.buffer.read(), {"__builtins__": {}})
-    os.set_inheritable(report, False)
-    limit(job["seconds"], job["memory"], processes=job["guard"] == "seccomp")  # the filter is finer: it allows threads
-    if job["guard"] == "seccomp":
-        confine(executes=job["mode"] == "exec")
-    else:
-        sys.addaudithook(watch)
-    if job["mode"] == "exec":
-        os.execve(job["argv"][0], job["argv"], {"LC_ALL": "C.UTF-8"})
-    status, message = judge(job["source"], job["tests"])
-    with contextlib.suppress(Exception):  # closed, or replaced by something of the program's
-        sys.stdout.flush()
-    os.write(report, f"{job['nonce']} {status} {message[:500]}".encode("utf-8", "replace"))
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    start()
+def start(job):
+    """The keeper's life; what goes wrong in it is told on standard error and by the absence of a report."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    keep(job)

@@ -15,9 +15,9 @@ import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from broadsheet.core.chat import Chat, Choice, Message, Usage, run
 from broadsheet.core.chat.client import here, in_order
@@ -86,27 +86,30 @@ class Report:
     scored: tuple[Scored, ...]
     used: Usage  #: what was paid for now
     cost: Usage  #: what all its answers cost, those from the ledger too
+    answers: tuple[Answer, ...] = ()  #: of a loop: how it came to its answers
 
     @property
     def outcomes(self) -> Counter[str]:
         return Counter(mark.outcome for one in self.scored for mark in one.marks)
 
     def get(self, name: str, axis: str = "", value_of: str = "") -> Metric:
-        """The metric of that name; raises KeyError."""
+        """The metric of that name; raises ValueError where too little was asked for it."""
         for metric in self.metrics:
             if (metric.name, metric.axis, metric.value_of) == (name, axis, value_of):
                 return metric
-        raise KeyError(name)
+        raise ValueError(f"{self.benchmark} has no {name} of {len(self.scored)} samples: ask more of them (-o limit=0: all)")
 
     def transcript(self) -> list[dict[str, Any]]:
-        """A JSON-able row an answer: what was asked, what came back, what it was worth and why."""
+        """A JSON-able row an answer: what was asked, what came back, what it was worth and why; a loop's steps too."""
+        steps = [[asdict(step) for step in answer.steps] for answer in self.answers]
         return [
             {
                 "id": one.sample.id, "messages": [dict(m) for m in one.sample.messages], "axes": dict(one.sample.axes),
                 "answer": choice.text, "finish_reason": choice.finish_reason, "outcome": mark.outcome,
                 "values": dict(mark.values), "evidence": mark.evidence, "usage": asdict(choice.usage),
+                **({"steps": steps[place]} if steps else {}),
             }
-            for one in self.scored
+            for place, one in enumerate(self.scored)
             for choice, mark in zip(one.answers, one.marks, strict=True)
         ]  # fmt: skip
 
@@ -129,6 +132,8 @@ class Benchmark(ABC):
 
     slug: ClassVar[str]
     primary: ClassVar[str]
+    budgeted: ClassVar[bool] = False
+    compared: ClassVar[bool] = False  #: no reference belongs beside it
     #: parameters of every request, unless a sample has its own
     request: ClassVar[Mapping[str, Any]] = {}
     #: answers asked for a sample
@@ -137,6 +142,10 @@ class Benchmark(ABC):
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
         """What is asked, in order; the same for the same settings. Raises ValueError for data that cannot be read."""
+
+    def first(self, limit: int | None = None) -> list[Sample]:
+        """The first ``limit`` samples; all without one."""
+        return list(self.samples())[:limit]
 
     @abstractmethod
     def mark(self, sample: Sample, text: str) -> Mark:
@@ -169,7 +178,7 @@ class Benchmark(ABC):
         self, chat: Chat, limit: int | None = None, done: Callable[[int, int], None] | None = None
     ) -> Report:
         """`evaluate`, awaited."""
-        chosen = list(self.samples())[:limit]
+        chosen = self.first(limit)
         before = chat.spent
 
         async def one(sample: Sample) -> Scored:
@@ -180,6 +189,25 @@ class Benchmark(ABC):
         tell = (lambda count: done(count, len(chosen))) if done else None
         scored = await here(in_order(one, chosen, 2 * chat.concurrency, tell))
         return self.report(chat, scored, before)
+
+    def score(self, responses: Mapping[str, str] | Sequence[str], model: str = "responses") -> Report:
+        """A report on answers that were made elsewhere, by sample id or in the samples' order. Raises ValueError."""
+        samples = self.samples()
+        if isinstance(responses, Mapping):
+            unknown = sorted(set(responses) ^ {sample.id for sample in samples})
+            if unknown:
+                raise ValueError(f"the ids of responses and samples differ, for example in {', '.join(unknown[:3])}")
+            responses = [responses[sample.id] for sample in samples]
+        if len(responses) != len(samples):
+            raise ValueError(f"{len(responses)} responses to {len(samples)} samples")
+        for sample, text in zip(samples, responses, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"the response to {sample.id} is {type(text).__name__}, not a string")
+        scored = tuple(
+            Scored(sample, (Choice(text),), (self.mark(sample, text),))
+            for sample, text in zip(samples, responses, strict=True)
+        )
+        return Report(self.slug, model, tuple(self.metrics(scored)), scored, NOTHING, NOTHING)
 
     def report(self, chat: Chat, scored: Sequence[Scored], before: Usage = NOTHING) -> Report:
         """A report of marked answers; ``before``: what the chat had spent when this began."""
@@ -207,14 +235,66 @@ def means(scored: Sequence[Scored], names: Sequence[str] | None = None) -> list[
     return found
 
 
-def records_of(report: Report, paper: str, method: str, parameters: Mapping[str, Any], **setting: Any) -> list[Record]:
-    """A report as records: every metric, the outcomes and the cost."""
+# --- loops --------------------------------------------------------------------------------------------------------------
+
+
+class Solver(ABC):
+    """Base of what makes answers better (a loop over a chat): dataclasses whose fields are their settings.
+
+    A solver sees the prompt and what it asks a model; it never sees how its answer will be marked, unless its critic is said
+    to be the oracle.
+    """
+
+    slug: ClassVar[str]
+    budgeted: ClassVar[bool] = True
+
+    @abstractmethod
+    async def asolve(self, chat: Chat, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """The `Answer` to a chat or a prompt, with every step and its cost; what else it takes is the solver's."""
+
+    @abstractmethod
+    def at_budget(self, answers: int) -> Self:
+        """This solver with at most so many answers written for a prompt. Raises ValueError below what it needs."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings, JSON-able."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+
+    def evaluate(
+        self, chat: Chat, work: Benchmark, limit: int | None = None, done: Callable[[int, int], None] | None = None
+    ) -> Report:
+        """Its answers to a benchmark's samples, marked by the benchmark."""
+        chosen, before = work.first(limit), chat.spent
+
+        async def one(sample: Sample) -> tuple[Scored, Answer]:
+            answer = await self.asolve(chat, sample.messages)
+            reason = "error" if answer.stopped == "error" and not answer.text else "stop"
+            choice = Choice(answer.text, reason, answer.usage)
+            return Scored(sample, (choice,), (work.marked(sample, choice),)), answer
+
+        tell = (lambda count: done(count, len(chosen))) if done else None
+        found = run(in_order(one, chosen, chat.concurrency, tell))
+        scored, answers = [some for some, _ in found], tuple(answer for _, answer in found)
+        report = work.report(chat, scored, before)
+        written, content = [float(a.generations) for a in answers], [float(a.accepted) for a in answers]
+        extra = (
+            Metric("answers", statistics.fmean(written), bootstrap_ci(written), len(written)),
+            Metric("accepted", statistics.fmean(content), bootstrap_ci(content), len(content)),
+        )
+        return replace(report, benchmark=self.slug, metrics=(*report.metrics, *extra), answers=answers)
+
+
+def records_of(
+    report: Report, primary: str, paper: str, method: str, parameters: Mapping[str, Any], seed: int = 0, **setting: Any
+) -> list[Record]:
+    """A report as records: every metric (``primary`` is "score" too), the outcomes and the cost."""
     shared: dict[str, Any] = {
         "paper": paper, "method": method, "bench": "evals", "model": report.model, "parameters": dict(parameters),
-        "time": now(), **provenance(),
+        "seed": seed, "time": now(), **provenance(),
     }  # fmt: skip
     found = []
-    for metric in report.metrics:
+    for metric in (replace(report.get(primary), name="score"), *report.metrics):
         cut = {metric.axis: metric.value_of} if metric.axis else {}
         found.append(
             Record(metric=metric.name, value=metric.value, ci=metric.ci, n=metric.n, setting={**setting, **cut}, **shared)

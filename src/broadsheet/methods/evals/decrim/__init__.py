@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import isawaitable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from broadsheet.core.chat import Chat, Message, run
 from broadsheet.core.chat.protocol import NOTHING, Usage
 from broadsheet.core.loops import Answer, Draft, Found, Judgement, Loop, Step, best_of, chain
 
+from ..base import Solver
 from . import prompts
 
 #: A checker in the role of the critic: (text, constraints) -> a verdict each. A verdict is True, False, None (cannot say) or
@@ -69,7 +70,7 @@ class Corrected(Answer):
 
 
 @dataclass(frozen=True)
-class _Corrector:
+class _Corrector(Solver):
     """What DeCRIM and the baselines share: sampling, the writer, the critic."""
 
     temperature: float = 0.0
@@ -83,6 +84,15 @@ class _Corrector:
         [choice] = await chat.acomplete(asked_messages, first=number, tag=f"decrim.{kind}", **asked)
         detail = {} if choice.ok else {"finish_reason": choice.finish_reason}
         return Draft(choice.text.strip() and choice.text, choice.usage, detail=detail)
+
+    async def _split(self, chat: Chat, request: str, loop: Loop) -> tuple[str, list[str]]:
+        """The task and the constraints that the writer sees in a request."""
+        [choice] = await chat.acomplete(
+            _user(prompts.DECOMPOSE.format(request=request)), tag="decrim.decompose", max_tokens=self.max_tokens
+        )
+        task, constraints = prompts.parse_decomposition(choice.text if choice.ok else "")
+        loop.log(Step("decompose", choice.text, {"task": task, "constraints": tuple(constraints)}, choice.usage))
+        return task, constraints
 
     async def _judge(self, critic: Chat | Checker, request: str, constraints: Sequence[str], text: str) -> Judgement:
         """A verdict a constraint."""
@@ -151,6 +161,8 @@ class DeCRIM(_Corrector):
     nor failed: it forbids acceptance and is not refined by. Raises ValueError for fewer than one round.
     """
 
+    slug: ClassVar[str] = "decrim"
+
     decomposer: Decomposer = "self"
     max_rounds: int = 10
     return_best: bool = False
@@ -161,6 +173,9 @@ class DeCRIM(_Corrector):
     def __post_init__(self) -> None:
         if self.max_rounds < 1:
             raise ValueError(f"max_rounds must be at least 1, got {self.max_rounds}")
+
+    def at_budget(self, answers: int) -> Self:
+        return replace(self, max_rounds=answers - 1)
 
     def solve(self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None) -> Corrected:
         """The corrected answer to ``messages``. ``critic``: None for ``chat`` itself, another chat, or a function from
@@ -192,9 +207,7 @@ class DeCRIM(_Corrector):
             if self.strict:
                 raise ValueError(f"{message}; give them with decomposer=[...]")
             warnings.warn(f"{message}: the first answer is returned", stacklevel=2)
-            draft = await loop.generate(0)
-            text = draft.text if draft else ""
-            return Corrected(text, False, "no_constraints" if text else "error", tuple(loop.steps), task)
+            return _uncorrected(await loop.generate(0), loop, task)
         found = await chain(loop, self.max_rounds, self.return_best)
         return _corrected(loop, found, task, constraints)
 
@@ -217,16 +230,17 @@ class DeCRIM(_Corrector):
             return "", list(await found if isawaitable(found) else found)
         if self.decomposer != "self":
             return "", list(self.decomposer)
-        [choice] = await chat.acomplete(
-            _user(prompts.DECOMPOSE.format(request=request)), tag="decrim.decompose", max_tokens=self.max_tokens
-        )
-        task, constraints = prompts.parse_decomposition(choice.text if choice.ok else "")
-        loop.log(Step("decompose", choice.text, {"task": task, "constraints": tuple(constraints)}, choice.usage))
-        return task, constraints
+        return await self._split(chat, request, loop)
 
 
 def _corrected(loop: Loop, found: Found, task: str = "", constraints: Sequence[str] = ()) -> Corrected:
     return Corrected(found.best.text, found.accepted, found.stopped, tuple(loop.steps), task, tuple(constraints))
+
+
+def _uncorrected(draft: Draft | None, loop: Loop, task: str = "") -> Corrected:
+    """The first answer, where there is nothing to criticise it by."""
+    text = draft.text if draft else ""
+    return Corrected(text, False, "no_constraints" if text else "error", tuple(loop.steps), task)
 
 
 # --- what it is compared with -------------------------------------------------------------------------------------------
@@ -237,6 +251,8 @@ class BestOf(_Corrector):
     """Fresh answers until the critic accepts one, ``n`` at most (11 writer calls are what DeCRIM has with ten rounds); else
     the one with the fewest flagged constraints, the earliest of equals. Same prompt, same critic, no refinement."""
 
+    slug: ClassVar[str] = "best-of-n"
+
     n: int = 11
     temperature: float = 1.0
 
@@ -246,14 +262,17 @@ class BestOf(_Corrector):
                 f"best of n needs n >= 1, and a temperature above 0 beyond one, got {self.n}, {self.temperature}"
             )
 
+    def at_budget(self, answers: int) -> Self:
+        return replace(self, n=answers)
+
     def solve(
-        self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None, *, constraints: Sequence[str]
+        self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None, *, constraints: Sequence[str] = ()
     ) -> Corrected:
-        """``constraints``: what the critic judges by."""
+        """``constraints``: what the critic judges by; without any, those that the writer sees in the request."""
         return run(self.asolve(chat, messages, critic, constraints=constraints))
 
     async def asolve(
-        self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None, *, constraints: Sequence[str]
+        self, chat: Chat, messages: Sequence[Message] | str, critic: Critic = None, *, constraints: Sequence[str] = ()
     ) -> Corrected:
         """`solve`, awaited."""
         request, judge_by = prompts.request_text(messages), chat if critic is None else critic
@@ -265,6 +284,10 @@ class BestOf(_Corrector):
             return await self._judge(judge_by, request, constraints, text)
 
         loop = Loop(judge, generate)
+        if not constraints:
+            _, constraints = await self._split(chat, request, loop)
+        if not constraints:
+            return _uncorrected(await loop.generate(0), loop)
         return _corrected(loop, await best_of(loop, self.n), constraints=constraints)
 
 
@@ -273,12 +296,17 @@ class SelfRefine(_Corrector):
     """Vague self-refinement: the critic is asked for feedback on the whole answer, and the answer is rewritten by it, round
     for round, whatever the feedback says (``accept`` True stops at "Verdict: met")."""
 
+    slug: ClassVar[str] = "self-refine"
+
     rounds: int = 10
     accept: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+
+    def at_budget(self, answers: int) -> Self:
+        return replace(self, rounds=answers - 1)
 
     def solve(self, chat: Chat, messages: Sequence[Message] | str, critic: Chat | None = None) -> Corrected:
         """The answer after the last round."""
@@ -304,19 +332,50 @@ class SelfRefine(_Corrector):
 
 
 @dataclass(frozen=True)
-class RepeatConstraints(_Corrector):
+class Plain(_Corrector):
+    """One answer to the prompt as it is."""
+
+    slug: ClassVar[str] = "plain"
+    budgeted: ClassVar[bool] = False
+
+    def at_budget(self, answers: int) -> Self:
+        return self
+
+    def solve(self, chat: Chat, messages: Sequence[Message] | str) -> Corrected:
+        """One answer."""
+        return run(self.asolve(chat, messages))
+
+    async def asolve(self, chat: Chat, messages: Sequence[Message] | str) -> Corrected:
+        """`solve`, awaited."""
+        return self._once(await self._write(chat, messages, "generate"), ())
+
+    @staticmethod
+    def _once(draft: Draft, constraints: Sequence[str], *before: Step) -> Corrected:
+        steps = (*before, Step("generate", draft.text, draft.detail, draft.usage))
+        return Corrected(draft.text, False, "done" if draft.text else "error", steps, constraints=tuple(constraints))
+
+
+@dataclass(frozen=True)
+class RepeatConstraints(Plain):
     """No loop: the constraints are written out once more below the request."""
 
-    def solve(self, chat: Chat, messages: Sequence[Message] | str, *, constraints: Sequence[str]) -> Corrected:
-        """One answer."""
+    slug: ClassVar[str] = "repeat-constraints"
+
+    def solve(self, chat: Chat, messages: Sequence[Message] | str, *, constraints: Sequence[str] = ()) -> Corrected:
+        """One answer. ``constraints``: without any, those that the writer sees in the request."""
         return run(self.asolve(chat, messages, constraints=constraints))
 
-    async def asolve(self, chat: Chat, messages: Sequence[Message] | str, *, constraints: Sequence[str]) -> Corrected:
+    async def asolve(self, chat: Chat, messages: Sequence[Message] | str, *, constraints: Sequence[str] = ()) -> Corrected:
         """`solve`, awaited."""
-        asked = prompts.REPEAT.format(request=prompts.request_text(messages), constraints=prompts.numbered_list(constraints))
-        draft = await self._write(chat, asked, "generate")
-        step = Step("generate", draft.text, draft.detail, draft.usage)
-        return Corrected(draft.text, False, "done" if draft.text else "error", (step,), constraints=tuple(constraints))
+        request, log = prompts.request_text(messages), Loop(_nobody)
+        if not constraints:
+            _, constraints = await self._split(chat, request, log)
+        asked = prompts.REPEAT.format(request=request, constraints=prompts.numbered_list(constraints))
+        return self._once(await self._write(chat, asked if constraints else messages, "generate"), constraints, *log.steps)
 
 
-__all__ = ["BestOf", "Checker", "Corrected", "Critic", "DeCRIM", "RepeatConstraints", "Round", "SelfRefine"]
+async def _nobody(text: str) -> Judgement:
+    raise AssertionError("nobody is asked to judge")
+
+
+__all__ = ["BestOf", "Checker", "Corrected", "Critic", "DeCRIM", "Plain", "RepeatConstraints", "Round", "SelfRefine"]

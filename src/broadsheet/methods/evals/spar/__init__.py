@@ -16,13 +16,14 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 from broadsheet.core.chat import Chat, Message, run
 from broadsheet.core.chat.protocol import NOTHING
 from broadsheet.core.loops import SEARCHES, Algorithm, Answer, Draft, Found, Judgement, Loop, Node, best_of, keep_best
 
+from ..base import Solver
 from ..decrim.prompts import request_text
 from .pairs import Caps, Judged, Pairs, build_refiner_sft, edit_similarity
 from .prompts import (
@@ -157,13 +158,15 @@ class TreeRefiner:
 
 
 @dataclass(frozen=True)
-class SPaR(TreeRefiner):
+class SPaR(TreeRefiner, Solver):
     """The method: actor, search, pairs and what the refiner learns from; training by them is another matter.
 
     Parameters beside the search's: ``samples`` answers of the actor a prompt (5), at ``actor_temperature`` and
     ``actor_top_p`` (0.9, 0.9); ``refined`` False takes an accepted sample for the chosen answer and not a repaired one (the
     ablation: independent pairs); ``min_similarity`` drops pairs that differ more (0: none; the paper drops none).
     """
+
+    slug: ClassVar[str] = "spar"
 
     samples: int = 5
     actor_temperature: float = 0.9
@@ -176,6 +179,9 @@ class SPaR(TreeRefiner):
         super().__post_init__()
         if self.samples < 1 or not 0 <= self.min_similarity <= 1:
             raise ValueError(f"samples >= 1 and min_similarity in [0, 1], got {self.samples}, {self.min_similarity}")
+
+    def at_budget(self, answers: int) -> Self:
+        return replace(self, budget=answers)
 
     async def _sample(self, actor: Chat, messages: Sequence[Message] | str, first: int, n: int = 1) -> list[Draft]:
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -63,7 +63,7 @@ class ArmResult:
 
     def passed(self, tasks: Sequence[int]) -> tuple[list[bool], list[int]]:
         """Every sample of these tasks, and which task it is of. A missing completion has not passed."""
-        flags = [status == "passed" for index in tasks for status in self.statuses[index]]
+        flags = [status == "pass" for index in tasks for status in self.statuses[index]]
         return flags, [index for index in tasks for _ in self.statuses[index]]
 
 
@@ -148,7 +148,7 @@ class Results:
                         "language": task.language,
                         "task": task.name,
                         "sample": index,
-                        "passed": status == "passed",
+                        "passed": status == "pass",
                         "status": status,
                         "completion": completion,
                         "seed": self.seed,
