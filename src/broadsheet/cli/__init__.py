@@ -11,8 +11,14 @@ import sys
 
 def main() -> None:
     """Entry point: every foreseeable failure is one line on standard error and exit code 2."""
+    import logging
+    import warnings
+
     from .app import app
 
+    for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed: of kernels that are not for this machine
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         app(standalone_mode=False)
     except KeyboardInterrupt:

@@ -9,7 +9,9 @@ import typer
 from broadsheet import catalogue
 
 from .chat import ledger, serve_model
+from .common import asked, options_of, split, with_progress
 from .crash import crash
+from .instinct import instinct
 from .study import study
 from .weights import bitstack, dfloat11
 
@@ -152,9 +154,9 @@ def compare(
     from broadsheet.lab.run import make_workload
 
     given = {
-        **_asked(model, chat, model_name),
-        "tasks": _split(tasks),
-        "modes": _split(modes),
+        **asked(model, chat, model_name),
+        "tasks": split(tasks),
+        "modes": split(modes),
         "sessions": sessions,
         "context_tokens": context,
         "turns": turns,
@@ -167,15 +169,15 @@ def compare(
     }
     module = lab.bench(family)
     given = {name: value for name, value in given.items() if value not in (None, "", ())}
-    workload = make_workload(module, {**given, **_options(option)})
+    workload = make_workload(module, {**given, **options_of(option)})
     try:
-        wanted = [float(value) for value in _split(budgets)]
+        wanted = [float(value) for value in split(budgets)]
     except ValueError:
         example = ",".join(f"{budget:g}" for budget in module.VIEW.budgets)
         raise ValueError(f"budgets are numbers such as {example}; got '{budgets}'") from None
-    records = _with_progress(
+    records = with_progress(
         lambda progress, tick: lab.compare(
-            family, workload, _split(methods) or None, wanted or None, seeds, fresh=fresh, progress=progress, tick=tick
+            family, workload, split(methods) or None, wanted or None, seeds, fresh=fresh, progress=progress, tick=tick
         )
     )
     if as_json:
@@ -219,8 +221,8 @@ def run(
     from broadsheet.core.records import write_json
     from broadsheet.lab.run import family_of, run_method
 
-    options, family = {**_options(option), **_asked(model, chat, model_name)}, family_of(slug)
-    records = _with_progress(lambda progress, tick: run_method(family, slug, options, device, progress, out, tick))
+    options, family = {**options_of(option), **asked(model, chat, model_name)}, family_of(slug)
+    records = with_progress(lambda progress, tick: run_method(family, slug, options, device, progress, out, tick))
     if as_json:
         write_json(records, as_json)
     if as_json != "-":
@@ -281,7 +283,7 @@ def cost(
     from broadsheet.methods.caches.mpc_cost import Network, cost_ladder, mpc_cost
     from broadsheet.methods.caches.mpcache import MPCache
 
-    policy, config = configured("mpcache", MPCache(), _options(option)), load_config(model).get_text_config()
+    policy, config = configured("mpcache", MPCache(), options_of(option)), load_config(model).get_text_config()
     arguments: Any = (policy, config, tokens, protocol, Network(bandwidth, rtt), source)
     try:
         tables = cost_ladder(*arguments) if ladder else {"": mpc_cost(*arguments)}
@@ -321,6 +323,7 @@ app.add_typer(crash, name="crash")
 app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
+app.command()(instinct)
 
 
 @app.command(name="lm-eval")
@@ -387,73 +390,10 @@ def doctor() -> None:
 # --- helpers ----------------------------------------------------------------------------------------------------
 
 
-def _asked(model: str, chat: str, model_name: str) -> dict[str, str]:
-    """Which model a workload is about: an endpoint's, or a local one."""
-    if model_name and not chat:
-        raise ValueError("--model-name goes with --chat URL: it is one of the endpoint's models")
-    if chat and not chat.startswith(("http://", "https://")):
-        raise ValueError(f"--chat takes an address such as http://localhost:8000/v1, got '{chat}'")
-    return {"model": chat, "name": model_name} if chat else {"model": model}
-
-
 def _kept(family: str, out: str) -> str:
     if family == "evals":
         return f"transcripts as JSON lines, and logs for inspect view --log-dir {out}"
     return f"import broadsheet, then AutoModelForCausalLM.from_pretrained({out!r}) loads it"
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise ValueError(f"-o takes NAME=VALUE, got '{pair}'")
-        options[name] = _value(value)
-    return options
-
-
-def _value(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return text
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _with_progress(work: Any) -> "list[Record]":
-    """Runs ``work(progress, tick)`` under progress bars on standard error: one of cells, one of what is done in a cell."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of loading weights: one bar is enough
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        line = bar.add_task("loading", total=None)
-
-        def progress(cell: Any, number: int, total: int, stored: bool) -> None:
-            budget = "" if cell.budget is None else f" at {cell.budget:g}"
-            seed = f" seed {cell.seed}" if cell.seed else ""
-            bar.update(line, completed=number, total=total, description=f"{cell.method}{budget}{seed}")
-
-        def tick(done: int, of: int) -> None:
-            if not inner:
-                inner.append(bar.add_task("", total=of))
-            bar.update(inner[0], completed=done, total=of, visible=done < of)
-
-        inner: list[Any] = []
-        return work(progress, tick)
 
 
 def _print_table(records: "Sequence[Record]") -> None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .common import split, working
+
 if TYPE_CHECKING:
     from broadsheet.methods.weights.quantizing_code_llms import Arm, Results, Study
 
@@ -84,14 +86,14 @@ def code(
     from broadsheet.methods.weights.quantizing_code_llms import Study
 
     try:
-        precisions = [float(value) for value in _split(bits)]
+        precisions = [float(value) for value in split(bits)]
     except ValueError:
         raise ValueError(f"--bits takes numbers such as 8,4,3,2; got '{bits}'") from None
-    given = [part.partition("=") for part in _split(calibration)]
+    given = [part.partition("=") for part in split(calibration)]
     made = Study(
         factors={
-            "model": _split(model),
-            "method": _split(methods),
+            "model": split(model),
+            "method": split(methods),
             "precision": precisions,
             "calibration": [name for name, _, _ in given] or list(CALIBRATIONS[:1]),
         },
@@ -103,7 +105,7 @@ def code(
         samples=calibration_samples,
         tokens=calibration_tokens,
         texts={name: path for name, _, path in given if path},
-        perplexity={name: path for name, _, path in (part.partition("=") for part in _split(perplexity))},
+        perplexity={name: path for name, _, path in (part.partition("=") for part in split(perplexity))},
         seconds=seconds,
         device=device,
     )
@@ -118,19 +120,9 @@ def code(
         _print(results)
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _run(made: "Study", fresh: bool) -> "Results":
     """Runs a study under a bar that counts the tasks of all arms."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*look, console=Console(stderr=True), transient=True) as bar:
+    with working() as bar:
         line = bar.add_task("loading", total=None)
 
         def progress(arm: "Arm", done: int, of: int, number: int, total: int) -> None:

@@ -181,7 +181,11 @@ def cell_key(**what: Any) -> str:
 
 def write_json(records: Iterable[Record], target: str) -> None:
     """Writes a JSON list to the file ``target``, or to standard output for ``-``."""
-    text = json.dumps([record.to_json() for record in records], indent=1, ensure_ascii=False)
+    write_text(json.dumps([record.to_json() for record in records], indent=1, ensure_ascii=False), target)
+
+
+def write_text(text: str, target: str) -> None:
+    """Writes a text and a line's end to the file ``target``, or to standard output for ``-``. Raises StorageError."""
     if target == "-":
         sys.stdout.write(text + "\n")
         return

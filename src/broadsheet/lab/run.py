@@ -14,10 +14,8 @@ from broadsheet.core.records import Record
 
 from .compare import Cell, bench, has_bench, taken
 
-#: Papers that need what no command line gives.
-PYTHON = {"instinct": "broadsheet.method('instinct')().solve(chat, task, model, tokenizer)"}
 #: Papers that have a command of their own.
-COMMANDS = {"crash": "crash", "quantizing-code-llms": "study code"}
+COMMANDS = {"crash": "crash", "instinct": "instinct", "quantizing-code-llms": "study code"}
 
 
 def family_of(slug: str) -> str:
@@ -26,8 +24,6 @@ def family_of(slug: str) -> str:
         paper = catalogue.paper(slug)
         if not paper.method:
             raise ValueError(f"'{slug}' does not run yet; 'broadsheet papers' marks with ● those that do")
-        if slug in PYTHON:
-            raise ValueError(f"'{slug}' is called from Python, with a task and a model of yours: {PYTHON[slug]}")
         if slug in COMMANDS:
             raise ValueError(f"'{slug}' has a command of its own: broadsheet {COMMANDS[slug]} --help")
         return paper.family

@@ -20,6 +20,7 @@ from broadsheet.methods.evals.instinct import (
     Scorer,
     load_task,
     optimise,
+    own_task,
     score_of,
 )
 from broadsheet.methods.evals.instinct.bandit import Weights, forward, gradients, initial, weighted_squares
@@ -477,3 +478,58 @@ def test_solve_goes_from_examples_to_a_tested_instruction(pocket):
     assert found.best.startswith("The instruction was to")
     assert found.table[1].method == "random"
     assert chat.spent.calls > 0
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def examples(tmp_path):
+    path = tmp_path / "sizes.jsonl"
+    rows = [{"input": f"thing {number}", "output": ["small", "little"] if number % 2 else "large"} for number in range(18)]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return path
+
+
+def test_examples_of_ones_own_make_a_task(examples, tmp_path):
+    task = own_task(examples, "contains")
+    assert (task.name, task.metric, len(task.train), len(task.test)) == ("sizes", "contains", 12, 6)
+    assert task.train[1].outputs == ("small", "little")
+    bad = tmp_path / "bad.jsonl"
+    for line, said in (
+        ("[1]", "line 1"),
+        ('{"input": 3, "output": "x"}', "line 1"),
+        ('{"input": "x"}', "line 1"),
+        ("", "6"),
+    ):
+        bad.write_text(line, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            own_task(bad)
+    with pytest.raises(ValueError, match="metric"):
+        own_task(examples, "bleu")
+
+
+def test_the_command_finds_an_instruction_over_http_and_pays_once(examples, tmp_path):
+    from command import broadsheet
+
+    from broadsheet.core.chat.server import Served, serving
+
+    keys = {example.input: example.outputs[0] for example in (*own_task(examples).train, *own_task(examples).test)}
+    box = SimulatedChat(Answering(keys, lambda text: len(text) % 7 / 7, "rule"), "sim:length")
+    small = ["-o", "budget=14", "-o", "n_init=8", "-o", "n_domain=64", "-o", "n_eval=32", "-o", "steps=30"]
+    served = Served()
+    with serving(box, served=served) as url:
+        command = ["instinct", str(examples), "--chat", url, "--samples", "6", *small]
+        shown = broadsheet(*command, "--json", str(tmp_path / "found.json"))
+        asked = served.requests
+        again = broadsheet(*command)
+        assert served.requests == asked
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert found["spent"]["calls"] == asked
+    assert [row["method"] for row in found["table"]] == ["instinct", "random", "gp"]
+    assert all(len(row["history"]) == 14 for row in found["table"])
+    assert all(text in shown.stdout for text in ("sim:length", "optimism", "test examples"))
+    assert "0 calls" in again.stdout
+    refused = broadsheet("instinct", str(examples), "-o", "budget=3", check=False)
+    assert refused.returncode == 2
+    assert "initial points" in refused.stderr

@@ -30,7 +30,7 @@ from broadsheet.core.chat import Chat
 
 from .bandit import NeuralUCB
 from .rivals import Evolution, GaussianProcess, Random
-from .scoring import Example, Scorer, Task, load_task, score_of
+from .scoring import Example, Scorer, Task, load_task, own_task, score_of
 from .space import InstructionSpace, Pooling
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Task",
     "load_task",
     "optimise",
+    "own_task",
     "score_of",
 ]
 
@@ -172,13 +173,14 @@ class INSTINCT:
         seed: int = 0,
         rivals: Sequence[str] = (),
         breed: Callable[[str, str, np.random.Generator], str] | None = None,
+        tick: Callable[[str, int, int], None] | None = None,
     ) -> Result:
         """Searches ``space`` for the instruction that ``scorer`` likes best.
 
         ``scorer``: instruction -> score; where it has ``fresh(text, number)`` (as `Scorer` has) scores are checked on fresh
         samples, else it is simply asked again. ``rivals``: of `RIVALS`, run with the same initial points, candidates and
-        budget. ``breed``: how "evolution" crosses texts. Raises ValueError for a score that is no number; warns when all
-        scores are the same.
+        budget. ``breed``: how "evolution" crosses texts. ``tick(method, done, rounds)`` is called after every round.
+        Raises ValueError for a score that is no number; warns when all scores are the same.
         """
         if self.n_eval > len(space) or self.n_init > len(space):
             raise ValueError(f"n_eval {self.n_eval} and n_init {self.n_init} must fit into a space of {len(space)} points")
@@ -188,14 +190,22 @@ class INSTINCT:
         rows = []
         for name in ("instinct", *rivals):
             method, kind = self._variant(name)
-            rows.append(method._run(name, kind, space, scorer, seed, breed))
+            rows.append(method._run(name, kind, space, scorer, seed, breed, tick))
         result = Result(tuple(rows))
         if not result.signal:
             warnings.warn("no signal: every instruction scored the same", stacklevel=2)
         return result
 
     def solve(
-        self, chat: Chat, task: Task, model: Any, tokenizer: Any, seed: int = 0, rivals: Sequence[str] = (), **scoring: Any
+        self,
+        chat: Chat,
+        task: Task,
+        model: Any,
+        tokenizer: Any,
+        seed: int = 0,
+        rivals: Sequence[str] = (),
+        tick: Callable[[str, int, int], None] | None = None,
+        **scoring: Any,
     ) -> Result:
         """The instruction for a task: ``chat`` is the black box, ``model`` and ``tokenizer`` the white box.
 
@@ -210,7 +220,7 @@ class INSTINCT:
         demos = [(example.input, example.outputs[0]) for example in examples[:shown][:5]]
         scorer = Scorer(chat, tuple(examples[shown:]), **{"metric": task.metric, "seed": seed, **scoring})
         space = self.space(model, tokenizer, demos)
-        found = self.optimise(space, scorer, seed, rivals)
+        found = self.optimise(space, scorer, seed, rivals, tick=tick)
         return replace(found, tested=scorer.on(found.best, task.test[:100]))
 
     def space(self, model: Any, tokenizer: Any, demos: Sequence[tuple[str, str]]) -> InstructionSpace:
@@ -239,12 +249,15 @@ class INSTINCT:
         scorer: Callable[[str], float],
         seed: int,
         breed: Callable[[str, str, np.random.Generator], str] | None,
+        tick: Callable[[str, int, int], None] | None,
     ) -> Row:
         score, history = _Scores(scorer), list[Try]()
 
         def spend(point: int | None, text: str, initial: bool = False) -> float:
             cached = text in score.known
             history.append(Try(point, text, score(text), cached, initial))
+            if tick:
+                tick(name, len(history), self.budget)
             return history[-1].reward
 
         draw = np.random.default_rng(seed)

@@ -94,6 +94,35 @@ def load_task(path: str | Path, name: str, seed: int = 0) -> Task:
     return Task(name, tuple(train), tuple(test), METRICS.get(name, "em"))  # type: ignore[arg-type]
 
 
+def own_task(path: str | Path, metric: Metric = "em") -> Task:
+    """A task of one's own: JSON lines with ``input`` and ``output`` (a text, or a list of those that are right). The last
+    third is what the result is tested on. Raises ValueError that names the line."""
+    if metric not in _MARKS:
+        raise ValueError(f"the metric is one of {', '.join(_MARKS)}, got {metric}")
+    found = list[Example]()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the examples at {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            outputs = [row["output"]] if isinstance(row["output"], str) else list(row["output"])
+        except (ValueError, KeyError, TypeError):
+            outputs = []
+        if not outputs or not all(isinstance(text, str) for text in (row["input"], *outputs)):
+            raise ValueError(
+                f'{path}, line {number}: an example is {{"input": "…", "output": "…"}} or has a list of outputs'
+            )
+        found.append(Example(row["input"], tuple(outputs)))
+    if len(found) < 6:
+        raise ValueError(f"{path} has {len(found)} examples; 6 are needed: to show, to score on and to test on")
+    cut = len(found) - len(found) // 3
+    return Task(Path(path).stem, tuple(found[:cut]), tuple(found[cut:]), metric)
+
+
 def _examples(path: Path, name: str, seed: int) -> list[Example]:
     try:
         rows = list(json.loads(path.read_text(encoding="utf-8"))["examples"].values())
