@@ -33,7 +33,7 @@ def _regime(records: Sequence[Record], codes: int, against: Sequence[str], wins:
 
 
 def _matrices(records: Sequence[Record], codes: int) -> str:
-    """What is lost of wide matrices alone: a small model's are narrow, and a block's factors then cost a good part of a bit."""
+    """What is lost of wide matrices alone: in narrow ones, as small models have, factors cost a good part of a bit."""
     found = find(records, bench="bitstack-regions", matrix="gaussian", bits=codes + 0.25)
     widest = max((record.setting["size"] for record in found), default=0)
     errors = {record.method: record.value for record in found if record.setting["size"] == widest}
