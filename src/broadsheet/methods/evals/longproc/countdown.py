@@ -29,8 +29,8 @@ _PROMPT = """\
 You are given four numbers and a target. Combine all four, each exactly once, by +, -, * and / so that the target results. \
 Intermediate results are whole numbers, not negative, and below 2000.
 
-{procedure}Write the search below the heading "{heading}" and the three equations between <Solution> and </Solution>, exactly \
-as in this example:
+{procedure}Write the search below the heading "{heading}" and the three equations between <Solution> and </Solution>, \
+exactly as in this example:
 
 Numbers: {nums0}
 Target: {target0}
