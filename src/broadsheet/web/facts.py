@@ -6,6 +6,9 @@ another process (`plots`).
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +22,8 @@ from broadsheet.lab.claims import Status, results_folder, statuses
 
 from . import usage
 
+log = logging.getLogger("broadsheet.web")
+
 #: Families whose committed records compare methods at equal price -> the file that is drawn.
 COMPARED = {"caches": "caches_sessions", "weights": "weights_text"}
 #: Seconds that drawing all plots may take.
@@ -26,6 +31,7 @@ PATIENCE = 180
 
 _reading = threading.Lock()
 _drawing = threading.Lock()
+_failed: set[Path] = set()
 
 
 class Entry:
@@ -53,17 +59,17 @@ class Entry:
         return self.paper.slug in drawn_papers()
 
     @property
-    def marks(self) -> dict[str, tuple[str, str]]:
+    def marks(self) -> dict[str, tuple[str, str, str]]:
         return MARKS
 
 
-#: verdict -> its sign (no colour alone tells one from another) and its class in the style sheet
+#: verdict -> its sign (no colour alone tells one from another), its class in the style sheet, and its name in a count
 MARKS = {
-    "holds": ("●", "holds"),
-    "holds in direction": ("◐", "partly"),
-    "does not hold here": ("○", "fails"),
-    "not measured yet": ("·", "open"),
-    "not testable here": ("–", "open"),
+    "holds": ("●", "holds", "hold"),
+    "holds in direction": ("◐", "partly", "in direction"),
+    "does not hold here": ("○", "fails", "not so here"),
+    "not measured yet": ("·", "open", "to measure"),
+    "not testable here": ("–", "open", "not testable"),
 }
 
 
@@ -78,10 +84,12 @@ def verdicts(slug: str) -> tuple[Status, ...]:
         return _verdicts(slug)
 
 
-def warm() -> None:
+def warm(home: Path) -> None:
     """Computes what the first visitors would wait for."""
     for slug in papers():
         verdicts(slug)
+    for slug in sorted(drawn_papers())[:1]:
+        plot(slug, home)
 
 
 @cache
@@ -102,19 +110,25 @@ def plot(slug: str, home: Path) -> str | None:
     if slug not in drawn_papers():
         return None
     folder = home / "plots" / _edition()
-    with _drawing:
-        if not (folder / f"{slug}.svg").is_file():
-            command = [sys.executable, "-m", "broadsheet.web.plots", str(folder)]
-            subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
     path = folder / f"{slug}.svg"
+    with _drawing:
+        if not path.is_file() and folder not in _failed:
+            command = [sys.executable, "-m", "broadsheet.web.plots", str(folder)]
+            paths = os.pathsep.join(entry for entry in sys.path if entry)
+            try:
+                subprocess.run(
+                    command, check=True, timeout=PATIENCE, capture_output=True, env={**os.environ, "PYTHONPATH": paths}
+                )
+            except subprocess.SubprocessError as error:
+                _failed.add(folder)  # it would fail again: not at every visit
+                said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().rpartition("\n")[2]
+                log.error("the plots could not be drawn: %s", said or error)
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 @cache
 def _edition() -> str:
     """Changes with the records."""
-    import hashlib
-
     digest = hashlib.sha256(Path(__file__).with_name("plots.py").read_bytes())
     for name in sorted(COMPARED.values()):
         path = results_folder() / f"{name}.records.json"

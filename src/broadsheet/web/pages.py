@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from calendar import Calendar
 from collections.abc import Sequence
@@ -48,11 +49,16 @@ def one_day(request: Request, day: str, number: Number = 1) -> HTMLResponse:
 
 
 def _day(request: Request, db: Session, day: date | None, number: int) -> HTMLResponse:
+    if day is None:
+        return page(request, "day.html", shared=True, day=None, newest=None)
     papers, pages = _listed(db, number, Paper.day == day, order=(Paper.votes.desc(), Paper.id.desc()))
-    before, after = (select(f(Paper.day)).where(c) for f, c in ((func.max, Paper.day < day), (func.min, Paper.day > day)))
-    where = {"before": db.scalar(before), "after": db.scalar(after), "newest": db.scalar(select(func.max(Paper.day)))}
-    count = db.scalar(select(func.count()).where(Paper.day == day)) or 0
-    return _list(request, db, "day.html", papers, pages, day=day, count=count, **where)
+    before, after = (
+        db.scalar(select(f(Paper.day)).where(c)) for f, c in ((func.max, Paper.day < day), (func.min, Paper.day > day))
+    )
+    newest = db.scalar(select(func.max(Paper.day)))
+    return _list(
+        request, db, "day.html", papers, pages, day=day, count=pages.total, before=before, after=after, newest=newest
+    )
 
 
 @router.get("/calendar")
@@ -173,9 +179,9 @@ def one_paper(request: Request, name: str) -> Response:
 
 
 @router.get("/papers/{slug}/plot.svg")
-def plot(request: Request, slug: str) -> Response:
+async def plot(request: Request, slug: str) -> Response:
     """Quality against price in the paper's family, with the paper set off."""
-    drawn = facts.plot(slug, request.app.state.settings.home)
+    drawn = await asyncio.to_thread(facts.plot, slug, request.app.state.settings.home)  # the others' threads stay free
     if drawn is None:
         raise HTTPException(404, "There is no plot of this paper.")
     headers = {

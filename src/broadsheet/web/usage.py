@@ -95,8 +95,9 @@ from broadsheet.core.models import load
 
 model, tokenizer = load("pocket-2m")  # built in; or a folder, or a hub name
 {name} = broadsheet.method("{slug}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
 cache = {name}().cache(model)  # a transformers Cache
-model.generate(**tokenizer("Once upon a time", return_tensors="pt"), past_key_values=cache, max_new_tokens=20)
+model.generate(**inputs, past_key_values=cache, max_new_tokens=20)
 print(cache.nbytes, cache.report())  # bytes really held, by part
 """
 
@@ -105,9 +106,10 @@ import broadsheet
 from broadsheet.core.models import load
 
 model, tokenizer = load("pocket-2m")  # built in; or a folder, or a hub name
-calibration = tokenizer(open("text.txt").read(), return_tensors="pt").input_ids.unfold(1, 128, 128)[0]
+ids = tokenizer(open("text.txt").read(), return_tensors="pt").input_ids
+calibration = ids.unfold(1, 128, 128)[0]  # [samples, tokens]
 {name} = broadsheet.method("{slug}")
-small = {name}().compress(model, calibration)  # token ids [samples, tokens]
+small = {name}().compress(model, calibration)
 small.save_pretrained("small")  # from_pretrained loads it after: import broadsheet
 """
 
@@ -159,10 +161,11 @@ import broadsheet
 from broadsheet.core.models import load
 
 model, tokenizer = load("pocket-2m-mha")  # built in; or a folder, or a hub name
-calibration = tokenizer(open("text.txt").read(), return_tensors="pt").input_ids.unfold(1, 128, 128)[0]
+ids = tokenizer(open("text.txt").read(), return_tensors="pt").input_ids
+calibration = ids.unfold(1, 128, 128)[0]  # [samples, tokens]
 CRaSh = broadsheet.method("crash")
 plan = CRaSh(n_keep=5, n_adapters=2).plan(model, calibration)
-plan.save(model, "emulator")  # to whoever has the data: `broadsheet crash plug-in` takes the tuned layers back
+plan.save(model, "emulator")  # for whoever has the data; broadsheet crash plug-in takes the tuned layers back
 """,
     "quantizing-code-llms": """\
 import broadsheet
@@ -171,7 +174,7 @@ from broadsheet.core.microworld.code import make_tasks  # or codetasks.load_task
 Study = broadsheet.method("quantizing-code-llms")
 factors = {"model": ["pocket-code"], "method": ["rtn"], "precision": [4], "calibration": ["code"]}
 results = Study(factors, make_tasks(4), n_samples=1, max_new_tokens=128).run("study.jsonl")
-print(*results.rows(), sep="\n")
+print(list(results.rows()))
 """,
     "instinct": """\
 import broadsheet
@@ -180,8 +183,9 @@ from broadsheet.core.models import load
 from broadsheet.methods.evals.instinct import own_task
 
 INSTINCT = broadsheet.method("instinct")
+model, tokenizer = load("pocket-2m")  # writes candidates; the chat follows them
 task = own_task("examples.jsonl")  # lines of {"input": ..., "output": ...}
-found = INSTINCT(budget=12, n_init=6).solve(connect("pocket-2m"), task, *load("pocket-2m"), samples=2)
+found = INSTINCT(budget=12, n_init=6).solve(connect("pocket-2m"), task, model, tokenizer, samples=2)
 print(found.best, found.tested)
 """,
     "sequential-monitors": """\
