@@ -52,7 +52,9 @@ def test_lists_are_paged(client):
     whole = client.get("/api/papers?limit=100").json()
     assert whole["total"] == 60 + 72
     assert len(whole["papers"]) == 100
-    parts = [p["id"] for start in range(0, 140, 20) for p in client.get(f"/api/papers?limit=20&offset={start}").json()["papers"]]
+    parts = [
+        p["id"] for start in range(0, 140, 20) for p in client.get(f"/api/papers?limit=20&offset={start}").json()["papers"]
+    ]
     assert parts[:100] == [p["id"] for p in whole["papers"]]
     assert len(set(parts)) == 132
     days = [p["day"] for p in whole["papers"]]
@@ -61,7 +63,9 @@ def test_lists_are_paged(client):
 
 def test_filters(client):
     found = client.get("/api/papers?family=caches&running=true&limit=100").json()
-    assert {p["slug"] for p in found["papers"]} == {s for s, p in catalogue.papers().items() if p.family == "caches" and p.method}
+    assert {p["slug"] for p in found["papers"]} == {
+        s for s, p in catalogue.papers().items() if p.family == "caches" and p.method
+    }
     tagged = client.get("/api/papers?tag=cs.CL&limit=100").json()
     assert tagged["total"] == sum("cs.CL" in row["tags"] for row in made.papers(60))
     day = client.get("/api/papers?day=2026-11-29&limit=100").json()

@@ -69,7 +69,9 @@ def test_whoever_is_signed_in_gets_no_copy(client):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("headers", [{"cache-control": "private, no-store"}, {"set-cookie": "a=b"}, {"cache-control": "no-cache"}])
+@pytest.mark.parametrize(
+    "headers", [{"cache-control": "private, no-store"}, {"set-cookie": "a=b"}, {"cache-control": "no-cache"}]
+)
 def test_what_is_not_shared_is_not_kept(client, headers):
     calls = counted(client, **headers)
     client.get("/counted")

@@ -52,7 +52,9 @@ def test_healthz_fails_where_the_database_does(client, monkeypatch):
 
 def samples(client):
     text = client.get("/metrics").text
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    return {
+        (s.name, tuple(sorted(s.labels.items()))): s.value for f in text_string_to_metric_families(text) for s in f.samples
+    }
 
 
 def test_metrics_count_by_route_method_and_status(client):

@@ -27,7 +27,18 @@ def address(client: TestClient, host: str, **more: str) -> TestClient:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/nope", "/papers/gear", "/api/papers", "/api/nope", "/static/style.css", "/feeds/new.atom", "/healthz", "/days/x"]
+    "path",
+    [
+        "/",
+        "/nope",
+        "/papers/gear",
+        "/api/papers",
+        "/api/nope",
+        "/static/style.css",
+        "/feeds/new.atom",
+        "/healthz",
+        "/days/x",
+    ],
 )
 def test_every_answer_carries_the_security_headers(client, path):
     headers = client.get(path).headers
@@ -60,7 +71,9 @@ def test_what_nobody_caught_is_a_plain_page(tmp_path, caplog):
     assert "4711" not in answer.text
     assert "Traceback" not in answer.text
     assert answer.headers["content-security-policy"]
-    assert client.get("/api/broken").json() == {"detail": "Something went wrong here. It has been noted; try again in a while."}
+    assert client.get("/api/broken").json() == {
+        "detail": "Something went wrong here. It has been noted; try again in a while."
+    }
     assert "4711" in caplog.text
 
 
@@ -154,7 +167,12 @@ def hostile(tmp_path_factory):
         "authors": [f"author {EVIL}"], "tags": [f"tag {EVIL}"[:80]], "url": "javascript:alert(1)",
         "code_url": "JaVaScRiPt:alert(1)", "doi": f"10.1/{EVIL}", "arxiv_id": f"evil/{EVIL}"[:40],
     }  # fmt: skip
-    rows[1] |= {"url": "data:text/html,<script>alert(1)</script>", "code_url": "https://a.example/\"onmouseover=alert(1)", "authors": [], "tags": []}
+    rows[1] |= {
+        "url": "data:text/html,<script>alert(1)</script>",
+        "code_url": 'https://a.example/"onmouseover=alert(1)',
+        "authors": [],
+        "tags": [],
+    }
     rows[2] |= {"title": "x" * 500, "abstract": "y" * 200_000, "summary": "", "authors": ["z" * 200] * 300}
     return open_site(tmp_path_factory.mktemp("hostile"), rows=rows)
 
@@ -162,7 +180,15 @@ def hostile(tmp_path_factory):
 def test_nothing_that_a_paper_brings_is_markup(hostile):
     with session(hostile.app.state.engine) as db:
         evil = db.query(Paper).filter(Paper.title.like("title %script%")).one().id
-    pages = ["/", f"/papers/{evil}", "/trending", "/search?q=alert", "/search?q=script&tag=tag", "/feeds/new.atom", "/calendar"]
+    pages = [
+        "/",
+        f"/papers/{evil}",
+        "/trending",
+        "/search?q=alert",
+        "/search?q=script&tag=tag",
+        "/feeds/new.atom",
+        "/calendar",
+    ]
     for path in pages:
         answer = hostile.get(path)
         assert answer.status_code == 200, path
@@ -171,7 +197,7 @@ def test_nothing_that_a_paper_brings_is_markup(hostile):
         assert not re.search(r'(href|src)="\s*(javascript|data):', answer.text, re.I), path
         assert "49" not in re.findall(r"&gt;(\d+)&amp;amp;", answer.text), path
         for tag in re.findall(r"<[a-z][^>]*>", answer.text):
-            assert not re.search(r'\son[a-z]+=', re.sub(r'"[^"]*"', '""', tag)), tag
+            assert not re.search(r"\son[a-z]+=", re.sub(r'"[^"]*"', '""', tag)), tag
 
 
 def test_the_feed_stays_well_formed(hostile):

@@ -112,7 +112,9 @@ class Claim(BaseModel):
 def about(request: Request) -> HTMLResponse:
     """What there is, for people."""
     paths = request.app.openapi()["paths"]
-    endpoints = [(path, spec["get"]["summary"]) for path, spec in paths.items() if "get" in spec and path.startswith("/api/")]
+    endpoints = [
+        (path, spec["get"]["summary"]) for path, spec in paths.items() if "get" in spec and path.startswith("/api/")
+    ]
     return page(request, "api.html", shared=True, endpoints=endpoints)
 
 

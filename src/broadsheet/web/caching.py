@@ -148,7 +148,9 @@ async def _answer(copy: Copy, scope: Scope, send: Send) -> None:
     headers = [(name, value) for name, value in copy.headers if name not in (b"content-length", b"vary", b"etag")]
     headers += [(b"etag", copy.etag), (b"vary", b"Accept-Encoding, Cookie")]
     known = asked.get("if-none-match", "")
-    if known.strip() == "*" or copy.etag.decode().removeprefix("W/") in (t.strip().removeprefix("W/") for t in known.split(",")):
+    if known.strip() == "*" or copy.etag.decode().removeprefix("W/") in (
+        t.strip().removeprefix("W/") for t in known.split(",")
+    ):
         headers = [(name, value) for name, value in headers if name != b"content-type"]
         await send({"type": "http.response.start", "status": 304, "headers": headers})
         await send({"type": "http.response.body", "body": b""})

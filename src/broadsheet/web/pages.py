@@ -260,9 +260,7 @@ def _whole(db: Session, papers: Sequence[Paper]) -> list[Paper]:
     return [found[number] for number in ids]
 
 
-def _list(
-    request: Request, db: Session, template: str, papers: Sequence[Paper], pages: Pages, **more: Any
-) -> HTMLResponse:
+def _list(request: Request, db: Session, template: str, papers: Sequence[Paper], pages: Pages, **more: Any) -> HTMLResponse:
     marked = _marked(request, db, papers)
     return page(request, template, shared=True, papers=papers, pages=pages, marked=marked, **more)
 
