@@ -45,8 +45,9 @@ function request()
 end
 function done(summary, latency, requests)
   local errors = summary.errors
-  io.write(string.format('\\n{"requests": %d, "us": %d, "p50": %f, "p99": %f, "failed": %d}\\n', summary.requests, summary.duration,
-    latency:percentile(50), latency:percentile(99), errors.connect + errors.read + errors.write + errors.status + errors.timeout))
+  local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+  io.write(string.format('\\n{"requests": %d, "us": %d, "p50": %f, "p99": %f, "failed": %d}\\n',
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99), failed))
 end
 """
 
@@ -84,7 +85,7 @@ def paths(rows: list[dict], page: str, ours: bool, round_: int) -> list[str]:
     found = {}
     while len(found) < 3_000:
         row = roll.choice(rows)
-        words = roll.sample(row["title"].split(), 2) + [roll.choice(row["authors"]).split()[-1]]
+        words = [*roll.sample(row["title"].split(), 2), roll.choice(row["authors"]).split()[-1]]
         found["+".join(word.strip("-") for word in words)] = None
     return [f"/search?q={words}" if ours else f"/?q={words}&rank=search" for words in found]
 
@@ -191,7 +192,7 @@ def main() -> None:
                         seed=round_,
                         setting=setting,
                         **shared,
-                    )  # fmt: skip
+                    )
                 )
     for page in dict.fromkeys(page for page, _ in found):
         pace = [statistics.median(run["requests_per_second"] for run in found[page, side]) for side in sides]

@@ -12,12 +12,33 @@ from sqlalchemy.orm import Session
 from broadsheet import catalogue
 from broadsheet.web.tables import Author, Paper, Tag
 
-_FIRST = "Ada Chen Dmitri Elif Fatima Goran Hana Ines Jonas Kofi Lena Mateo Nadia Omar Priya Quentin Rosa Sven Tomoko Uma Wei Yara".split()
-_LAST = "Abiola Bergström Castillo Dubois Eriksson Fischer Gupta Haddad Ivanova Jansen Kim Lindqvist Moreau Nakamura Okafor Petrov Rossi Silva Tanaka Vogel Wang Zhou".split()
-_WHAT = "KV-Cache Attention Quantisation Pruning Decoding Routing Distillation Prefill Instruction Reasoning Retrieval Sparsity".split()
-_HOW = "Adaptive Low-Rank Entropy-Guided Token-Wise Layer-Wise Hierarchical Calibrated Streaming Asynchronous Modular Verified Cheap".split()
-_END = "for Long Contexts|of Small Language Models|under Tight Memory|without Retraining|at Four Bits|in Multi-Turn Dialogue|on Commodity Hardware|for Code Generation|with Guarantees|beyond Benchmarks".split(
-    "|"
+_FIRST = """
+Ada Chen Dmitri Elif Fatima Goran Hana Ines Jonas Kofi Lena Mateo Nadia Omar Priya Quentin Rosa Sven Tomoko
+Uma Wei Yara
+""".split()
+_LAST = """
+Abiola Bergström Castillo Dubois Eriksson Fischer Gupta Haddad Ivanova Jansen Kim Lindqvist Moreau Nakamura
+Okafor Petrov Rossi Silva Tanaka Vogel Wang Zhou
+""".split()
+_WHAT = """
+KV-Cache Attention Quantisation Pruning Decoding Routing Distillation Prefill Instruction Reasoning Retrieval
+Sparsity
+""".split()
+_HOW = """
+Adaptive Low-Rank Entropy-Guided Token-Wise Layer-Wise Hierarchical Calibrated Streaming Asynchronous Modular
+Verified Cheap
+""".split()
+_END = (
+    "for Long Contexts",
+    "of Small Language Models",
+    "under Tight Memory",
+    "without Retraining",
+    "at Four Bits",
+    "in Multi-Turn Dialogue",
+    "on Commodity Hardware",
+    "for Code Generation",
+    "with Guarantees",
+    "beyond Benchmarks",
 )
 _SENTENCES = (
     "Serving long contexts is limited by the memory that keys and values take.",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import made
 import pytest
 import schemathesis
-from broadsheet import catalogue
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from opened import open_site
 from schemathesis import GenerationMode
+
+from broadsheet import catalogue
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def client(tmp_path_factory):
 
 
 def as_described(client, examples):
-    """Asks every endpoint what hypothesis makes of its description, fitting and not, and checks all that schemathesis can."""
+    """Asks every endpoint what fits its description and what does not, and checks all that schemathesis can."""
     client.get("/api/claims")  # the first time all records are read
     schema = schemathesis.openapi.from_asgi("/openapi.json", client.app).include(path_regex="^/api/")
     asked = 0

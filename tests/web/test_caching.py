@@ -8,14 +8,15 @@ import time
 
 import made
 import pytest
+from fastapi import Response
+from opened import open_site
+from sqlalchemy import select
+
 from broadsheet.web import caching
 from broadsheet.web.db import session
 from broadsheet.web.render import SHARED
 from broadsheet.web.security import SESSION_COOKIE
 from broadsheet.web.tables import Paper
-from fastapi import Response
-from opened import open_site
-from sqlalchemy import select
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import logging
 from datetime import timedelta
 
 import pytest
-from broadsheet.web.db import session
-from broadsheet.web.health import JsonLines
-from broadsheet.web.tables import Run, utcnow
 from fastapi.testclient import TestClient
 from opened import open_site
 from prometheus_client.parser import text_string_to_metric_families
+
+from broadsheet.web.db import session
+from broadsheet.web.health import JsonLines
+from broadsheet.web.tables import Run, utcnow
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 
 import made
 import pytest
+from opened import open_site
+from sqlalchemy import select
+
 from broadsheet import catalogue
 from broadsheet.web.db import session
 from broadsheet.web.tables import Paper
-from opened import open_site
-from sqlalchemy import select
 
 LAST = date(2026, 11, 29)
 
@@ -190,10 +191,11 @@ def test_old_arxiv_ids_are_found(tmp_path):
 
 
 def test_an_empty_page_says_what_to_do(tmp_path):
+    import standins
+    from fastapi.testclient import TestClient
+
     from broadsheet.web.app import create_app
     from broadsheet.web.settings import Settings
-    from fastapi.testclient import TestClient
-    import standins
 
     client = TestClient(standins.fill(create_app(Settings.from_environment({"BROADSHEET_HOME": str(tmp_path)}))))
     with session(client.app.state.engine) as db:

@@ -71,7 +71,8 @@ def test_the_worker_is_kept_alive_and_ends_with_the_server(serve, tmp_path):
     code = (
         "import standins, subprocess, sys; standins.install()\n"
         "real = subprocess.Popen\n"
-        f"def popen(command, **more): return real([sys.executable, '-c', {body!r}] if command[-1] == 'worker' else command, **more)\n"
+        f"def popen(command, **more):\n"
+        f"    return real([sys.executable, '-c', {body!r}] if command[-1] == 'worker' else command, **more)\n"
         "subprocess.Popen = popen\n"
         "from broadsheet.cli import main; main()"
     )

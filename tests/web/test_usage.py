@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 
-import broadsheet
 import pytest
+
+import broadsheet
 from broadsheet.catalogue import papers
 from broadsheet.web.usage import usage
 

@@ -1,8 +1,8 @@
 """Answers that are the same for everybody are made once, and again when the data change.
 
 Only what `render` marks as shared is kept, and only for visitors who are not signed in. Whether a copy is still good costs a
-few microseconds: SQLite says when another connection wrote (``pragma data_version``); with other databases a copy is good for a
-second. Copies carry an ETag (a browser that has the page gets 304) and are compressed once.
+few microseconds: SQLite says when another connection wrote (``pragma data_version``); with other databases a copy is good for
+a second. Copies carry an ETag (a browser that has the page gets 304) and are compressed once.
 """
 
 from __future__ import annotations

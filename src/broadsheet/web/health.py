@@ -1,6 +1,6 @@
 """Is it well: ``/healthz``, ``/metrics`` for Prometheus, and a line of JSON a request.
 
-Neither holds anything of a visitor: no addresses, no query strings (they may carry tokens); paths are told by their template.
+Neither holds anything of a visitor: no addresses, no query strings (they may carry tokens), paths by their template.
 """
 
 from __future__ import annotations
