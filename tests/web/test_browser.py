@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from opened import open_site
 
+from broadsheet.catalogue import papers
+from broadsheet.web import facts
+
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
@@ -24,7 +27,13 @@ pytestmark = [pytest.mark.skipif(not CHROMIUM, reason="needs chromium")]
 def address(tmp_path_factory):
     import uvicorn
 
-    app = open_site(tmp_path_factory.mktemp("browser"), 100).app
+    folder = tmp_path_factory.mktemp("browser")
+    app = open_site(folder, 100).app
+    plots = folder / "plots" / facts._edition()
+    plots.mkdir(parents=True)  # drawing is tested elsewhere
+    (plots / "gear.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 42"/>')
+    for slug in papers():
+        facts.verdicts(slug)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
