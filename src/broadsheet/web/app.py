@@ -22,7 +22,7 @@ from . import api, feeds, health, pages
 from .caching import Cache
 from .db import open_database
 from .render import problem, templates
-from .security import BodyLimit, RateLimits, SafeHeaders, Signer
+from .security import AccountLimits, BodyLimit, RateLimits, SafeHeaders, Signer
 from .settings import Settings
 
 #: Every part has a ``router``.
@@ -49,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             Middleware(GZipMiddleware, minimum_size=800, compresslevel=5),
             Middleware(Cache, engine=engine),
             Middleware(BodyLimit),
+            Middleware(AccountLimits),
         ],
         exception_handlers={HTTPException: _refused, RequestValidationError: _unreadable},
     )
