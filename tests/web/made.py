@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from datetime import date, datetime, timedelta
 from typing import Any
 
@@ -54,25 +55,33 @@ _SENTENCES = (
 _TAGS = ("cs.CL", "cs.LG", "cs.AI", "cs.DC", "cs.AR", "stat.ML")
 
 
+_PLAIN = {
+    **{"doi": None, "slug": None, "arxiv_id": None, "family": None, "trend": None},
+    **{"code_url": "", "source": "", "running": False, "version": 1, "votes": 0},
+}
+
+
 def papers(count: int, seed: int = 0, last: date = date(2026, 11, 29), a_day: int = 40) -> list[dict[str, Any]]:
     """Rows of made papers with ``authors`` and ``tags``, newest last; the same for the same seed."""
     roll = random.Random(seed)
-    rows = []
+    rows, of_month = [], Counter[str]()
     for number in range(count):
         day = last - timedelta(days=(count - 1 - number) // a_day)
+        of_month[f"{day:%y%m}"] += 1
+        arxiv = f"{day:%y%m}.{50_000 + of_month[f'{day:%y%m}']}"  # arXiv itself does not come so far in a month
         title = f"{roll.choice(_HOW)} {roll.choice(_WHAT)} {roll.choice(_END)}"
         abstract = " ".join(roll.sample(_SENTENCES, 5))
         made = datetime(day.year, day.month, day.day, roll.randrange(24), roll.randrange(60))
         votes = int(roll.paretovariate(1.1)) - 1 if roll.random() < 0.3 else 0
         rows.append(
             {
-                "arxiv_id": f"{day:%y%m}.{number:05d}", "title": title, "title_key": title.lower().replace(" ", "")[:200],
+                "arxiv_id": arxiv, "title": title, "title_key": title.lower().replace(" ", "")[:200],
                 "abstract": abstract, "summary": abstract.partition(". ")[0] + ". " + abstract.split(". ")[1] + ".",
-                "url": f"https://arxiv.org/abs/{day:%y%m}.{number:05d}", "day": day, "published": made, "updated": made,
+                "url": f"https://arxiv.org/abs/{arxiv}", "day": day, "published": made, "updated": made,
                 "code_url": f"https://github.com/made/{number}" if roll.random() < 0.2 else "", "votes": min(votes, 400),
                 "trend": float(number % 97) / 9 if votes else None, "source": "made",
                 "authors": [f"{roll.choice(_FIRST)} {roll.choice(_LAST)}" for _ in range(roll.randint(1, 7))],
-                "tags": sorted(roll.sample(_TAGS, roll.randint(1, 3))),
+                "tags": sorted(["made-up", *roll.sample(_TAGS, roll.randint(1, 2))]),
             }
         )  # fmt: skip
     return rows
@@ -81,21 +90,12 @@ def papers(count: int, seed: int = 0, last: date = date(2026, 11, 29), a_day: in
 def store(db: Session, rows: list[dict[str, Any]]) -> None:
     """Writes rows of `papers`."""
     start = (db.scalar(select(Paper.id).order_by(Paper.id.desc()).limit(1)) or 0) + 1
-    bare = [
-        {"id": start + n, "doi": None, "slug": None, **{k: v for k, v in r.items() if k not in ("authors", "tags")}}
-        for n, r in enumerate(rows)
-    ]
-    filled = {
-        "code_url": "",
-        "source": "",
-        "family": None,
-        "running": False,
-        "version": 1,
-        "votes": 0,
-        "trend": None,
-        "arxiv_id": None,
-    }
-    db.execute(insert(Paper), [{**filled, **row} for row in bare])
+    known_columns, bare = set(Paper.__table__.columns.keys()), []
+    for number, row in enumerate(rows):
+        names = " ".join([*row["authors"], *row["tags"]])
+        full = {**_PLAIN, "id": start + number, "names": names, **row}
+        bare.append({name: value for name, value in full.items() if name in known_columns})
+    db.execute(insert(Paper), bare)
     authors = [
         {"paper_id": start + n, "place": i, "name": name, "key": name.lower()}
         for n, row in enumerate(rows)
