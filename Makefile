@@ -49,6 +49,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/aqlm_sizes.py
 	$(BIN)/python benchmarks/weights.py
 	$(BIN)/python benchmarks/bitstack_study.py
+	$(BIN)/python benchmarks/bitstack_regions.py
 	$(BIN)/python benchmarks/olive_study.py
 	$(BIN)/python benchmarks/crash_study.py
 	$(BIN)/python benchmarks/outliertune_study.py
@@ -68,6 +69,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/spar_study.py
 	$(BIN)/python benchmarks/sequential_monitors_study.py
 	$(BIN)/python benchmarks/instinct_study.py
+	$(BIN)/python benchmarks/evals_over_http.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/broadsheet claims --write
 

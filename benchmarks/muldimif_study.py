@@ -72,7 +72,8 @@ def official(data: str) -> list[Record]:
     found = audit(load_muldimif(data))
     rows = [record("verifiable", found["verifiable"] / found["constraints"], n=found["constraints"], data="official")]
     for name in ("vacuous", "impossible", "vacuous_items", "impossible_items"):
-        rows.append(record(name, found[name], n=found["constraints"], data="official"))
+        counted = "items" if name.endswith("items") else "constraints"
+        rows.append(record(name, found[name], n=found[counted], data="official", unit=counted))
     for mode, (constraints, items) in found["empty"].items():
         rows.append(
             record("empty_passes", constraints, n=found["constraints"], data="official", judged=mode, unit="constraints")

@@ -533,3 +533,34 @@ def test_the_command_finds_an_instruction_over_http_and_pays_once(examples, tmp_
     refused = broadsheet("instinct", str(examples), "-o", "budget=3", check=False)
     assert refused.returncode == 2
     assert "initial points" in refused.stderr
+
+
+def test_a_dspy_program_gets_the_instruction_that_its_metric_likes(pocket):
+    dspy = pytest.importorskip("dspy", reason="dspy is not installed")
+    from broadsheet.methods.evals.instinct.dspy import InstinctPrompter
+
+    class Box(dspy.LM):
+        """Says "yes" to prompts whose instruction has an even number of characters."""
+
+        def __init__(self):
+            super().__init__("box")
+
+        def __call__(self, prompt=None, messages=None, **_):
+            instruction = messages[0]["content"].split("your objective is:")[1].strip()
+            return [f"[[ ## answer ## ]]\n{'no' if len(instruction) % 2 else 'yes'}\n\n[[ ## completed ## ]]"]
+
+    examples = [dspy.Example(question=f"q{n}", answer="yes").with_inputs("question") for n in range(8)]
+    method = replace(SMALL, n_domain=64, n_eval=32, n_init=6, budget=14)
+    program = dspy.Predict("question -> answer")
+    with dspy.context(lm=Box()):
+        prompter = InstinctPrompter(
+            lambda example, said: said.answer == example.answer, *pocket, method, samples=2, threads=1
+        )
+        tuned = prompter.compile(program, trainset=examples)
+        [found] = tuned.instinct.values()
+        assert tuned.signature.instructions == found.best
+        assert found.searched == max(one.reward for one in found.history)
+        assert {one.reward for one in found.history} <= {0.0, 1.0}
+        assert program.signature.instructions != found.best
+        with pytest.raises(ValueError, match="2 examples"):
+            prompter.compile(program, trainset=examples[:1])

@@ -585,3 +585,18 @@ def test_pages_outside_the_folder_are_not_read(tmp_path):
 
 def test_the_module_offers_what_users_expect():
     assert all(hasattr(longproc, name) for name in longproc.__all__)
+
+
+def test_prompts_without_the_procedure_keep_rules_and_format():
+    whole, bare = LongProc(items=1, levels="2k").problems(), LongProc(items=1, levels="2k", procedure=False).problems()
+    shorter = {name: len(long.prompt) - len(short.prompt) for (name, long), (_, short) in zip(whole, bare, strict=True)}
+    assert shorter.pop("html_to_tsv_2k") == 0  # there is nothing but copying
+    assert len(shorter) == 4
+    assert all(cut > 100 for cut in shorter.values())
+    for (_, long), (_, short) in zip(whole, bare, strict=True):
+        assert (long.reference, long.data) == (short.reference, short.data)
+        start, end = short.prompt[:40], short.prompt[-200:]
+        assert long.prompt.startswith(start)
+        assert long.prompt.endswith(end)
+    with pytest.raises(ValueError, match="generated"):
+        LongProc(path="somewhere", procedure=False)

@@ -29,7 +29,18 @@ def _regime(records: Sequence[Record], codes: int, against: Sequence[str], wins:
     bits = mean(
         [r.setting["bits"] for r in find(records, bench="bitstack-study", part="rival", codes=codes) if "bits" in r.setting]
     )
-    return graded(certain, likely), f"nats a token saved at {bits:.2f} bits: {', '.join(parts)}"
+    return graded(certain, likely), f"nats a token saved at {bits:.2f} bits: {', '.join(parts)}{_matrices(records, codes)}"
+
+
+def _matrices(records: Sequence[Record], codes: int) -> str:
+    """What is lost of wide matrices alone: in narrow ones, as small models have, factors cost a good part of a bit."""
+    found = find(records, bench="bitstack-regions", matrix="gaussian", bits=codes + 0.25)
+    widest = max((record.setting["size"] for record in found), default=0)
+    errors = {record.method: record.value for record in found if record.setting["size"] == widest}
+    if not errors:
+        return ""
+    others = min(errors["rtn"], errors["hqq"])
+    return f"; error of a matrix of {widest} x {widest}: {errors['bitstack']:.2f} against {others:.2f}"
 
 
 def bitstack_two_bits(records: Sequence[Record]) -> Verdict:

@@ -126,7 +126,9 @@ class LongProc(Benchmark):
     can be had. ``path``: the official data folder, else items are generated: ``items`` of every task and length, which with
     ``seed`` are always the same. ``steps`` sets the length of generated traces instead of the levels' (tokens allowed: the
     highest level's). ``items`` is a limit for official files (0: all). ``thinking``: tokens allowed beside the answer's.
-    ``compat``: the official scores. Raises ValueError for names and lengths that do not exist.
+    ``compat``: the official scores. ``procedure``: False leaves out of the prompts how it is done, so that rules and format
+    alone are left, to see what the procedure's text is worth (generated items). Raises ValueError for names and lengths
+    that do not exist.
     """
 
     tasks: str = ""
@@ -137,6 +139,7 @@ class LongProc(Benchmark):
     seed: int = 0
     thinking: int = 0
     compat: bool = False
+    procedure: bool = True
     epochs: int = 1
 
     slug: ClassVar[str] = "longproc"
@@ -150,6 +153,8 @@ class LongProc(Benchmark):
             raise ValueError(f"thinking must be at least 0 and epochs at least 1, got {self.thinking} and {self.epochs}")
         if self.steps is not None and self.path is not None:
             raise ValueError("steps sets the length of generated items: leave path out")
+        if not self.procedure and self.path is not None:
+            raise ValueError("procedure can be left out of generated items only: leave path out")
         if not self.names:
             raise ValueError(f"nothing to run: none of the tasks comes in {self.levels}")
 
@@ -179,7 +184,10 @@ class LongProc(Benchmark):
         for name in self.names:
             if self.path is None:
                 first = self.seed * 1_000_003
-                found += [(name, generate(name, first + number, self.steps)) for number in range(self.items)]
+                left_out = "" if self.procedure else TASKS[split_name(name)[0]].PROCEDURE
+                for number in range(self.items):
+                    item = generate(name, first + number, self.steps)
+                    found.append((name, replace(item, prompt=item.prompt.replace(left_out, ""))))
             else:
                 rows = load_longproc(name, Path(self.path))
                 found += [(name, Item.of(row)) for row in rows[: self.items or None]]

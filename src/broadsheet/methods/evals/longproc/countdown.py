@@ -17,17 +17,20 @@ HEADING = "# Search Procedure"
 FOUND = "Now we have found the target"
 DEMONSTRATIONS = (([40, 19, 23, 7], 29), ([9, 16, 6, 18], 12))
 
-_PROMPT = """\
-You are given four numbers and a target. Combine all four, each exactly once, by +, -, * and / so that the target results. \
-Intermediate results are whole numbers, not negative, and below 2000.
-
+#: How it is done: what `LongProc(procedure=False)` leaves out of the prompt.
+PROCEDURE = """\
 Search for it step by step. In every state go through the pairs of numbers in order. For a pair (a, b) with a >= b try a \
 + b, a - b, a * b and a / b. Drop a result that is a decimal or at least 2000. Otherwise add the result to the numbers \
 that are left and search on from there; with a single number left compare it with the target, and go back if it differs. \
 Stop when the target is found.
 
-Write the search below the heading "{heading}" and the three equations between <Solution> and </Solution>, exactly as in \
-this example:
+"""
+_PROMPT = """\
+You are given four numbers and a target. Combine all four, each exactly once, by +, -, * and / so that the target results. \
+Intermediate results are whole numbers, not negative, and below 2000.
+
+{procedure}Write the search below the heading "{heading}" and the three equations between <Solution> and </Solution>, \
+exactly as in this example:
 
 Numbers: {nums0}
 Target: {target0}
@@ -115,7 +118,13 @@ def trace(nums: Sequence[int], target: int) -> str:
 def _prompt(nums: Sequence[int], target: int) -> str:
     nums0, target0 = DEMONSTRATIONS[0]
     return _PROMPT.format(
-        heading=HEADING, nums0=nums0, target0=target0, answer0=trace(nums0, target0), nums=list(nums), target=target
+        procedure=PROCEDURE,
+        heading=HEADING,
+        nums0=nums0,
+        target0=target0,
+        answer0=trace(nums0, target0),
+        nums=list(nums),
+        target=target,
     )
 
 

@@ -11,6 +11,7 @@ from broadsheet.core.replies import answer_part, code_blocks
 
 from .common import Item, Score, compare, plain
 
+PROCEDURE = ""  # the page is to be copied from: there is none
 _PROMPT = """\
 Extract the items listed on this page into a TSV table.
 

@@ -15,12 +15,17 @@ _PLACES = (
 _SIDES = ("", "North ", "South ", "Great ", "Little ")
 _ENDINGS = "ford ton ham bury field wick stead mouth dale bridge port worth cliffe mere combe hurst".split()
 
+#: How it is done: what `LongProc(procedure=False)` leaves out of the prompt.
+PROCEDURE = """\
+Starting from the first city there is one possible route: look up where the city leads to, go there, and repeat until you \
+reach the destination.
+
+"""
 _PROMPT = """\
 In an invented world every city is connected, one way, to a single other city by bus, train, plane or ferry. A connection \
-from A to B lets you travel from A to B and not back. Starting from the first city there is one possible route: look up \
-where the city leads to, go there, and repeat until you reach the destination.
+from A to B lets you travel from A to B and not back.
 
-Write the route between <Route> and </Route>, one step a line, exactly in this format:
+{procedure}Write the route between <Route> and </Route>, one step a line, exactly in this format:
 <Route>
 From CITY, take a TRANSIT to CITY.
 ...
@@ -76,7 +81,9 @@ def make_path_traversal(n_hops: int, n_cities: int | None = None, seed: int = 0,
     edges = [(a, b, draw.choice(TRANSIT)) for a, b in leads.items()]
     steps = "\n".join(f"From {a}, take a {by} to {b}." for a, b, by in edges[:n_hops])
     shuffled = draw.sample(edges, len(edges))
-    prompt = _PROMPT.format(example=_listed(_EXAMPLE), context=_listed(shuffled), source=route[0], target=route[-1])
+    prompt = _PROMPT.format(
+        procedure=PROCEDURE, example=_listed(_EXAMPLE), context=_listed(shuffled), source=route[0], target=route[-1]
+    )
     data = {"edges": [list(edge) for edge in shuffled], "source": route[0], "target": route[-1], "steps": n_hops}
     return Item(prompt, f"<Route>\n{steps}\n</Route>", data)
 

@@ -15,15 +15,18 @@ OBJECTS = "the key;the pen;the red cup;the coin;the map;the torch;the stapler;th
 ROOMS = "kitchen;hall;study;cellar;attic;library;guest room;garage".split(";")
 CONTAINERS = "shelf;table;drawer;basket;cupboard;chest".split(";")
 
-_PROMPT = """\
-You read a story about agents who move themselves and objects between rooms, and track for one agent and one object, step \
-by step, where the agent is, where the object is, whether the agent sees it, and where the agent believes it to be.
-
+#: How it is done: what `LongProc(procedure=False)` leaves out of the prompt.
+PROCEDURE = """\
 The rules: an agent who moves to or enters a room is in that room; one who left and has not entered another is nowhere \
 (None). Agent and object in the same room means that the agent sees the object and believes it to be where it is. Else \
 the belief stays as it was; before the object was ever seen it is None.
 
-For the story
+"""
+_PROMPT = """\
+You read a story about agents who move themselves and objects between rooms, and track for one agent and one object, step \
+by step, where the agent is, where the object is, whether the agent sees it, and where the agent believes it to be.
+
+{procedure}For the story
 {story0}
 and the question "{question0}" the answer is
 {answer0}
@@ -155,7 +158,12 @@ def make_tom(steps: int, agents: int = 2, objects: int = 2, rooms: int = 2, cont
     story0, question0 = _story(random.Random("tom example"), 8, 2, 2, 2, 2)
     story, question = _story(random.Random(f"tom {seed}"), steps, agents, objects, rooms, containers)
     prompt = _PROMPT.format(
-        story0=story0, question0=question0, answer0=track(story0, question0), story=story, question=question
+        procedure=PROCEDURE,
+        story0=story0,
+        question0=question0,
+        answer0=track(story0, question0),
+        story=story,
+        question=question,
     )
     return Item(prompt, track(story, question), {"story": story, "question": question, "steps": steps})
 

@@ -20,6 +20,13 @@ CITIES = (
 _HEADING = "Solving Procedure"
 _START = "the starting point"
 
+#: How it is done: what `LongProc(procedure=False)` leaves out of the prompt.
+PROCEDURE = """\
+Search from day 1. If a city's fixed stay begins on the current day, it is the only option, else go through the cities \
+that are to be arranged, in order. Check the direct flight from the city before, then that the stay ends no later than \
+the next fixed stay begins. Drop what fails; go on with what holds; go back where nothing is left.
+
+"""
 _PROMPT = """\
 Make a travel plan from the number of days in every city, the dates that are fixed for some of them, and the direct flights.
 
@@ -27,12 +34,8 @@ Flights go one way only; the first city can always be reached. The day of a flig
 day x and stays y days leaves on day x + y - 1. On the day of a flight two stays may meet, so a stay may end on the day \
 on which a fixed one begins, and not later.
 
-Search from day 1. If a city's fixed stay begins on the current day, it is the only option, else go through the cities \
-that are to be arranged, in order. Check the direct flight from the city before, then that the stay ends no later than \
-the next fixed stay begins. Drop what fails; go on with what holds; go back where nothing is left.
-
-Write the search between <Solving Procedure> and </Solving Procedure> and the plan between <Plan> and </Plan>, exactly as \
-in this example:
+{procedure}Write the search between <Solving Procedure> and </Solving Procedure> and the plan between <Plan> and </Plan>, \
+exactly as in this example:
 
 {problem0}
 
@@ -256,7 +259,9 @@ def make_travel(steps: int, seed: int = 0, tolerance: float = 0.25) -> Item:
         reference = trace(problem)
         lines = len(lines_of(reference.partition(f"</{_HEADING}>")[0])) - 1
         if abs(lines - steps) <= tolerance * steps:
-            prompt = _PROMPT.format(problem0=_asked(example), answer0=trace(example), problem=_asked(problem))
+            prompt = _PROMPT.format(
+                procedure=PROCEDURE, problem0=_asked(example), answer0=trace(example), problem=_asked(problem)
+            )
             return Item(prompt, reference, {**problem, "steps": lines})
     raise ValueError(f"no plan with a trace of about {steps} lines was found: ask for 38 to 2000")
 
