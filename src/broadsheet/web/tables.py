@@ -166,6 +166,7 @@ class Subscription(Table):
     frequency: Mapped[str] = mapped_column(String(10))  # daily, weekly
     state: Mapped[str] = mapped_column(String(20), default="pending", index=True)  # pending, active, stopped, bounced
     created: Mapped[datetime] = mapped_column(default=utcnow)
+    asked: Mapped[datetime | None]  # when the mail that asks for confirmation was last sent
     confirmed: Mapped[datetime | None]
     bounces: Mapped[int] = mapped_column(default=0)  # in a row
 
@@ -180,8 +181,10 @@ class Delivery(Table):
     subscription_id: Mapped[int] = mapped_column(ForeignKey("subscription.id", ondelete="CASCADE"))
     issue: Mapped[str] = mapped_column(String(20))  # 2026-11-29, 2026-W48
     message_id: Mapped[str] = mapped_column(String(200), unique=True)
-    state: Mapped[str] = mapped_column(String(20))  # sending, sent, refused, unknown, bounced
-    time: Mapped[datetime] = mapped_column(default=utcnow)
+    #: claimed (nothing was sent), sending (its text may have been), sent, later, refused, unknown, bounced
+    state: Mapped[str] = mapped_column(String(20), index=True)
+    tries: Mapped[int] = mapped_column(default=0)
+    time: Mapped[datetime] = mapped_column(default=utcnow)  # of the last change
     error: Mapped[str] = mapped_column(String(500), default="")
 
 

@@ -81,6 +81,7 @@ def upgrade() -> None:
         sa.Column("frequency", sa.String(length=10), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
         sa.Column("created", sa.DateTime(), nullable=False),
+        sa.Column("asked", sa.DateTime(), nullable=True),
         sa.Column("confirmed", sa.DateTime(), nullable=True),
         sa.Column("bounces", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_subscription")),
@@ -108,6 +109,7 @@ def upgrade() -> None:
         sa.Column("issue", sa.String(length=20), nullable=False),
         sa.Column("message_id", sa.String(length=200), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
+        sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("time", sa.DateTime(), nullable=False),
         sa.Column("error", sa.String(length=500), nullable=False),
         sa.ForeignKeyConstraint(
@@ -120,6 +122,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("message_id", name=op.f("uq_delivery_message_id")),
         sa.UniqueConstraint("subscription_id", "issue", name=op.f("uq_delivery_subscription_id_issue")),
     )
+    with op.batch_alter_table("delivery", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_delivery_state"), ["state"], unique=False)
+
     op.create_table(
         "follow",
         sa.Column("account_id", sa.Integer(), nullable=False),
@@ -228,6 +233,9 @@ def downgrade() -> None:
 
     op.drop_table("mark")
     op.drop_table("follow")
+    with op.batch_alter_table("delivery", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_delivery_state"))
+
     op.drop_table("delivery")
     with op.batch_alter_table("author", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_author_key"))
