@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from email import message_from_bytes
 from email.policy import default
 from urllib.parse import urlsplit
 
 from opened import open_site
 
+from broadsheet.web.db import session
+from broadsheet.web.tables import Paper, utcnow
+
 
 def open_page(folder, database_url, **given):
-    """A client of a page with made papers in that database ("": SQLite in ``folder``)."""
+    """A client of a page with made papers in that database ("": SQLite in ``folder``): some, and one a day of a week."""
     client = open_site(folder, 30, database=database_url, **given)
+    with session(client.app.state.engine) as db:
+        for day in range(22, 29):
+            new = {"title_key": "news", "published": utcnow(), "updated": utcnow(), "day": date(2026, 11, day)}
+            db.add(Paper(id=8000 + day, title=f"News of the {day}th", **new))
     client.folder = folder
     return client
 

@@ -21,13 +21,13 @@ class Handler:
     def __init__(self, folder: Path, slow: float):
         self.folder, self.slow = folder, slow
 
-    async def handle_RCPT(self, server, session, envelope, address, options):  # noqa: N802  # aiosmtpd's name
+    async def handle_RCPT(self, server, session, envelope, address, options):  # aiosmtpd's name
         if address[:3].isdecimal():
             return f"{address[:3]} no thanks"
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
-    async def handle_DATA(self, server, session, envelope):  # noqa: N802
+    async def handle_DATA(self, server, session, envelope):
         await asyncio.sleep(self.slow)
         name = f"{envelope.rcpt_tos[0]} {uuid.uuid4().hex}"
         part = self.folder / f".{name}"

@@ -33,8 +33,9 @@ def alone(engine: Engine, settings: Settings, name: str) -> Iterator[None]:
                 raise Locked(f"another {name} is at work")
             try:
                 yield
+                connection.execute(text("select pg_advisory_unlock(:number)"), {"number": number})
             finally:
-                connection.invalidate()  # the lock goes with the connection, which must not return to the pool
+                connection.invalidate()  # whatever happened, the lock goes with the connection, which nobody uses again
         return
     database = engine.url.database or ""
     inside = engine.dialect.name == "sqlite" and database not in ("", ":memory:")

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.headerregistry import Address
 from email.message import EmailMessage
-from email.policy import SMTP, SMTPUTF8
+from email.policy import EmailPolicy
 from email.utils import format_datetime, parseaddr
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from email_validator import EmailNotValidError, validate_email
@@ -40,6 +40,17 @@ class Delivered:
     error: str = ""
 
 
+class _Policy(EmailPolicy):
+    """An address in a header stays whole: the library encodes one that is longer than a line, and then no mail program finds
+    the link that ends a digest."""
+
+    def fold(self, name: str, value: Any) -> str:
+        return f"{name}: {value}{self.linesep}" if name == "List-Unsubscribe" else super().fold(name, value)
+
+    def fold_binary(self, name: str, value: Any) -> bytes:
+        return self.fold(name, value).encode() if name == "List-Unsubscribe" else super().fold_binary(name, value)
+
+
 def address(text: str) -> str:
     """A mail address as it is stored: in lower case, its domain in ASCII. Raises ValueError."""
     try:
@@ -56,10 +67,10 @@ def new_id(settings: Settings) -> str:
 
 def message(settings: Settings, to: str, subject: str, text: str, html: str = "", message_id: str = "") -> EmailMessage:
     """A message of ours in text and, if given, HTML. Line breaks in ``subject`` become spaces."""
-    made = EmailMessage(policy=SMTP if to.isascii() else SMTPUTF8)
+    made = EmailMessage(policy=_Policy(linesep="\r\n", utf8=not to.isascii()))
     name, sender = parseaddr(settings.mail_from)
     made["From"] = Address(name, addr_spec=sender)
-    made["To"] = Address(addr_spec=to)
+    made["To"] = to  # `address` has looked at it
     made["Subject"] = " ".join(subject.split())
     made["Date"] = format_datetime(utcnow())
     made["Message-ID"] = message_id or new_id(settings)
