@@ -12,11 +12,34 @@ from sqlalchemy.orm import Session
 from broadsheet import catalogue
 from broadsheet.web.tables import Author, Paper, Tag
 
-_FIRST = "Ada Chen Dmitri Elif Fatima Goran Hana Ines Jonas Kofi Lena Mateo Nadia Omar Priya Quentin Rosa Sven Tomoko Uma Wei Yara".split()
-_LAST = "Abiola Bergström Castillo Dubois Eriksson Fischer Gupta Haddad Ivanova Jansen Kim Lindqvist Moreau Nakamura Okafor Petrov Rossi Silva Tanaka Vogel Wang Zhou".split()
-_WHAT = "KV-Cache Attention Quantisation Pruning Decoding Routing Distillation Prefill Instruction Reasoning Retrieval Sparsity".split()
-_HOW = "Adaptive Low-Rank Entropy-Guided Token-Wise Layer-Wise Hierarchical Calibrated Streaming Asynchronous Modular Verified Cheap".split()
-_END = "for Long Contexts|of Small Language Models|under Tight Memory|without Retraining|at Four Bits|in Multi-Turn Dialogue|on Commodity Hardware|for Code Generation|with Guarantees|beyond Benchmarks".split("|")
+_FIRST = """
+Ada Chen Dmitri Elif Fatima Goran Hana Ines Jonas Kofi Lena Mateo Nadia Omar Priya Quentin Rosa Sven Tomoko
+Uma Wei Yara
+""".split()
+_LAST = """
+Abiola Bergström Castillo Dubois Eriksson Fischer Gupta Haddad Ivanova Jansen Kim Lindqvist Moreau Nakamura
+Okafor Petrov Rossi Silva Tanaka Vogel Wang Zhou
+""".split()
+_WHAT = """
+KV-Cache Attention Quantisation Pruning Decoding Routing Distillation Prefill Instruction Reasoning Retrieval
+Sparsity
+""".split()
+_HOW = """
+Adaptive Low-Rank Entropy-Guided Token-Wise Layer-Wise Hierarchical Calibrated Streaming Asynchronous Modular
+Verified Cheap
+""".split()
+_END = (
+    "for Long Contexts",
+    "of Small Language Models",
+    "under Tight Memory",
+    "without Retraining",
+    "at Four Bits",
+    "in Multi-Turn Dialogue",
+    "on Commodity Hardware",
+    "for Code Generation",
+    "with Guarantees",
+    "beyond Benchmarks",
+)
 _SENTENCES = (
     "Serving long contexts is limited by the memory that keys and values take.",
     "We show that most of this memory holds what no later token looks at.",
@@ -58,10 +81,26 @@ def papers(count: int, seed: int = 0, last: date = date(2026, 11, 29), a_day: in
 def store(db: Session, rows: list[dict[str, Any]]) -> None:
     """Writes rows of `papers`."""
     start = (db.scalar(select(Paper.id).order_by(Paper.id.desc()).limit(1)) or 0) + 1
-    bare = [{"id": start + n, "doi": None, "slug": None, **{k: v for k, v in r.items() if k not in ("authors", "tags")}} for n, r in enumerate(rows)]
-    filled = {"code_url": "", "source": "", "family": None, "running": False, "version": 1, "votes": 0, "trend": None, "arxiv_id": None}
+    bare = [
+        {"id": start + n, "doi": None, "slug": None, **{k: v for k, v in r.items() if k not in ("authors", "tags")}}
+        for n, r in enumerate(rows)
+    ]
+    filled = {
+        "code_url": "",
+        "source": "",
+        "family": None,
+        "running": False,
+        "version": 1,
+        "votes": 0,
+        "trend": None,
+        "arxiv_id": None,
+    }
     db.execute(insert(Paper), [{**filled, **row} for row in bare])
-    authors = [{"paper_id": start + n, "place": i, "name": name, "key": name.lower()} for n, row in enumerate(rows) for i, name in enumerate(row["authors"])]
+    authors = [
+        {"paper_id": start + n, "place": i, "name": name, "key": name.lower()}
+        for n, row in enumerate(rows)
+        for i, name in enumerate(row["authors"])
+    ]
     tags = [{"paper_id": start + n, "name": tag} for n, row in enumerate(rows) for tag in row["tags"]]
     for table, found in ((Author, authors), (Tag, tags)):
         if found:

@@ -13,8 +13,13 @@ from jinja2 import ChoiceLoader, DictLoader
 from sqlalchemy import func, or_, select
 
 TEMPLATES = {
-    "_marks.html": '{% macro marks(paper, csrf, account, voted, bookmarked) %}<a class="button quiet" href="/sign-in">▲ {{ paper.votes }}<span class="away"> votes; sign in to vote</span></a>{% endmacro %}',
-    "_run_button.html": '{% macro run_button(slug, csrf, settings) %}<form class="inline" method="post" action="/papers/{{ slug }}/run"><input type="hidden" name="csrf" value="{{ csrf }}"><button>Run</button></form>{% endmacro %}',
+    "_marks.html": """{% macro marks(paper, csrf, account, voted, bookmarked) %}
+<a class="button quiet" href="/sign-in">▲ {{ paper.votes }}<span class="away"> votes; sign in to vote</span></a>
+{% endmacro %}""",
+    "_run_button.html": """{% macro run_button(slug, csrf, settings) %}
+<form class="inline" method="post" action="/papers/{{ slug }}/run">
+<input type="hidden" name="csrf" value="{{ csrf }}"><button>Run</button></form>
+{% endmacro %}""",
 }
 
 
@@ -24,8 +29,10 @@ class Found:
     total: int
 
 
-def _search(db: Any, query: str, *, day: Any = None, since: Any = None, until: Any = None, family: str = "", tag: str = "",
-            author: str = "", has_code: bool = False, running: bool = False, limit: int = 30, offset: int = 0) -> Found:  # fmt: skip
+def _search(
+    db: Any, query: str, *, day: Any = None, since: Any = None, until: Any = None, family: str = "", tag: str = "",
+    author: str = "", has_code: bool = False, running: bool = False, limit: int = 30, offset: int = 0,
+) -> Found:  # fmt: skip
     from broadsheet.web.tables import Author, Paper, Tag
 
     which = select(Paper)

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 
 import made
 import pytest
+from opened import open_site
+from sqlalchemy import select
+
 from broadsheet import catalogue
 from broadsheet.web.db import session
 from broadsheet.web.tables import Paper
-from opened import open_site
-from sqlalchemy import select
 
 LAST = date(2026, 11, 29)
 
@@ -83,9 +84,7 @@ def test_the_front_page_is_the_newest_day_and_arrows_turn_it(client):
 
 def test_a_day_is_ordered_by_votes_and_paged(client):
     with session(client.app.state.engine) as db:
-        expected = db.scalars(
-            select(Paper.id).where(Paper.day == LAST).order_by(Paper.votes.desc(), Paper.id.desc())
-        ).all()
+        expected = db.scalars(select(Paper.id).where(Paper.day == LAST).order_by(Paper.votes.desc(), Paper.id.desc())).all()
     pages = [client.get(f"/?page={number}").text for number in (1, 2)]
     found = [int(number) for page in pages for number in re.findall(r'id="paper-(\d+)"', page)]
     assert found == expected
@@ -93,7 +92,9 @@ def test_a_day_is_ordered_by_votes_and_paged(client):
     assert "no such page" in client.get("/?page=3").text
 
 
-@pytest.mark.parametrize("path", ["/days/2026-02-30", "/days/tomorrow", "/days/0000-00-00", "/calendar/2026-13", "/days/9999-12-31"])
+@pytest.mark.parametrize(
+    "path", ["/days/2026-02-30", "/days/tomorrow", "/days/0000-00-00", "/calendar/2026-13", "/days/9999-12-31"]
+)
 def test_days_that_are_none_are_not_found(client, path):
     answer = client.get(path)
     assert answer.status_code == 404
@@ -120,7 +121,10 @@ def test_the_calendar_counts_papers(client):
 def test_trending_is_ordered_by_trend_then_newest(client):
     with session(client.app.state.engine) as db:
         papers = db.scalars(select(Paper)).all()
-    trend = {paper.id: (paper.trend is None, -(paper.trend or 0), -paper.day.toordinal() if paper.trend is None else 0, -paper.id) for paper in papers}
+    trend = {
+        paper.id: (paper.trend is None, -(paper.trend or 0), -paper.day.toordinal() if paper.trend is None else 0, -paper.id)
+        for paper in papers
+    }
     expected = [str(number) for number in sorted(trend, key=trend.__getitem__)]
     found = []
     for number in range(1, -(-len(expected) // 30) + 1):
@@ -161,7 +165,7 @@ def test_a_planned_paper_says_so(client):
     text = client.get("/papers/glan").text
     assert "does not run yet" in text
     assert "plot.svg" not in text
-    assert "/run\"" not in text
+    assert '/run"' not in text
 
 
 def test_a_paper_has_one_address_and_its_other_names_lead_there(client):
@@ -187,10 +191,11 @@ def test_old_arxiv_ids_are_found(tmp_path):
 
 
 def test_an_empty_page_says_what_to_do(tmp_path):
+    import standins
+    from fastapi.testclient import TestClient
+
     from broadsheet.web.app import create_app
     from broadsheet.web.settings import Settings
-    from fastapi.testclient import TestClient
-    import standins
 
     client = TestClient(standins.fill(create_app(Settings.from_environment({"BROADSHEET_HOME": str(tmp_path)}))))
     with session(client.app.state.engine) as db:
@@ -213,10 +218,24 @@ def test_search_marks_words_and_filters(client):
     assert "Nothing found" in client.get("/search?q=zzzxqy").text
     assert client.get("/search?q=cache&page=junk&day=never&until=2026-99-99").status_code == 200
     since = client.get(f"/search?q=cache&since={LAST - timedelta(days=1)}").text
-    assert "value=\"2026-11-28\"" in since
+    assert 'value="2026-11-28"' in since
 
 
-@pytest.mark.parametrize("query", ['"', "NEAR(", "a AND OR", "*", "col:x", "'; drop table paper; --", "\x00", "\ud800".encode("utf-8", "surrogatepass"), "(" * 300, "𝔘" * 299])
+@pytest.mark.parametrize(
+    "query",
+    [
+        '"',
+        "NEAR(",
+        "a AND OR",
+        "*",
+        "col:x",
+        "'; drop table paper; --",
+        "\x00",
+        "\ud800".encode("utf-8", "surrogatepass"),
+        "(" * 300,
+        "𝔘" * 299,
+    ],
+)
 def test_no_question_is_an_error(client, query):
     for path in ("/search", "/api/search"):
         answer = client.get(path, params={"q": query})
@@ -284,5 +303,7 @@ def test_pages_load_no_torch():
         "from broadsheet.catalogue import papers; [facts.verdicts(s) for s in list(papers())[:9]]; "
         "usage.usage('gear'); print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
     assert done.stdout.strip() == "[]", done.stderr

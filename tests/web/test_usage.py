@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 
-import broadsheet
 import pytest
+
+import broadsheet
 from broadsheet.catalogue import papers
 from broadsheet.web.usage import usage
 
@@ -19,7 +20,9 @@ def test_parameters_are_the_dataclass_s_own(slug):
     assert found.name == method.__name__
     expected = {p.name: p.default for p in inspect.signature(method).parameters.values() if not p.name.startswith("_")}
     assert {one.name for one in found.parameters} == set(expected)
-    assert {one.name for one in found.parameters if not one.default} == {n for n, d in expected.items() if d is inspect._empty}
+    assert {one.name for one in found.parameters if not one.default} == {
+        n for n, d in expected.items() if d is inspect._empty
+    }
     assert inspect.cleandoc(method.__doc__).startswith(found.text[:40])
 
 
@@ -40,7 +43,9 @@ def test_the_snippet_compiles_and_names_what_is_there(slug):
     assert made
     for call in made:
         assert {keyword.arg for keyword in call.keywords} <= {one.name for one in found.parameters}
-    names = {found.name} | {node.targets[0].id for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.value in made}
+    names = {found.name} | {
+        node.targets[0].id for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.value in made
+    }
     verbs = [
         call for call in calls
         if isinstance(call.func, ast.Attribute)

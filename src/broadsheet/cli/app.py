@@ -12,6 +12,7 @@ from .chat import ledger, serve_model
 from .common import asked, options_of, split, with_progress
 from .crash import crash
 from .instinct import instinct
+from .serve import serve
 from .study import study
 from .weights import bitstack, dfloat11
 
@@ -324,6 +325,7 @@ app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command()(serve)
 
 
 @app.command(name="lm-eval")

@@ -153,7 +153,11 @@ def _loopback(host: str) -> bool:
 
 
 def _tell_public(url: str, has_token: bool) -> None:
-    how = "is asked for BROADSHEET_OWNER_TOKEN" if has_token else "is refused: set BROADSHEET_OWNER_TOKEN to allow it to yourself"
+    how = (
+        "is asked for BROADSHEET_OWNER_TOKEN"
+        if has_token
+        else "is refused: set BROADSHEET_OWNER_TOKEN to allow it to yourself"
+    )
     typer.echo(f"others can see this page: whoever starts a run {how}", err=True)
     if "://0.0.0.0" in url or "://[::]" in url:
         typer.echo(f"mails and feeds will link to {url}: set BROADSHEET_URL to the address that others use", err=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import selectinload
 
 from broadsheet import catalogue
 from broadsheet.catalogue import Paper as Known
@@ -51,8 +51,8 @@ class Paper(BaseModel):
     family: str | None
     running: bool
     day: date
-    published: datetime = Field(description="UTC")
-    updated: datetime = Field(description="UTC")
+    published: datetime
+    updated: datetime
     version: int
     votes: int
     url: str = Field(description="Where it is published.")
@@ -112,15 +112,16 @@ class Claim(BaseModel):
 def about(request: Request) -> HTMLResponse:
     """What there is, for people."""
     paths = request.app.openapi()["paths"]
-    endpoints = [(path, spec["get"]["summary"]) for path, spec in paths.items() if "get" in spec and path.startswith("/api/")]
+    endpoints = [
+        (path, spec["get"]["summary"]) for path, spec in paths.items() if "get" in spec and path.startswith("/api/")
+    ]
     return page(request, "api.html", shared=True, endpoints=endpoints)
 
 
-@router.get("/papers", summary="Papers, newest or most voted first")
+@router.get("/papers", summary="Papers, newest first")
 def papers(
     request: Request,
     response: Response,
-    order: Literal["new", "trending"] = "new",
     day: date | None = None,
     family: Word = "",
     tag: Word = "",
@@ -128,13 +129,8 @@ def papers(
     limit: Limit = 30,
     offset: Offset = 0,
 ) -> Papers:
-    """``trending`` orders all papers and takes no filters; the page's *about* says how."""
+    """All, or those of a day, a family or a tag."""
     with reading(request.app.state.engine) as db:
-        if order == "trending":
-            if day or family or tag or running is not None:
-                raise HTTPException(422, [{"loc": ["query", "order"], "msg": "trending takes no filters", "type": "value"}])
-            found, total = trending_papers(db, offset, limit)
-            return _papers(request, response, found, total)
         query = select(Row)
         if day:
             query = query.where(Row.day == day)
@@ -147,6 +143,13 @@ def papers(
         total = db.scalar(select(func.count()).select_from(query.subquery())) or 0
         query = query.order_by(Row.day.desc(), Row.id.desc()).offset(offset).limit(limit).options(*_WHOLE)
         return _papers(request, response, db.scalars(query).all(), total)
+
+
+@router.get("/trending", summary="Papers by votes that fade")
+def trending(request: Request, response: Response, limit: Limit = 30, offset: Offset = 0) -> Papers:
+    """Each vote counts half as much after a week; papers without votes follow, newest first."""
+    with reading(request.app.state.engine) as db:
+        return _papers(request, response, *trending_papers(db, offset, limit))
 
 
 @router.get("/papers/{name}", summary="One paper", responses=NONE)
@@ -239,9 +242,11 @@ def _papers(request: Request, response: Response, rows: Sequence[Row], total: in
 
 
 def _paper(request: Request, row: Row) -> Paper:
-    given = {name: getattr(row, name) for name in Paper.model_fields if name not in ("authors", "tags", "page")}
+    made = ("authors", "tags", "published", "updated", "page")
     return Paper(
-        **given,
+        **{name: getattr(row, name) for name in Paper.model_fields if name not in made},
+        published=row.published.replace(tzinfo=UTC),
+        updated=row.updated.replace(tzinfo=UTC),
         authors=[author.name for author in row.authors],
         tags=[tag.name for tag in row.tags],
         page=request.app.state.settings.url + address_of(row),

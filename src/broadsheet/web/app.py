@@ -22,7 +22,7 @@ from . import accounts, api, digest, feeds, health, pages
 from .caching import Cache
 from .db import open_database
 from .render import problem, templates
-from .security import BodyLimit, RateLimits, SafeHeaders, Signer
+from .security import AccountLimits, BodyLimit, RateLimits, SafeHeaders, Signer
 from .settings import Settings
 
 #: Every part has a ``router``.
@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             Middleware(Cache, engine=engine),
             Middleware(BodyLimit),
             Middleware(accounts.Recognise, engine=engine, https=settings.https),
+            Middleware(AccountLimits),
         ],
         exception_handlers={HTTPException: _refused, RequestValidationError: _unreadable},
     )

@@ -1,8 +1,8 @@
 """Answers that are the same for everybody are made once, and again when the data change.
 
 Only what `render` marks as shared is kept, and only for visitors who are not signed in. Whether a copy is still good costs a
-few microseconds: SQLite says when another connection wrote (``pragma data_version``); with other databases a copy is good for a
-second. Copies carry an ETag (a browser that has the page gets 304) and are compressed once.
+few microseconds: SQLite says when another connection wrote (``pragma data_version``); with other databases a copy is good
+for a second. Copies carry an ETag (a browser that has the page gets 304) and are compressed once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ ROOM = 64 << 20
 LARGEST = 2 << 20
 #: Seconds for which a copy is good where the database does not tell of changes.
 GOOD_FOR = 1.0
-#: Path and query.
+#: Path and query; OWN stands for what one visitor alone gets.
 Key = tuple[str, bytes]
+OWN: Key = ("", b"")
 
 
 @dataclass
@@ -78,8 +79,8 @@ class Cache:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             return await self.app(scope, receive, send)
-        key = None if _is_somebody(scope) else (scope["path"], scope["query_string"])
-        while key and key in self.copies:
+        key = OWN if _is_somebody(scope) else (scope["path"], scope["query_string"])
+        while key in self.copies:
             if self.copies[key].version == self.version():
                 self.copies.move_to_end(key)
                 scope["route_template"] = self.copies[key].route
@@ -89,23 +90,24 @@ class Cache:
             await self.under_way[key].wait()  # a page that many want is made again once
         return await self._make(key, scope, receive, send)
 
-    async def _make(self, key: Key | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _make(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
         """Asks the page; what it sends is held back if it may be kept, else passed on as it comes."""
-        version, start, body = self.version(), None, []
-        asked = scope | {"method": "GET"}
+        version, body = self.version(), list[bytes]()
+        start: Message | None = None
+        asked = {**scope, "method": "GET"}
         done = asyncio.Event()
         if key in self.copies:
             self.under_way[key] = done
 
         async def hold(message: Message) -> None:
             nonlocal start
-            if message["type"] == "http.response.start" and key and _may_be_kept(message):
+            if message["type"] == "http.response.start" and key != OWN and _may_be_kept(message):
                 start = message
             elif start:
                 body.append(message.get("body", b""))
             else:
                 bare = scope["method"] == "HEAD" and message["type"] == "http.response.body"
-                await send(message | {"body": b""} if bare else message)
+                await send({**message, "body": b""} if bare else message)
 
         try:
             await self.app(asked, receive, hold)
@@ -120,7 +122,7 @@ class Cache:
                 del self.under_way[key]
             done.set()
 
-    def _drop(self, key: Key | None) -> None:
+    def _drop(self, key: Key) -> None:
         if old := self.copies.pop(key, None):
             self.nbytes -= old.nbytes
 
@@ -148,7 +150,9 @@ async def _answer(copy: Copy, scope: Scope, send: Send) -> None:
     headers = [(name, value) for name, value in copy.headers if name not in (b"content-length", b"vary", b"etag")]
     headers += [(b"etag", copy.etag), (b"vary", b"Accept-Encoding, Cookie")]
     known = asked.get("if-none-match", "")
-    if known.strip() == "*" or copy.etag.decode().removeprefix("W/") in (t.strip().removeprefix("W/") for t in known.split(",")):
+    if known.strip() == "*" or copy.etag.decode().removeprefix("W/") in (
+        t.strip().removeprefix("W/") for t in known.split(",")
+    ):
         headers = [(name, value) for name, value in headers if name != b"content-type"]
         await send({"type": "http.response.start", "status": 304, "headers": headers})
         await send({"type": "http.response.body", "body": b""})

@@ -11,8 +11,6 @@ from fastapi.responses import PlainTextResponse, Response
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, load_only, selectinload
 
-from broadsheet import catalogue
-
 from . import search
 from .db import reading
 from .render import SHARED, address_of

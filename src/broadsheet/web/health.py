@@ -1,6 +1,6 @@
 """Is it well: ``/healthz``, ``/metrics`` for Prometheus, and a line of JSON a request.
 
-Neither holds anything of a visitor: no addresses, no query strings (they may carry tokens); paths are told by their template.
+Neither holds anything of a visitor: no addresses, no query strings (they may carry tokens), paths by their template.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         labels = ("route", "method", "status")
-        made = {"registry": self.registry}
+        made: Any = {"registry": self.registry}
         self.requests = Counter("broadsheet_requests", "Requests answered.", labels, **made)
         self.seconds = Histogram(
             "broadsheet_request_seconds", "Time to the end of an answer.", ("route",), buckets=_BUCKETS, **made

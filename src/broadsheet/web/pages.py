@@ -118,7 +118,7 @@ def trending_papers(db: Session, offset: int, limit: int) -> tuple[list[Paper], 
 def running(request: Request, family: str = "", status: str = "") -> HTMLResponse:
     """The catalogue by family: what runs here, and how its claims fared."""
     families = {name: [p for p in catalogue.papers().values() if p.family == name] for name in catalogue.FAMILIES}
-    if family and family not in families or status not in ("", "running", "planned"):
+    if (family and family not in families) or status not in ("", "running", "planned"):
         raise HTTPException(404)
     chosen = {
         name: [facts.Entry(paper) for paper in papers if status in ("", paper.status)]
@@ -151,9 +151,9 @@ def find(
             "tag": tag, "author": author, "code": bool(code), "running": bool(running),
         }  # fmt: skip
         given = urlencode({name: "1" if value is True else value for name, value in shown.items() if value})
-        words = words_of(query)
+        words, total = words_of(query), found.total if found else 0
         return _list(
-            request, db, "search.html", papers, Pages(number, found.total if found else 0, A_PAGE, f"?{given}&" if given else "?"),
+            request, db, "search.html", papers, Pages(number, total, A_PAGE, f"?{given}&" if given else "?"),
             asked=asked, form=shown, given=given, families=catalogue.FAMILIES,
             titles={p.id: highlight(p.title, words) for p in papers}, texts={p.id: excerpt(p, words) for p in papers},
         )  # fmt: skip
@@ -260,9 +260,7 @@ def _whole(db: Session, papers: Sequence[Paper]) -> list[Paper]:
     return [found[number] for number in ids]
 
 
-def _list(
-    request: Request, db: Session, template: str, papers: Sequence[Paper], pages: Pages, **more: Any
-) -> HTMLResponse:
+def _list(request: Request, db: Session, template: str, papers: Sequence[Paper], pages: Pages, **more: Any) -> HTMLResponse:
     marked = _marked(request, db, papers)
     return page(request, template, shared=True, papers=papers, pages=pages, marked=marked, **more)
 

@@ -155,7 +155,9 @@ def docs(text: str) -> Markup:
         points = "\n".join(lines).split("\n- ") if lines[0].startswith("- ") else []
         if points:
             points[0] = points[0].removeprefix("- ")
-            blocks.append(Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(_spans(p)) for p in points)))
+            blocks.append(
+                Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(_spans(p)) for p in points))
+            )
         else:
             blocks.append(Markup("<p>{}</p>").format(_spans(block)))
     return Markup("\n").join(blocks)

@@ -12,7 +12,6 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated
 
@@ -146,6 +145,7 @@ class Rate:
 
 #: Reading is for everybody; what sends mail is not for machines.
 READS, WRITES, MAILS = Rate(400, 20), Rate(60, 1), Rate(8, 1 / 60)
+READING = ("GET", "HEAD", "OPTIONS")
 #: Forms that make us send a mail to an address of the visitor's choice.
 MAILING = ("/sign-in", "/subscribe")
 
@@ -171,7 +171,7 @@ class Buckets:
 
 
 class RateLimits:
-    """Token buckets for every address and, for what changes something, every session (429, with ``Retry-After``).
+    """Token buckets for every address (429, with ``Retry-After``).
 
     An IPv6 address counts as its /64 network. On a page that only this machine sees the machine itself is not limited.
     """
@@ -183,26 +183,37 @@ class RateLimits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wait = self.wait(scope) if scope["type"] == "http" else 0.0
-        if not wait:
-            return await self.app(scope, receive, send)
-        from .render import problem
-
-        headers = {"retry-after": str(int(wait) + 1)}
-        return await problem(Request(scope), 429, headers=headers)(scope, receive, send)
+        return await (_too_fast(wait, scope, receive, send) if wait else self.app(scope, receive, send))
 
     def wait(self, scope: Scope) -> float:
         """Seconds that whoever asks has to wait; 0: none."""
         address, local = _network(scope)
         if local and not self.public:
             return 0.0
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["method"] in READING:
             return self.reads.take(address)
         wait = self.writes.take(address)
-        if scope["path"] in MAILING:
-            wait = max(wait, self.mails.take(address))
-        if session := _session(scope):
-            wait = max(wait, self.writes.take(session))
-        return wait
+        return max(wait, self.mails.take(address)) if scope["path"] in MAILING else wait
+
+
+class AccountLimits:
+    """Token buckets for what an account changes, from wherever it comes. It stands behind what finds out who that is."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self.writes = Buckets(WRITES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        account = scope.get("state", {}).get("account")
+        changes = scope["type"] == "http" and scope["method"] not in READING
+        wait = self.writes.take(str(account.id)) if account and changes else 0.0
+        return await (_too_fast(wait, scope, receive, send) if wait else self.app(scope, receive, send))
+
+
+async def _too_fast(wait: float, scope: Scope, receive: Receive, send: Send) -> None:
+    from .render import problem
+
+    await problem(Request(scope), 429, headers={"retry-after": str(int(wait) + 1)})(scope, receive, send)
 
 
 def _network(scope: Scope) -> tuple[str, bool]:
@@ -215,11 +226,3 @@ def _network(scope: Scope) -> tuple[str, bool]:
     if isinstance(address, IPv6Address) and not address.ipv4_mapped:
         return str(int(address) >> 64), address.is_loopback
     return host, address.is_loopback
-
-
-def _session(scope: Scope) -> str:
-    try:
-        cookie = SimpleCookie(Headers(scope=scope).get("cookie", "")).get(SESSION_COOKIE)
-    except CookieError:
-        return ""
-    return f"session {hashed(cookie.value)}" if cookie else ""
