@@ -177,3 +177,14 @@ def test_the_claims_page_is_what_the_records_say():
         pytest.skip("not a checkout")
     written = page.read_text(encoding="utf-8")
     assert written == claims.page(), "run: broadsheet claims --write"
+
+
+def test_sizes_are_read_as_people_write_them():
+    from broadsheet.lab.run import _bytes
+
+    assert [_bytes(text) for text in ("120MB", "300KB", "300 kb", "1.5GiB", "2g", "4000000", 7)] == [
+        120_000_000, 300_000, 300_000, 1_610_612_736, 2_000_000_000, 4_000_000, 7,
+    ]  # fmt: skip
+    for text in ("", "MB", "-3", "0", "1.2.3", "3TB"):
+        with pytest.raises(ValueError, match="120MB"):
+            _bytes(text)

@@ -90,7 +90,7 @@ def run_method(
 
 def _bytes(text: Any) -> int:
     """``120MB``, ``1.5GiB``, ``4000000``: bytes. Raises ValueError."""
-    found = re.fullmatch(r"([0-9.]+) *([kMG]i?)?B?", str(text))
+    found = re.fullmatch(r"([0-9.]+) *([kmg]i?)?b?", str(text).strip().lower())
     try:
         value = float(found[1]) if found else math.nan
     except ValueError:
@@ -98,7 +98,7 @@ def _bytes(text: Any) -> int:
     if not value > 0 or not found:
         raise ValueError(f"size is bytes, such as 120MB, 1.5GiB or 4000000; got '{text}'")
     prefix = found[2] or ""
-    return int(value * (1024 if prefix.endswith("i") else 1000) ** " kMG".index(prefix[:1] or " "))
+    return int(value * (1024 if prefix.endswith("i") else 1000) ** " kmg".index(prefix[:1] or " "))
 
 
 def make_workload(module: ModuleType, options: dict[str, Any]) -> Any:
