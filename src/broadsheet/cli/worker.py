@@ -18,9 +18,9 @@ def worker(
 ) -> None:
     """Work off the runs that people start on the web page, one after the other, until ctrl-C.
 
-    It reads the queue from the page's database (BROADSHEET_DATABASE, or web.sqlite under BROADSHEET_HOME). There is one worker
-    a database; a second one says so and ends. Each run has a process of its own, whose output is kept in runs/ID.log under
-    BROADSHEET_HOME; what it measured goes where 'broadsheet compare' and 'broadsheet run' keep theirs.
+    It reads the queue from the page's database (BROADSHEET_DATABASE, or web.sqlite under BROADSHEET_HOME). There is one
+    worker a database; a second one says so and ends. Each run has a process of its own, whose output is kept in runs/ID.log
+    under BROADSHEET_HOME; what it measured goes where 'broadsheet compare' and 'broadsheet run' keep theirs.
 
     Ctrl-C, a stop by systemd, even kill -9 lose nothing: the run under way waits in the queue and goes on from its last
     finished part. A run whose worker is killed three times has failed.

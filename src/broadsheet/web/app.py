@@ -8,14 +8,14 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
-from . import pages
+from . import owner, pages, runs
 from .db import open_database
 from .render import templates
 from .security import Signer
 from .settings import Settings
 
 #: Every part has a ``router``.
-PARTS = (pages,)
+PARTS = (pages, runs, owner)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -27,6 +27,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.engine = open_database(settings.database)
     app.state.templates = templates()
+    app.state.templates.globals["runs"] = runs
     app.state.signer = Signer(settings.secret)
     for part in PARTS:
         app.include_router(part.router)

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from sqlalchemy import Engine, select
-from sqlalchemy.exc import SQLAlchemyError
 
 from .db import reading
 from .queue import ENDED
@@ -56,8 +55,8 @@ class Watch:
         while not self.ended:
             try:
                 events, state = await asyncio.to_thread(self._look)
-            except SQLAlchemyError as error:
-                log.warning("run %d: the database refuses, looking again: %s", self.run_id, type(error).__name__)
+            except Exception as error:  # whatever it is: they wait for us
+                log.warning("run %d: cannot look at the database, trying again: %s", self.run_id, type(error).__name__)
                 await asyncio.sleep(5 * LOOK)
                 continue
             self.ended = state is None or state in ENDED
@@ -90,6 +89,20 @@ class Hub:
     def full(self, address: str) -> bool:
         """Whether nobody, or nobody at this address, may watch now."""
         return self.addresses.total() >= MOST or self.addresses[address] >= MOST_OF_ONE
+
+    async def nothing_left(self, run_id: int, after: int) -> bool:
+        """Whether nothing will come after the event ``after``: the run has ended, or there is none."""
+        watch = self.watches.get(run_id)
+        if watch is not None and not watch.ended:
+            return False
+
+        def look() -> bool:
+            with reading(self.engine) as db:
+                state = db.scalar(select(Run.state).where(Run.id == run_id))
+                newer = select(RunEvent.id).where(RunEvent.run_id == run_id, RunEvent.id > after).limit(1)
+                return state is None or (state in ENDED and db.scalar(newer) is None)
+
+        return await asyncio.to_thread(look)
 
     async def watch(self, run_id: int, after: int, address: str) -> AsyncIterator[bytes]:
         """A run's events to one visitor, until the run ends or the visitor goes."""

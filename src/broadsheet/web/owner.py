@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from .render import page
 from .security import from_our_page, hashed
+from .settings import Settings
 
 router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
 
@@ -34,7 +35,12 @@ def is_owner(request: Request) -> bool:
     if not settings.public:
         return _from_this_machine(request)
     shown = request.app.state.signer.read("owner", request.cookies.get(COOKIE, ""), AGE)
-    return bool(settings.owner_token) and shown == hashed(settings.owner_token)
+    return bool(settings.owner_token) and shown == _mark(settings)
+
+
+def _mark(settings: Settings) -> str:
+    """What the cookie holds: another token makes it void, and it tells nothing of this one."""
+    return hashed(f"{settings.secret} {settings.owner_token}")
 
 
 def only_owner(request: Request) -> None:
@@ -79,7 +85,7 @@ def ask(request: Request, then: str = "") -> HTMLResponse:
 
 
 @router.post("/owner", dependencies=[Depends(from_our_page)])
-def show(request: Request, token: Annotated[str, Form()] = "", then: Annotated[str, Form()] = "") -> Response:
+def show(request: Request, token: Annotated[str, Form(max_length=500)] = "", then: Annotated[str, Form()] = "") -> Response:
     """Takes the token, once; from then on the browser's cookie stands for it."""
     state = request.app.state
     if not hasattr(state, "owner_tries"):
@@ -92,7 +98,7 @@ def show(request: Request, token: Annotated[str, Form()] = "", then: Annotated[s
         state.owner_tries.note(address)
         return page(request, "owner.html", 403, then=_inside(then), known=False, error="This is not the owner’s token.")
     answer = RedirectResponse(_inside(then) or "/runs", 303)
-    value = state.signer.sign("owner", hashed(right))
+    value = state.signer.sign("owner", _mark(state.settings))
     answer.set_cookie(COOKIE, value, max_age=AGE, httponly=True, samesite="lax", secure=state.settings.https)
     return answer
 

@@ -1,8 +1,8 @@
 """The queue of runs, as rows: what the page asks for, what the worker takes, what a run says while it works.
 
-A run is queued, running, then done, failed or cancelled. Each step is one transaction that names the state it expects, so that
-of two who want to move a run one wins and the other changes nothing. A claim counts the run's ``attempt``: a process that was
-given up for dead and writes after all writes for an old attempt, and nothing happens.
+A run is queued, running, then done, failed or cancelled. Each step is one transaction that names the state it expects, so
+that of two who want to move a run one wins and the other changes nothing. A claim counts the run's ``attempt``: a process
+that was given up for dead and writes after all writes for an old attempt, and nothing happens.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def recover(engine: Engine) -> None:
             if run.cancel:
                 _move(db, run.id, here, "cancelled", "cancelled")
             elif run.lost >= RETRIES:
-                times = f"{RETRIES + 1} times"
-                _move(db, run.id, here, "failed", f"its worker was killed {times} while it ran; is there enough memory for it?")
+                error = f"its worker was killed {RETRIES + 1} times while it ran; is there enough memory for it?"
+                _move(db, run.id, here, "failed", error, error=error)
             else:
                 db.execute(update(Run).where(Run.id == run.id).values(lost=Run.lost + 1))
                 _move(db, run.id, here, "queued", "its worker was killed; finished parts are kept, it will go on from there")
@@ -127,7 +127,7 @@ def finish(engine: Engine, run_id: int, attempt: int, state: str, error: str = "
         return _move(db, run_id, _current(run_id, attempt), state, log or error, error=error[:1000], **result)
 
 
-def tell(engine: Engine, run_id: int, attempt: int, lines: Iterable[str] = (), progress: dict[str, Any] | None = None) -> bool:
+def tell(engine: Engine, run_id: int, attempt: int, lines: Iterable[str], progress: dict[str, Any] | None = None) -> bool:
     """Stores lines of a run's log and how far it is; False when it is no longer this attempt's."""
     with session(engine) as db:
         if db.scalar(select(Run.id).where(_current(run_id, attempt))) is None:

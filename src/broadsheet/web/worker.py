@@ -1,15 +1,14 @@
 """The one process that works off the queue of runs, and the process that each run has to itself.
 
 `Worker` takes the run that has waited longest and starts ``python -m broadsheet.web.worker`` for it, a process that it can
-stop at any moment and whose crash is not its own. That process (`work`) measures, says how far it is, and stores the result in
-one transaction. Where the worker is killed its run's process goes too, and the next worker lets the run go on.
+stop at any moment and whose crash is not its own. That process (`work`) measures, says how far it is, and stores the result
+in one transaction. Where the worker is killed its run's process goes too, and the next worker lets the run go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import logging
 import math
 import os
@@ -188,7 +187,7 @@ class Worker:
                     process.stdin.close()
 
     def _patiently(self, step: Callable[[], T]) -> T | None:
-        """Takes a step of the queue, again and again while the database refuses; None when we are to stop and it still does."""
+        """Takes a step of the queue, again and again while the database refuses; None when we are to stop meanwhile."""
         while True:
             try:
                 return step()
@@ -256,7 +255,7 @@ def _file_lock(engine: Engine, settings: Settings) -> Iterator[tuple[Callable[[]
     path = Path(f"{database}.worker") if inside else settings.home / "worker.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
+        file = open(path, "a")  # noqa: SIM115  # closed below
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
 
@@ -281,7 +280,7 @@ def _log_file(folder: Path, run: Run) -> Iterator[Any]:
     path = log_path(folder, run.id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
+        file = open(path, "ab")  # noqa: SIM115  # closed below
     except OSError as error:  # a full disk: a run can do without its log
         log.warning("run %d has no log: %s", run.id, error)
         yield subprocess.DEVNULL
@@ -472,7 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(name, type=int)
     given = parser.parse_args(arguments)
     _limit(given.megabytes, given.nice)
-    print(json.dumps({"run": given.run, "attempt": given.attempt, "time": utcnow().isoformat(timespec="seconds")}), flush=True)
+    print(f"{utcnow():%Y-%m-%d %H:%M:%S} run {given.run}, attempt {given.attempt}", flush=True)
     work(given.run, given.attempt)
 
 
