@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -380,7 +381,7 @@ def measured(run: Run, reporter: Reporter) -> list[Any]:
 
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in run.options.items()}
     fresh = options.pop("fresh", False)
-    since = run.created.strftime("%Y-%m-%dT%H:%M:%SZ") if fresh else ""
+    since = f"{run.created + timedelta(seconds=1):%Y-%m-%dT%H:%M:%SZ}" if fresh else ""  # records tell full seconds
     family = family_of(run.slug)
     return run_method(family, run.slug, options, progress=reporter.progress, tick=reporter.tick, since=since)
 
