@@ -1,7 +1,7 @@
 """The first tables."""
 
-import sqlalchemy as sa
 from alembic import op
+import sqlalchemy as sa
 
 revision = "0001"
 down_revision = None
@@ -91,6 +91,12 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_subscription_state"), ["state"], unique=False)
 
     op.create_table(
+        "worker_beat",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("time", sa.DateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_worker_beat")),
+    )
+    op.create_table(
         "author",
         sa.Column("paper_id", sa.Integer(), nullable=False),
         sa.Column("place", sa.Integer(), nullable=False),
@@ -161,7 +167,11 @@ def upgrade() -> None:
         sa.Column("beat", sa.DateTime(), nullable=True),
         sa.Column("cancel", sa.Boolean(), nullable=False),
         sa.Column("error", sa.String(length=1000), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("lost", sa.Integer(), nullable=False),
         sa.Column("records", sa.JSON(), nullable=True),
+        sa.Column("sheet", sa.JSON(), nullable=True),
+        sa.Column("plot", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["account_id"], ["account.id"], name=op.f("fk_run_account_id_account"), ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_run")),
     )
@@ -241,6 +251,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_author_key"))
 
     op.drop_table("author")
+    op.drop_table("worker_beat")
     with op.batch_alter_table("subscription", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_subscription_state"))
 
