@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from . import api, feeds, health, pages
+from . import accounts, api, digest, feeds, health, owner, pages, runs
 from .caching import Cache
 from .db import open_database
 from .render import problem, templates
@@ -26,7 +26,7 @@ from .security import AccountLimits, BodyLimit, RateLimits, SafeHeaders, Signer
 from .settings import Settings
 
 #: Every part has a ``router``.
-PARTS = (pages, api, feeds, health)
+PARTS = (pages, runs, owner, accounts, digest, api, feeds, health)
 #: Requests that work at once: more would wait for one another, and each holds a connection to the database.
 THREADS = 12
 
@@ -49,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             Middleware(GZipMiddleware, minimum_size=800, compresslevel=5),
             Middleware(Cache, engine=engine),
             Middleware(BodyLimit),
+            Middleware(accounts.Recognise, engine=engine, https=settings.https),
             Middleware(AccountLimits),
         ],
         exception_handlers={HTTPException: _refused, RequestValidationError: _unreadable},
@@ -57,6 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.engine = engine
     app.state.metrics = metrics
     app.state.templates = templates()
+    app.state.templates.globals["runs"] = runs
     app.state.signer = Signer(settings.secret)
     for part in PARTS:
         app.include_router(part.router)

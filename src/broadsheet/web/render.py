@@ -84,6 +84,7 @@ def page(request: Request, template: str, status: int = 200, *, shared: bool = F
 #: What is said of a refusal where nobody said more.
 _PLAIN = {
     400: "The request could not be read.",
+    401: "Sign in first.",
     403: "This may not be done from here.",
     404: "There is no such page.",
     405: "This address cannot be used that way.",
@@ -93,7 +94,7 @@ _PLAIN = {
     500: "Something went wrong here. It has been noted; try again in a while.",
     503: "The page cannot reach its data. Try again in a while.",
 }
-_TITLES = {403: "Not allowed", 404: "Not found", 413: "Too large", 429: "Too many requests", 500: "Out of order"}
+_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 413: "Too large", 429: "Too many requests", 500: "Out of order"}
 
 
 def problem(request: Request, status: int, message: str = "", headers: dict[str, str] | None = None) -> Response:
