@@ -10,10 +10,11 @@ import pytest
 from fastapi.testclient import TestClient
 from opened import open_site
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import delete
 
 from broadsheet.web.db import session
 from broadsheet.web.health import JsonLines
-from broadsheet.web.tables import Run, utcnow
+from broadsheet.web.tables import Run, WorkerBeat, utcnow
 
 
 @pytest.fixture
@@ -26,19 +27,35 @@ def run(client, **given):
         db.add(Run(slug="gear", options={}, **given))
 
 
+def beat(client, seconds):
+    """A worker was last heard of so many seconds ago."""
+    with session(client.app.state.engine) as db:
+        db.execute(delete(WorkerBeat))
+        db.add(WorkerBeat(id=1, time=utcnow() - timedelta(seconds=seconds)))
+
+
 def test_healthz_says_what_runs_and_when_a_worker_was_last_heard_of(client):
-    assert client.get("/healthz").json()["runs"] == {"queued": 0, "running": 0, "seconds_since_beat": None}
+    found = client.get("/healthz").json()
+    assert found == {
+        "status": "ok", "database": "ok", "papers": 75, "runs": {"queued": 0, "running": 0},
+        "worker": {"seconds_since_beat": None},
+    }  # fmt: skip
     run(client, state="queued")
-    run(client, state="running", beat=utcnow() - timedelta(seconds=5))
-    found = client.get("/healthz")
-    assert found.status_code == 200
-    assert found.json()["status"] == "ok"
-    assert found.json()["runs"]["queued"] == 1
-    assert 5 <= found.json()["runs"]["seconds_since_beat"] < 30
-    run(client, state="running", beat=utcnow() - timedelta(minutes=10))
+    run(client, state="running", beat=utcnow())
+    beat(client, 5)
+    working = client.get("/healthz")
+    assert working.status_code == 200
+    assert working.json()["runs"] == {"queued": 1, "running": 1}
+    assert 5 <= working.json()["worker"]["seconds_since_beat"] < 25
+    beat(client, 3600)
     stuck = client.get("/healthz")
     assert stuck.status_code == 503
     assert stuck.json()["status"] == "failing"
+
+
+def test_a_worker_is_missed_only_where_there_is_work(client):
+    beat(client, 3600)
+    assert client.get("/healthz").status_code == 200
 
 
 def test_healthz_fails_where_the_database_does(client, monkeypatch):

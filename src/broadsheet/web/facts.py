@@ -25,7 +25,7 @@ from . import usage
 log = logging.getLogger("broadsheet.web")
 
 #: Families whose committed records compare methods at equal price -> the file that is drawn.
-COMPARED = {"caches": "caches_sessions", "weights": "weights_text"}
+COMPARED = {"caches": "caches_sessions", "weights": "weights_sessions"}
 #: Seconds that drawing all plots may take.
 PATIENCE = 180
 

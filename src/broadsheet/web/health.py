@@ -9,7 +9,6 @@ import json
 import logging
 import secrets
 import time
-from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,6 +18,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import queue
 from .db import reading
 from .render import PRIVATE, problem
 from .tables import Paper, Run, utcnow
@@ -27,8 +27,6 @@ router = APIRouter(include_in_schema=False)
 log = logging.getLogger("broadsheet.requests")
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-#: Seconds after which a run whose worker said nothing counts as stuck.
-SILENCE = 60.0
 
 
 class Metrics:
@@ -48,19 +46,18 @@ class Metrics:
 
 @router.get("/healthz")
 def healthz(request: Request) -> JSONResponse:
-    """200 while the database answers and no run is stuck; how long ago a worker was last heard of."""
+    """200 while the database answers and somebody works on the runs, if there are any; when a worker was last heard of."""
     try:
         with reading(request.app.state.engine) as db:
-            papers = db.scalar(select(func.max(Paper.id))) or 0
-            queued = db.scalar(select(func.count()).select_from(Run).where(Run.state == "queued")) or 0
-            beats = db.scalars(select(Run.beat).where(Run.state == "running")).all()
+            papers = db.scalar(select(func.count()).select_from(Paper)) or 0
+            runs = {state: db.scalar(select(func.count()).where(Run.state == state)) or 0 for state in ("queued", "running")}
+            beat = queue.last_beat(db)
     except SQLAlchemyError:
         return _json({"status": "failing", "database": "unreachable"}, 503)
-    silent = max((_age(beat) for beat in beats), default=None)
-    stuck = silent is not None and silent > SILENCE
-    found: dict[str, Any] = {"status": "failing" if stuck else "ok", "database": "ok", "newest_paper": papers}
-    found["runs"] = {"queued": queued, "running": len(beats), "seconds_since_beat": silent}
-    return _json(found, 503 if stuck else 200)
+    stuck = bool(sum(runs.values())) and queue.silent(beat)
+    age = round((utcnow() - beat).total_seconds(), 1) if beat else None
+    found = {"database": "ok", "papers": papers, "runs": runs, "worker": {"seconds_since_beat": age}}
+    return _json({"status": "failing" if stuck else "ok", **found}, 503 if stuck else 200)
 
 
 @router.get("/metrics")
@@ -72,10 +69,6 @@ def metrics(request: Request) -> Response:
             found.queue.labels(state).set(count)
         found.papers.set(db.scalar(select(func.count()).select_from(Paper)) or 0)
     return Response(generate_latest(found.registry), headers={"content-type": CONTENT_TYPE_LATEST, "cache-control": PRIVATE})
-
-
-def _age(beat: datetime | None) -> float:
-    return round((utcnow() - beat).total_seconds(), 1) if beat else SILENCE + 1
 
 
 def _json(content: dict[str, Any], status: int) -> JSONResponse:

@@ -15,6 +15,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, selectinload
+from starlette.convertors import Convertor, register_url_convertor
 
 from broadsheet import catalogue
 
@@ -191,11 +192,24 @@ async def plot(request: Request, slug: str) -> Response:
     return Response(drawn, media_type="image/svg+xml", headers=headers)
 
 
-@router.get("/papers/{archive}/{number}")
+class OldNumber(Convertor[str]):
+    """What follows the archive in an arXiv id of before 2007; anything else is another part's address."""
+
+    regex = r"[0-9]{7}(?:v[0-9]+)?"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("old_number", OldNumber())
+
+
+@router.get("/papers/{archive}/{number:old_number}")
 def old_paper(request: Request, archive: str, number: str) -> Response:
     """An arXiv id of before 2007, such as cs/0301012."""
-    if not re.fullmatch(r"\d{7}(v\d+)?", number, re.ASCII):
-        raise HTTPException(404)
     with reading(request.app.state.engine) as db:
         paper = find_paper(db, f"{archive}/{number}")
     if paper is None:

@@ -94,7 +94,14 @@ _PLAIN = {
     500: "Something went wrong here. It has been noted; try again in a while.",
     503: "The page cannot reach its data. Try again in a while.",
 }
-_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 413: "Too large", 429: "Too many requests", 500: "Out of order"}
+_TITLES = {
+    401: "Sign in",
+    403: "Not allowed",
+    404: "Not found",
+    413: "Too large",
+    429: "Too many requests",
+    500: "Out of order",
+}
 
 
 def problem(request: Request, status: int, message: str = "", headers: dict[str, str] | None = None) -> Response:
