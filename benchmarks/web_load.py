@@ -21,13 +21,14 @@ import sys
 import time
 import urllib.request
 from contextlib import ExitStack, contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+
+import _papers
 
 from broadsheet.core.records import Record, now, provenance, write_results
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "web"))
-import made  # noqa: E402
 
 #: A page -> how many connections ask at once.
 PAGES = {"front page": 8, "front page made anew": 8, "paper": 8, "search": 4}
@@ -65,12 +66,13 @@ papers.close(), metas.close()
 
 
 def for_the_peer(row: dict) -> dict:
-    """A made paper as arxiv-sanity-lite keeps it."""
-    at = row["published"]
+    """A line of arXiv's snapshot as arxiv-sanity-lite keeps a paper."""
+    at = parsedate_to_datetime(row["versions"][-1]["created"])
     return {
-        "_id": row["arxiv_id"], "_idv": row["arxiv_id"] + "v1", "_version": 1, "_time": at.timestamp(),
-        "_time_str": at.strftime("%b %d %Y"), "title": row["title"], "summary": row["abstract"],
-        "authors": [{"name": name} for name in row["authors"]], "tags": [{"term": tag} for tag in row["tags"]],
+        "_id": row["id"], "_idv": row["id"] + row["versions"][-1]["version"], "_version": len(row["versions"]),
+        "_time": at.timestamp(), "_time_str": at.strftime("%b %d %Y"), "title": row["title"], "summary": row["abstract"].strip(),
+        "authors": [{"name": name} for name in row["authors"].split(", ")],
+        "tags": [{"term": tag} for tag in row["categories"].split()],
     }  # fmt: skip
 
 
@@ -80,21 +82,20 @@ def paths(rows: list[dict], page: str, ours: bool, round_: int) -> list[str]:
     if page.startswith("front"):
         return ["/"]
     if page == "paper":
-        ids = [row["arxiv_id"] for row in roll.sample(rows, min(len(rows), 20_000))]
+        ids = [row["id"] for row in roll.sample(rows, min(len(rows), 20_000))]
         return [f"/papers/{one}" if ours else f"/inspect?pid={one}" for one in ids]
-    found = {}
+    found: dict[str, None] = {}
     while len(found) < 3_000:
-        row = roll.choice(rows)
-        words = [*roll.sample(row["title"].split(), 2), roll.choice(row["authors"]).split()[-1]]
-        found["+".join(word.strip("-") for word in words)] = None
+        words = roll.choice(rows)["title"].lower().split()
+        found["+".join(roll.sample(words, min(len(words), roll.choice((1, 2, 2, 3)))))] = None
     return [f"/search?q={words}" if ours else f"/?q={words}&rank=search" for words in found]
 
 
 @contextmanager
-def ours(folder: Path, count: int, extra: str):
-    """This page with ``count`` made papers; its address."""
+def ours(folder: Path, papers: Path, extra: str):
+    """This page with the papers of a file; its address."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [extra, *sys.path]))}
-    command = [sys.executable, str(HERE / "_web_page.py"), str(folder), "--papers", str(count), "--a-day", "100"]
+    command = [sys.executable, str(HERE / "_web_page.py"), str(folder), "--file", str(papers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             yield process.stdout.readline().strip()
@@ -159,11 +160,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "web_load.records.json")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    rows = made.papers(given.papers, a_day=100)
+    papers = given.folder / f"papers-{given.papers}.jsonl"
+    if not papers.exists():
+        _papers.write(papers, given.papers)
+    with open(papers, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     found: dict[tuple[str, str], list[dict]] = {}
     with ExitStack() as stack:
         sides = {
-            "broadsheet": stack.enter_context(ours(given.folder, given.papers, given.extra)),
+            "broadsheet": stack.enter_context(ours(given.folder, papers, given.extra)),
             "arxiv-sanity-lite": stack.enter_context(theirs(given.peer.resolve(), given.peer_python, rows)),
         }
         for round_ in range(given.rounds):

@@ -95,6 +95,8 @@ def store(db: Session, rows: list[dict[str, Any]]) -> None:
         names = " ".join([*row["authors"], *row["tags"]])
         full = {**_PLAIN, "id": start + number, "names": names, **row}
         bare.append({name: value for name, value in full.items() if name in known_columns})
+    if not bare:
+        return
     db.execute(insert(Paper), bare)
     authors = [
         {"paper_id": start + n, "place": i, "name": name, "key": name.lower()}
