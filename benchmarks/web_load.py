@@ -70,7 +70,8 @@ def for_the_peer(row: dict) -> dict:
     at = parsedate_to_datetime(row["versions"][-1]["created"])
     return {
         "_id": row["id"], "_idv": row["id"] + row["versions"][-1]["version"], "_version": len(row["versions"]),
-        "_time": at.timestamp(), "_time_str": at.strftime("%b %d %Y"), "title": row["title"], "summary": row["abstract"].strip(),
+        "_time": at.timestamp(), "_time_str": at.strftime("%b %d %Y"), "title": row["title"],
+        "summary": row["abstract"].strip(),
         "authors": [{"name": name} for name in row["authors"].split(", ")],
         "tags": [{"term": tag} for tag in row["categories"].split()],
     }  # fmt: skip
