@@ -32,7 +32,7 @@ from typing import Any
 import httpx
 from sqlalchemy import func, select
 
-from broadsheet.core.records import Record, now, provenance, write_results
+from broadsheet.core.records import Record, now, provenance, read_json, write_results
 from broadsheet.web import queue
 from broadsheet.web.db import open_database, reading, session
 from broadsheet.web.settings import Settings
@@ -143,7 +143,7 @@ class Visitor(threading.Thread):
                 try:
                     self._once(browser)
                 except (httpx.HTTPError, IndexError):
-                    time.sleep(0.05)  # the server was killed
+                    time.sleep(0.5)  # the server was killed
 
     def _once(self, browser: httpx.Client) -> None:
         csrf = browser.get("/papers/gear/run").text.split('name="csrf" value="')[1].split('"')[0]
@@ -186,7 +186,7 @@ class Onlooker(threading.Thread):
                             self.lines.append(json.loads(found["data"])["text"])
                         found = {}
             except httpx.HTTPError:
-                time.sleep(0.05)
+                time.sleep(0.5)
 
 
 def killed_servers(settings: Settings, kills: int, draw: random.Random) -> dict[str, float]:
@@ -251,7 +251,7 @@ def _answers(address: str) -> None:
         with suppress(httpx.HTTPError):
             httpx.get(f"{address}/runs", timeout=10)
             return
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 # --- both -------------------------------------------------------------------------------------------------------
@@ -271,8 +271,9 @@ def main() -> None:
         "worker": lambda settings: killed_workers(settings, given.kills, given.runs, given.within, draw),
         "server": lambda settings: killed_servers(settings, given.kills, draw),
     }
-    records = []
-    for name in given.parts or parts:
+    chosen = given.parts or list(parts)
+    records = [record for record in (read_json(RESULTS) if RESULTS.exists() else ()) if record.method not in chosen]
+    for name in chosen:
         with tempfile.TemporaryDirectory() as home:
             settings = Settings.from_environment({"BROADSHEET_HOME": home}, database=given.database)
             counts = parts[name](settings)
