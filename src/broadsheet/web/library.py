@@ -495,5 +495,6 @@ def _names(row: dict[str, Any]) -> str:
     names = " ".join(row["authors"])
     plain = folded(names)
     known = catalogue.papers().get(row.get("slug") or "")
-    parts = [names, "" if plain == names.lower() else plain, " ".join(row["tags"])]
+    tags = " ".join(_NO_WORD.sub(" ", tag) for tag in row["tags"])  # PostgreSQL takes cs.CL for a host's name
+    parts = [names, "" if plain == names.lower() else plain, tags]
     return " ".join(filter(None, [*parts, *((known.slug, known.family) if known else ())]))

@@ -7,7 +7,7 @@ PostgreSQL's tsvector with ts_rank and the same proportions. Words are stemmed, 
 **What is ranked.** A common word stands in half of all abstracts, and scoring 60,000 papers takes longer than anybody waits.
 So at most `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes after them (from
 about the twentieth page on) is in order of age. A query with fewer matches, which is most with two words or more, is
-ranked in full. The total is exact up to `COUNTED` and says `COUNTED` beyond.
+ranked in full. The total is exact, but with filters it stops at `COUNTED`.
 
 **Meaning.** Where BROADSHEET_EMBEDDINGS asks for it (see `embeddings`), the order by words is fused with the order by
 meaning: each gives a paper 1 / (60 + its place), the sum decides (reciprocal rank fusion), and papers without the words
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, column, exists, func, literal_column, select, table, text, true
+from sqlalchemy import ColumnElement, Select, column, exists, func, intersect, literal_column, select, table, text, true
 from sqlalchemy.orm import Session
 
 from .library import author_key
@@ -32,10 +32,10 @@ from .tables import Author, Paper, Tag
 
 #: Matches that are scored: so many with a match in the title, and so many of all.
 RANKED = 400
-#: Up to here matches are counted.
-COUNTED = 10_000
+#: Up to here matches that pass a filter are counted.
+COUNTED = 5_000
 #: Papers that a word of a title may have for it to say what the paper is about.
-TELLING = 2_000
+TELLING = 1_000
 #: BM25's weights of title, names (authors and tags), summary and abstract.
 WEIGHTS = (10.0, 6.0, 3.0, 1.0)
 #: Of reciprocal rank fusion, as in Cormack, Clarke and Büttcher (2009).
@@ -47,7 +47,7 @@ _WORDS_MOST = 16
 
 @dataclass
 class Found:
-    """Papers, best first, and how many there are in all (at most `COUNTED` are counted)."""
+    """Papers, best first, and how many there are in all (with filters: at most `COUNTED`)."""
 
     papers: list[Paper]
     total: int
@@ -60,6 +60,7 @@ def search(
 ) -> Found:  # fmt: skip
     """The papers that match, some of them. Without words: all that pass the filters, newest first."""
     limit, offset = max(0, limit), max(0, offset)
+    family, tag, author = map(_storable, (family, tag, author))
     filters = _filters(day or since, day or until, family, tag, author, has_code, running)
     terms = parse(query)
     if not any(not term.excluded for term in terms):
@@ -127,8 +128,7 @@ def parse(query: str) -> list[Term]:
         if words:
             terms.append(Term(words, bool(minus)))
     telling = [term for term in terms if len(term.words) > 1 or term.words[0] not in STOP_WORDS]
-    if any(not term.excluded for term in telling):
-        terms = telling
+    terms = telling if any(not term.excluded for term in telling) else terms[:1]
     terms = list(dict.fromkeys(terms))[:_WORDS_MOST]
     if terms and query and _WORD.match(query[-1]) and not terms[-1].excluded and len(terms[-1].words[-1]) > 2:
         last = terms[-1]
@@ -137,7 +137,7 @@ def parse(query: str) -> list[Term]:
     return terms
 
 
-_PART = re.compile(r'(?:(?<=\s)|^)(-?)(?:"([^"]*)"?|([^\s"]+))|(?<=\S)(?P<x>(?!))', re.ASCII)
+_PART = re.compile(r'((?<!\S)-)?(?:"([^"]*)"?|([^\s"]+))')
 _WORD = re.compile(r"[^\W_]+")
 STOP_WORDS = frozenset(
     "a an and are as at be by for from has have in into is it its of on or over that the their this to under using via we "
@@ -170,9 +170,15 @@ def _filters(
     return found
 
 
+def _storable(text: str) -> str:
+    """Without what no database takes, and thus no row has: it finds nothing instead of failing."""
+    return text[:200].encode("utf-8", "replace").decode().replace("\x00", "?")
+
+
 def _newest(db: Session, filters: list[Select[Any]], limit: int, offset: int) -> Found:
     passing = [Paper.id.in_(ids) for ids in filters]
-    total = db.scalar(select(func.count()).select_from(select(Paper.id).where(*passing).limit(COUNTED).subquery())) or 0
+    every = intersect(*filters) if len(filters) > 1 else filters[0] if filters else select(Paper.id)
+    total = db.scalar(select(func.count()).select_from(every.subquery())) or 0
     if total < COUNTED // 5:  # few: found first, then sorted
         ids = db.scalars(select(Paper.id).where(*passing).order_by(Paper.day.desc(), Paper.id.desc()))
         return Found(_papers(db, list(ids)[offset : offset + limit]), total)
@@ -213,49 +219,86 @@ class Matches:
     query: str
 
 
-class FTS5:
-    """SQLite's index. Ids grow with time, and FTS5 walks matches by id from the newest as fast as it finds them."""
-
-    _table = table("paper_search", column("rowid"))
+class Words:
+    """A database's index of words. Ids grow with time, so that the newest matches are those with the highest."""
 
     def best(self, db: Session, terms: list[Term], filters: list[Select[Any]]) -> Matches:
-        query = self._query(terms)
-        newest = self._ids(db, query, filters, RANKED)
-        if len(newest) < RANKED and any(term.unfinished for term in terms):  # a whole word that is common is not unfinished
-            query = self._query(terms, unfinished=True)
-            newest = self._ids(db, query, filters, RANKED)
+        """The matches, ranked as the module's head says."""
+        most = COUNTED if filters else RANKED + 1  # a filter is costly: what passes is asked for once
+        query = self.query(terms)
+        newest = self._ids(db, query, filters, most)
+        if len(newest) < RANKED and terms[-1].unfinished:  # a whole word that is common is not unfinished
+            query = self.query(terms, unfinished=True)
+            newest = self._ids(db, query, filters, most)
         if not newest and sum(not term.excluded for term in terms) > 1:  # nothing has all: what has any of them
-            query = self._query(terms, unfinished=True, any_of=True)
-            newest = self._ids(db, query, filters, RANKED)
-        if len(newest) < RANKED:
-            return Matches(self._ranked(db, query, newest), len(newest), query)
-        titles = self._ids(db, f"{{title}} : ({query})", filters, RANKED)
-        counted = self._matching(query, filters).limit(COUNTED).subquery()
-        total = db.scalar(select(func.count()).select_from(counted)) or 0
-        return Matches(self._ranked(db, query, list(dict.fromkeys(titles + newest))), total, query)
+            query = self.query(terms, unfinished=True, any_of=True)
+            newest = self._ids(db, query, filters, most)
+        total = len(newest)
+        if total > RANKED:
+            titles = self._ids(db, self.in_title(query), [], most)
+            if filters:
+                passing = set(newest)
+                titles = [number for number in titles if number in passing]
+            else:
+                total = db.scalar(select(func.count()).select_from(self.matching(query, []).order_by(None).subquery())) or 0
+            newest = list(dict.fromkeys(titles[:RANKED] + newest[:RANKED]))
+        return Matches(self.ranked(db, query, newest), total, query)
 
     def others(
         self, db: Session, matches: Matches, filters: list[Select[Any]], seen: set[int], limit: int, offset: int
     ) -> list[int]:  # fmt: skip
         """Those that were not ranked, newest first."""
-        ids = self._matching(matches.query, filters).limit(offset + limit + len(seen))
-        return [number for number in db.scalars(ids) if number not in seen][offset : offset + limit]
+        ids = self._ids(db, matches.query, filters, offset + limit + len(seen))
+        return [number for number in ids if number not in seen][offset : offset + limit]
 
-    def with_word(self, db: Session, word: str, most: int) -> Sequence[int]:
-        return self._ids(db, f'"{word}"', [], most)
+    def with_word(self, db: Session, word: str, most: int) -> list[int]:
+        """The newest papers with a word."""
+        return self._ids(db, self.query([Term((word,))]), [], most)
 
     def _ids(self, db: Session, query: str, filters: list[Select[Any]], most: int) -> list[int]:
-        return list(db.scalars(self._matching(query, filters).limit(most)))
+        return list(db.scalars(self.matching(query, filters).limit(most)))
 
-    def _matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
+    def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
+        """The terms in the index's own language."""
+        raise NotImplementedError
+
+    def in_title(self, query: str) -> str:
+        """The same query of titles alone."""
+        raise NotImplementedError
+
+    def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
+        """Ids, newest first."""
+        raise NotImplementedError
+
+    def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
+        """The ids, best first."""
+        raise NotImplementedError
+
+
+class FTS5(Words):
+    """SQLite's: it walks its matches from the newest on, and stops when there are enough."""
+
+    _table = table("paper_search", column("rowid"))
+
+    def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
+        wanted, excluded = [], []
+        for term in terms:
+            phrase = '"' + " ".join(term.words) + '"' + (" *" if unfinished and term.unfinished else "")
+            (excluded if term.excluded else wanted).append(phrase)
+        query = (" OR " if any_of else " AND ").join(wanted)
+        return f"({query}) NOT ({' OR '.join(excluded)})" if excluded else query
+
+    def in_title(self, query: str) -> str:
+        return f"{{title}} : ({query})"
+
+    def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
         rowid: ColumnElement[Any] = self._table.c.rowid
         matching = select(rowid).where(literal_column("paper_search").op("match")(query)).order_by(rowid.desc())
         for ids in filters:  # the + keeps SQLite from asking the index for every id by itself
             matching = matching.where(literal_column("+paper_search.rowid").in_(ids))
         return matching
 
-    def _ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
-        """By BM25, of the words that the query has."""
+    def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
         if len(ids) < 2:
             return ids
         weights = ", ".join(map(str, WEIGHTS))
@@ -265,20 +308,36 @@ class FTS5:
         )
         return list(db.scalars(statement, {"query": query, "first": min(ids)}))
 
-    def _query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
+
+class TsVector(Words):
+    """PostgreSQL's: the column ``words`` and its GIN index."""
+
+    _words: ColumnElement[Any] = literal_column("paper.words")
+
+    def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         wanted, excluded = [], []
         for term in terms:
-            phrase = '"' + " ".join(term.words) + '"' + (" *" if unfinished and term.unfinished else "")
-            (excluded if term.excluded else wanted).append(phrase)
-        query = (" OR " if any_of else " AND ").join(wanted)
-        return f"({query}) NOT ({' OR '.join(excluded)})" if excluded else query
+            ends = [""] * (len(term.words) - 1) + [":*" if unfinished and term.unfinished else ""]
+            phrase = " <-> ".join(f"'{word}'{end}" for word, end in zip(term.words, ends, strict=True))
+            (excluded if term.excluded else wanted).append(f"({phrase})")
+        query = (" | " if any_of else " & ").join(wanted)
+        return f"({query}) & !({' | '.join(excluded)})" if excluded else query
+
+    def in_title(self, query: str) -> str:
+        return re.sub(r"('[^']+')(:\*)?", lambda word: f"{word[1]}{word[2] or ':'}A", query)
+
+    def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
+        matching = select(Paper.id).where(self._words.op("@@")(self._parsed(query)))
+        return matching.where(*(Paper.id.in_(ids) for ids in filters)).order_by(Paper.id.desc())
+
+    def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
+        most = max(WEIGHTS)
+        weights = "{" + ", ".join(str(weight / most) for weight in reversed(WEIGHTS)) + "}"  # PostgreSQL's are D, C, B, A
+        score = func.ts_rank(literal_column(f"'{weights}'::real[]"), self._words, self._parsed(query), 1)
+        return list(db.scalars(select(Paper.id).where(Paper.id.in_(ids)).order_by(score.desc(), Paper.id.desc())))
+
+    def _parsed(self, query: str) -> ColumnElement[Any]:
+        return func.to_tsquery(literal_column("'english'::regconfig"), query)
 
 
-class TsVector:
-    """PostgreSQL's index."""
-
-    def best(self, db: Session, terms: list[Term], filters: list[Select[Any]]) -> Matches:
-        return Matches([], 0, "")
-
-
-_INDEXES: dict[str, Any] = {"sqlite": FTS5(), "postgresql": TsVector()}
+_INDEXES: dict[str, Words] = {"sqlite": FTS5(), "postgresql": TsVector()}

@@ -72,20 +72,22 @@ class Author(Table):
     """One author of one paper; ``key`` is the name in lower case, which people follow."""
 
     __tablename__ = "author"
+    __table_args__ = (Index(None, "key", "paper_id"),)
 
     paper_id: Mapped[int] = mapped_column(ForeignKey("paper.id", ondelete="CASCADE"), primary_key=True)
     place: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
-    key: Mapped[str] = mapped_column(String(200), index=True)
+    key: Mapped[str] = mapped_column(String(200))
 
 
 class Tag(Table):
     """A tag of a paper: an arXiv category, or a word of the catalogue."""
 
     __tablename__ = "tag"
+    __table_args__ = (Index(None, "name", "paper_id"),)
 
     paper_id: Mapped[int] = mapped_column(ForeignKey("paper.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(80), primary_key=True, index=True)
+    name: Mapped[str] = mapped_column(String(80), primary_key=True)
 
 
 class Source(Table):

@@ -107,7 +107,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("paper_id", "place", name=op.f("pk_author")),
     )
     with op.batch_alter_table("author", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_author_key"), ["key"], unique=False)
+        batch_op.create_index(batch_op.f("ix_author_key_paper_id"), ["key", "paper_id"], unique=False)
 
     op.create_table(
         "delivery",
@@ -194,7 +194,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("paper_id", "name", name=op.f("pk_tag")),
     )
     with op.batch_alter_table("tag", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_tag_name"), ["name"], unique=False)
+        batch_op.create_index(batch_op.f("ix_tag_name_paper_id"), ["name", "paper_id"], unique=False)
 
     op.create_table(
         "run_event",
@@ -253,7 +253,7 @@ def downgrade() -> None:
 
     op.drop_table("run_event")
     with op.batch_alter_table("tag", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_tag_name"))
+        batch_op.drop_index(batch_op.f("ix_tag_name_paper_id"))
 
     op.drop_table("tag")
     with op.batch_alter_table("session", schema=None) as batch_op:
@@ -272,7 +272,7 @@ def downgrade() -> None:
     op.drop_table("follow")
     op.drop_table("delivery")
     with op.batch_alter_table("author", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_author_key"))
+        batch_op.drop_index(batch_op.f("ix_author_key_paper_id"))
 
     op.drop_table("author")
     with op.batch_alter_table("subscription", schema=None) as batch_op:
