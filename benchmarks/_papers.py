@@ -1,8 +1,8 @@
-"""Made papers in any number, as lines of arXiv's metadata snapshot (the JSON of its Kaggle data set); the same for the same seed.
+"""Made papers in any number, as lines of arXiv's metadata snapshot (its Kaggle data set); the same for the same seed.
 
-Words follow Zipf's law as Mandelbrot wrote it (probability ∝ 1/(rank + 2.7)^1.1), over 120,000 words: English function words first,
-then words of the field, then made ones. Lengths are those of cs.CL and cs.LG: titles of 9 ± 3 words, abstracts log-normal around
-165 words (some 1,150 characters), 4.5 authors.
+Words follow Zipf's law as Mandelbrot wrote it (probability ∝ 1/(rank + 2.7)^1.1), over 120,000 words: English function words
+first, then words of the field, then made ones. Lengths are those of cs.CL and cs.LG: titles of 9 ± 3 words, abstracts
+log-normal around 165 words, 4.5 authors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ FIELD = (
     "cache tokens quantisation latency compression sparse pruning decoding speculative retrieval alignment preference reward "
     "distillation embedding multilingual robust calibration long-context kernel throughput accelerator roofline translation"
 ).split()
-CATEGORIES = (("cs.CL", 0.34), ("cs.LG", 0.30), ("cs.AI", 0.2), ("cs.CV", 0.12), ("stat.ML", 0.1), ("cs.AR", 0.03), ("cs.RO", 0.05))
+CATEGORIES = (
+    ("cs.CL", 0.34),
+    ("cs.LG", 0.30),
+    ("cs.AI", 0.2),
+    ("cs.CV", 0.12),
+    ("stat.ML", 0.1),
+    ("cs.AR", 0.03),
+    ("cs.RO", 0.05),
+)
 _SYLLABLES = [c + v + e for c in "b d f g k l m n p r s t v z".split() for v in "a e i o u".split() for e in ("", "n", "r")]
 _ENDS = ("", "", "", "", "", "", "ing", "ed", "tion", "ity", "er", "s")
 
@@ -62,7 +70,11 @@ def lines(count: int, seed: int = 0, first: datetime = datetime(2016, 1, 1), a_d
             title = _sentence(vocabulary, steps, roll, int(np.clip(roll.normal(9, 3), 3, 25)))
             abstract = _text(vocabulary, steps, roll, int(np.clip(roll.lognormal(5.1, 0.3), 40, 330)))
             authors = [_name(names, roll) for _ in range(1 + roll.poisson(3.5))]
-            tags = [name for (name, chance_of), hit in zip(CATEGORIES, roll.random(len(CATEGORIES)), strict=True) if hit < chance_of] or ["cs.LG"]
+            tags = [
+                name
+                for (name, chance_of), hit in zip(CATEGORIES, roll.random(len(CATEGORIES)), strict=True)
+                if hit < chance_of
+            ] or ["cs.LG"]
             versions = [day + timedelta(days=40 * i) for i in range(1 + int(roll.random() < 0.3))]
             code = f"  Code at https://github.com/made/{number}." if roll.random() < 0.2 else ""
             yield json.dumps(

@@ -86,7 +86,11 @@ def test_a_title_counts_more_than_an_abstract_even_if_it_is_old(engine):
         first = search.search(db, "common", limit=2 * search.RANKED // 50)
         assert first.total == 2 * search.RANKED
         assert all(int(paper.title.split()[1]) % 50 == 0 for paper in first.papers)
-        seen = [p.id for offset in range(0, first.total, 100) for p in search.search(db, "common", limit=100, offset=offset).papers]
+        seen = [
+            p.id
+            for offset in range(0, first.total, 100)
+            for p in search.search(db, "common", limit=100, offset=offset).papers
+        ]
         assert len(seen) == len(set(seen)) == first.total  # pages neither repeat nor lose a paper
         assert search.search(db, "common", offset=first.total).papers == []
         assert search.search(db, "rare common").total == 2 * search.RANKED // 100

@@ -123,7 +123,7 @@ def build(db: Session) -> int:
         counts = vectoriser.fit_transform(text for _, text in _texts(db, chosen.tolist()))
     except ValueError:  # no word is in two papers
         return 0
-    decomposition = TruncatedSVD(min(DIMENSIONS, counts.shape[1] - 1, len(chosen) - 1), random_state=0)
+    decomposition = TruncatedSVD(min(DIMENSIONS, counts.shape[1] - 1, max(2, len(chosen) // 4)), random_state=0)
     decomposition.fit(counts)
     made = Embeddings(
         ids, np.zeros(0), np.array(vectoriser.get_feature_names_out(), dtype=str), vectoriser.idf_.astype(np.float32),
@@ -156,7 +156,7 @@ _END = re.compile(r"(?:ies|es|s|ing|ed|ation|ations)$")
 
 
 def _path(db: Session) -> Path:
-    address = db.get_bind().engine.url.render_as_string()  # type: ignore[union-attr]
+    address = db.get_bind().engine.url.render_as_string()
     return home() / "embeddings" / f"{blake2b(address.encode(), digest_size=8).hexdigest()}.npz"
 
 

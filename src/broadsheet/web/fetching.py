@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -62,7 +62,9 @@ def checked_address(host: str, port: int, allowed: frozenset[str], resolve: Call
     if host not in allowed:
         for address in addresses:
             if not is_public(address):
-                raise FetchError(f"{host} is at {address}, which is not public; BROADSHEET_ALLOW_HOSTS={host} would allow it")
+                raise FetchError(
+                    f"{host} is at {address}, which is not public; BROADSHEET_ALLOW_HOSTS={host} would allow it"
+                )
     return addresses[0]
 
 
@@ -75,7 +77,7 @@ def is_public(address: str) -> bool:
     if isinstance(found, IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo and found.teredo[1])
         if not inner and int(found) >> 32 == 0x64FF9B << 64:  # NAT64: the last four bytes are an IPv4 address
-            inner = ip_address(int(found) & 0xFFFFFFFF)
+            inner = IPv4Address(int(found) & 0xFFFFFFFF)
         if inner and not is_public(str(inner)):
             return False
     return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
@@ -126,7 +128,8 @@ class Fetcher:
             raise FetchError(f"{_shown(url)}: only http and https addresses are fetched")
         if parts.username or parts.password:
             raise FetchError(f"{_shown(url)}: addresses with a name or password are not fetched")
-        allowed = frozenset(name.strip().lower() for name in os.environ.get("BROADSHEET_ALLOW_HOSTS", "").split(",") if name.strip())
+        named = os.environ.get("BROADSHEET_ALLOW_HOSTS", "").lower().split(",")
+        allowed = frozenset(name.strip() for name in named if name.strip())
         port = port or (443 if parts.scheme == "https" else 80)
         return host, port, checked_address(host, port, allowed, self.resolve)
 

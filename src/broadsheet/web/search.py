@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -92,7 +92,7 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
             return _papers(db, near[:limit])
     index = _INDEXES[db.get_bind().dialect.name]
     count = db.scalar(select(func.max(Paper.id))) or 1
-    scores: Counter[int] = Counter()
+    scores: defaultdict[int, float] = defaultdict(float)
     words = dict.fromkeys(word for word in _WORD.findall(paper.title.lower()) if len(word) > 2 and word not in STOP_WORDS)
     for word in list(words)[:_WORDS_MOST]:
         ids = index.with_word(db, word, TELLING)
@@ -102,7 +102,7 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
     if paper.family:
         for number in db.scalars(select(Paper.id).where(Paper.family == paper.family)):
             scores[number] += 2.0
-    del scores[paper.id]
+    scores.pop(paper.id, None)
     best = sorted(scores.items(), key=lambda score: (-score[1], -score[0]))[:limit]
     return _papers(db, [number for number, _ in best])
 
@@ -183,8 +183,8 @@ def _newest(db: Session, filters: list[Select[Any]], limit: int, offset: int) ->
         ids = db.scalars(select(Paper.id).where(*passing).order_by(Paper.day.desc(), Paper.id.desc()))
         return Found(_papers(db, list(ids)[offset : offset + limit]), total)
     walk = select(Paper.id).order_by(Paper.day.desc(), Paper.id.desc()).offset(offset).limit(limit)
-    for ids in filters:  # many: along the index of days, each looked at until there are enough
-        inner = ids.subquery()
+    for passing_ids in filters:  # many: along the index of days, each looked at until there are enough
+        inner = passing_ids.subquery()
         walk = walk.where(exists(select(1).select_from(inner).where(inner.c[0] == Paper.id)))
     return Found(_papers(db, db.scalars(walk).all()), total)
 
@@ -281,7 +281,8 @@ class FTS5(Words):
     _table = table("paper_search", column("rowid"))
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
-        wanted, excluded = [], []
+        wanted: list[str] = []
+        excluded: list[str] = []
         for term in terms:
             phrase = '"' + " ".join(term.words) + '"' + (" *" if unfinished and term.unfinished else "")
             (excluded if term.excluded else wanted).append(phrase)
@@ -315,7 +316,8 @@ class TsVector(Words):
     _words: ColumnElement[Any] = literal_column("paper.words")
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
-        wanted, excluded = [], []
+        wanted: list[str] = []
+        excluded: list[str] = []
         for term in terms:
             ends = [""] * (len(term.words) - 1) + [":*" if unfinished and term.unfinished else ""]
             phrase = " <-> ".join(f"'{word}'{end}" for word, end in zip(term.words, ends, strict=True))
