@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -217,7 +218,7 @@ def test_the_history(browser):
     assert "&lt;b&gt;" in html
     assert "<b>" not in html.split("<table>")[1]
     assert "Older" in html
-    older = browser.get(html.split('a href="')[-1].split('"')[0].replace("&amp;", "&")).text
+    older = browser.get(re.search(r'href="([^"]+)">Older', html)[1].replace("&amp;", "&")).text
     assert older.count('<th scope="row">') == 5
     assert browser.get("/runs?state=done").text.count('<th scope="row">') == 1
     assert browser.get("/runs?paper=h2o").text.count('<th scope="row">') == 1
