@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
@@ -22,6 +22,8 @@ from .render import SHARED, address_of, page
 from .tables import Paper as Row
 from .tables import Tag
 from .words import clean
+
+Verdict = Literal["holds", "holds in direction", "does not hold here", "not measured yet", "not testable here"]
 
 
 class Problem(BaseModel):
@@ -104,7 +106,7 @@ class Claim(BaseModel):
     setting: str
     paper: str = Field(description="The paper's number.")
     ours: str = Field(description="Ours; empty where there is none.")
-    status: Literal["holds", "holds in direction", "does not hold here", "not measured yet", "not testable here"]
+    status: Verdict
     reason: str = Field(description="Why it cannot be tested here.")
 
 
@@ -257,7 +259,7 @@ def _claims(paper: Known) -> list[Claim]:
     return [
         Claim(
             slug=paper.slug, id=claim.id, metric=claim.metric, setting=claim.setting, paper=claim.paper, ours=status.ours,
-            status=status.status, reason=claim.reason,
+            status=cast(Verdict, status.status), reason=claim.reason,
         )
         for claim, status in zip(paper.claims, facts.verdicts(paper.slug), strict=True)
     ]  # fmt: skip
