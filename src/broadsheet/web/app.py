@@ -8,8 +8,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
-from . import pages
-from .db import open_database
+from . import library, pages
+from .db import open_database, session
 from .render import templates
 from .security import Signer
 from .settings import Settings
@@ -26,6 +26,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )  # theirs load from elsewhere
     app.state.settings = settings
     app.state.engine = open_database(settings.database)
+    with session(app.state.engine) as db:
+        library.seed(db)
     app.state.templates = templates()
     app.state.signer = Signer(settings.secret)
     for part in PARTS:
