@@ -29,7 +29,8 @@ def ingest(
     a source fails, the others are read all the same, and the exit code is 1.
 
     Files are JSON lines (title, authors, abstract, arxiv_id, doi, url, code_url, tags, published, ...), arXiv's metadata
-    snapshot, or OAI-PMH dumps, each also as .gz. Addresses must be public; BROADSHEET_ALLOW_HOSTS names hosts that need not be.
+    snapshot, or OAI-PMH dumps, each also as .gz. Addresses must be public; BROADSHEET_ALLOW_HOSTS names hosts that need
+    not be.
 
     Examples:
 

@@ -1,9 +1,9 @@
 """What papers are about, as vectors: BROADSHEET_EMBEDDINGS=lsa turns it on.
 
 Latent semantic analysis: tf-idf of words and pairs of words, and its 128 strongest directions (scikit-learn's TruncatedSVD),
-fitted on the library itself, so that nothing is downloaded and every field of papers gets its own directions. `build` makes
-the vectors (``broadsheet ingest`` does, at its end); they lie under BROADSHEET_HOME beside the words and their weights, a file
-for each database, as plain arrays. A query costs one product of matrices.
+fitted on the library itself, so that nothing is downloaded and every field of papers gets its own directions. `build`
+makes the vectors (``broadsheet ingest`` does, at its end); they lie under BROADSHEET_HOME beside the words and their
+weights, a file for each database, as plain arrays. A query costs one product of matrices.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def _texts(db: Session, ids: list[int]) -> list[tuple[int, str]]:
 def _terms(text: str) -> list[str]:
     """Words and neighbouring pairs, without the ends that English adds."""
     words = [_END.sub("", word) if len(word) > 4 else word for word in _WORD.findall(text.lower())]
-    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    return words + [f"{a} {b}" for a, b in pairwise(words)]
 
 
 _WORD = re.compile(r"[^\W\d_]{2,}")

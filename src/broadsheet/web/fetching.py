@@ -181,7 +181,7 @@ class Fetcher:
         if status != 200:
             raise FetchError(f"{_shown(url)}: the server answers {status}")
         body = bytearray()
-        for chunk in _decoded(answer.iter_raw(1 << 16), headers.get("content-encoding", ""), self.largest):
+        for chunk in _decoded(answer.iter_raw(), headers.get("content-encoding", ""), self.largest):
             body += chunk
             if len(body) > self.largest:
                 raise FetchError(f"{_shown(url)}: more than {self.largest:,} bytes")

@@ -1,13 +1,13 @@
 """Search: words in titles, authors, tags, summaries and abstracts, and papers that are about the same.
 
 The words are indexed by the database: SQLite's FTS5 with BM25 (a word in a title counts ten times one in an abstract), or
-PostgreSQL's tsvector with ts_rank and the same proportions. Words are stemmed, accents ignored, the last word may be unfinished,
-"words in quotes" and hyphen-ated words stand side by side, and -word excludes. Nothing that one can type is an error.
+PostgreSQL's tsvector with ts_rank and the same proportions. Words are stemmed, names are found without their accents, the
+last word may be unfinished, "words in quotes" and hyphen-ated words stand side by side, and -word excludes. Nothing that
+one can type is an error.
 
 **What is ranked.** A common word stands in half of all abstracts, and scoring 60,000 papers takes longer than anybody waits.
-So at most `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes after them (from
-about the twentieth page on) is in order of age. A query with fewer matches, which is most with two words or more, is
-ranked in full. The total is exact, but with filters it stops at `COUNTED`.
+So at most twice `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes after
+them (from about the fourteenth page on) is in order of age. A query with fewer matches is ranked in full. The total is exact, but with filters it stops at `COUNTED`.
 
 **Meaning.** Where BROADSHEET_EMBEDDINGS asks for it (see `embeddings`), the order by words is fused with the order by
 meaning: each gives a paper 1 / (60 + its place), the sum decides (reciprocal rank fusion), and papers without the words
