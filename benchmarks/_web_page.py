@@ -21,10 +21,9 @@ from opened import open_site
 
 def fill(client: TestClient, file: Path) -> None:
     """Reads a file of arXiv's snapshot into the page's database."""
-    from broadsheet.web.ingest.local import item_of
-
     from broadsheet.web import library
     from broadsheet.web.db import session
+    from broadsheet.web.ingest.local import item_of
 
     with open(file, "rb") as lines, session(client.app.state.engine) as db:
         library.add(db, filter(None, map(item_of, lines)))

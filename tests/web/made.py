@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from broadsheet import catalogue
 from broadsheet.web.tables import Author, Paper, Tag
 
 _FIRST = """
@@ -107,17 +106,3 @@ def store(db: Session, rows: list[dict[str, Any]]) -> None:
     for table, found in ((Author, authors), (Tag, tags)):
         if found:
             db.execute(insert(table), found)
-
-
-def known() -> list[dict[str, Any]]:
-    """Rows of the catalogue's papers, as far as a page shows them."""
-    return [
-        {
-            "slug": p.slug, "arxiv_id": p.arxiv or None, "title": p.title, "title_key": p.slug, "abstract": "",
-            "summary": " ".join(p.summary.split()), "url": f"https://arxiv.org/abs/{p.arxiv}" if p.arxiv else "",
-            "code_url": p.code, "family": p.family, "running": bool(p.method), "source": "catalogue",
-            "day": date(p.year, 6, 1), "published": datetime(p.year, 6, 1), "updated": datetime(p.year, 6, 1),
-            "authors": [p.authors], "tags": list(p.tags),
-        }
-        for p in catalogue.papers().values()
-    ]  # fmt: skip

@@ -6,24 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import made
-import standins
 from fastapi.testclient import TestClient
-from sqlalchemy import func, select
 
-standins.install()
-
-from broadsheet.web.app import create_app  # noqa: E402
-from broadsheet.web.db import session  # noqa: E402
-from broadsheet.web.settings import Settings  # noqa: E402
-from broadsheet.web.tables import Paper  # noqa: E402
+from broadsheet.web.app import create_app
+from broadsheet.web.db import session
+from broadsheet.web.settings import Settings
 
 
 def open_site(home: Path, count: int = 100, rows: list[dict[str, Any]] | None = None, **given: str) -> TestClient:
     """A client of a page with ``count`` made papers (or ``rows``) and the catalogue's."""
     home.mkdir(parents=True, exist_ok=True)
-    app = standins.fill(create_app(Settings.from_environment({"BROADSHEET_HOME": str(home)}, **given)))
+    app = create_app(Settings.from_environment({"BROADSHEET_HOME": str(home)}, **given))
     with session(app.state.engine) as db:
-        if not db.scalar(select(func.count()).where(Paper.slug.is_not(None))):
-            made.store(db, made.known())
         made.store(db, made.papers(count) if rows is None else rows)
     return TestClient(app, follow_redirects=False, base_url=app.state.settings.url)

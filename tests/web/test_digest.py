@@ -22,7 +22,7 @@ from sqlalchemy import select, update
 
 from broadsheet.web import accounts, digest, mail
 from broadsheet.web.db import open_database, session
-from broadsheet.web.locks import Locked, alone
+from broadsheet.web.locks import Locked, only_one
 from broadsheet.web.settings import Settings
 from broadsheet.web.tables import Author, Delivery, Follow, Paper, Run, Subscription, utcnow
 
@@ -262,7 +262,7 @@ def test_a_server_that_is_not_there_or_has_no_tls_gets_nothing(here, tmp_path):
 def test_two_senders_never_work_at_once(client):
     engine, settings, templates = parts(client)
     subscribers(engine, "a@example.org")
-    with alone(engine, settings, "sender"), pytest.raises(Locked, match="another sender"):
+    with only_one(engine, settings, "sender"), pytest.raises(Locked, match="another sender"):
         digest.send(engine, settings, templates, ISSUE)
     assert str(digest.send(engine, settings, templates, ISSUE)) == "1 sent"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import threading
 import time
@@ -190,7 +191,9 @@ def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium):
     context.set_default_timeout(60_000)
     tab = context.new_page()
     problems: list[str] = []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    missing = "Failed to load resource"  # of what is our own the response tells; a browser also wants /favicon.ico
+    tab.on("response", lambda got: problems.append(got.url) if got.status >= 400 and "favicon" not in got.url else None)
+    tab.on("console", lambda said: problems.append(said.text) if said.type == "error" and missing not in said.text else None)
     tab.on("pageerror", lambda error: problems.append(str(error)))
     with at_work(cheap_worker(app.state.settings)):
         tab.goto(f"{address}/papers/gear/run")
@@ -202,7 +205,7 @@ def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium):
         tab.wait_for_function("document.getElementById('run-progress').value > 0.6")
         assert tab.get_by_text("full: measuring (1 of 2)").count() == 1
         tab.get_by_role("button", name="Cancel").click()
-        tab.locator("#run-state", has_text="cancelled").wait_for()
+        tab.locator("#run-state", has_text=re.compile("^cancelled$")).wait_for()
         assert seen(app.state.engine, 1).state == "cancelled"
         tab.goto(f"{address}/papers/gear/run")
         tab.get_by_label("Options").fill("steps=10\npause=0.1")
@@ -224,7 +227,7 @@ def test_without_javascript_a_run_is_started_watched_and_cancelled(site, chromiu
         tab.get_by_role("button", name="Start").click()
         tab.get_by_text("full: measuring (1 of 2)").wait_for()  # the page loads itself again
         tab.get_by_role("button", name="Cancel").click()
-        tab.locator("#run-state", has_text="cancelled").wait_for()
+        tab.locator("#run-state", has_text=re.compile("^cancelled$")).wait_for()
     context.close()
     with session(app.state.engine) as db:
         assert db.scalar(queue.select(queue.Run.state)) == "cancelled"

@@ -191,13 +191,12 @@ def test_old_arxiv_ids_are_found(tmp_path):
 
 
 def test_an_empty_page_says_what_to_do(tmp_path):
-    import standins
     from fastapi.testclient import TestClient
 
     from broadsheet.web.app import create_app
     from broadsheet.web.settings import Settings
 
-    client = TestClient(standins.fill(create_app(Settings.from_environment({"BROADSHEET_HOME": str(tmp_path)}))))
+    client = TestClient(create_app(Settings.from_environment({"BROADSHEET_HOME": str(tmp_path)})))
     with session(client.app.state.engine) as db:
         for paper in db.scalars(select(Paper)):
             db.delete(paper)
@@ -299,7 +298,7 @@ def test_pages_load_no_torch():
     import subprocess
 
     code = (
-        "import sys, standins; standins.install(); import broadsheet.web.app; from broadsheet.web import facts, usage; "
+        "import sys; import broadsheet.web.app; from broadsheet.web import facts, usage; "
         "facts.verdicts('gear'); "
         "usage.usage('gear'); print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )

@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 from command import broadsheet
 
-SERVE = "import standins; standins.install(); from broadsheet.cli import main; main()"
+SERVE = "from broadsheet.cli import main; main()"
 
 
 def test_a_port_that_is_taken_is_one_line():
@@ -69,7 +69,7 @@ def test_the_worker_is_kept_alive_and_ends_with_the_server(serve, tmp_path):
     beats = tmp_path / "beats"
     body = f"import os, time; open({str(beats)!r}, 'a').write(str(os.getpid()) + '\\n'); time.sleep(300)"
     code = (
-        "import standins, subprocess, sys; standins.install()\n"
+        "import subprocess, sys\n"
         "real = subprocess.Popen\n"
         f"def popen(command, **more):\n"
         f"    return real([sys.executable, '-c', {body!r}] if command[-1] == 'worker' else command, **more)\n"

@@ -177,10 +177,9 @@ def test_a_full_disk_loses_no_run(settings, tmp_path):
         run_id = start(engine, pause=0.2, steps=3, count=str(tmp_path / "count"))
         with at_work(cheap_worker(small)):
             until(lambda: told(engine, run_id))
-            with open(disk / "full", "wb") as file, suppress(OSError):
+            with open(disk / "full", "wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(b"x" * 4096)
-                    file.flush()
             until(lambda: lines(tmp_path / "count") == ["full", "gear"])
             time.sleep(1)
             (disk / "full").unlink()

@@ -61,16 +61,16 @@ def store_of(family: str) -> RecordStore:
     return RecordStore(home() / "records" / f"{family}.jsonl")
 
 
-def key_of(module: ModuleType, cell: Cell, method: Any, workload: Any) -> str:
+def key_of(family: str, cell: Cell, method: Any, workload: Any) -> str:
     """The key of a cell in its store: changes with everything that its numbers depend on."""
     return cell_key(
-        family=module.BENCH,
+        family=family,
         method=cell.method,
         parameters=method.parameters,
         budget=cell.budget,
-        workload=module.workload_key(workload),
+        workload=bench(family).workload_key(workload),
         model=identity(workload.model),
-        source=source_digest(module.BENCH),
+        source=source_digest(family),
     )
 
 
@@ -108,7 +108,7 @@ def compare(
     records: list[Record] = []
     for number, cell in enumerate(cells):
         seeded = replace(workload, seed=cell.seed)
-        key = key_of(module, cell, known[cell.method], seeded)
+        key = key_of(family, cell, known[cell.method], seeded)
         if progress:
             progress(cell, number, len(cells), key in done)
         if key not in done:

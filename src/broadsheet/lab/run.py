@@ -76,7 +76,7 @@ def run_method(
     store = store_of(family)
     done = {} if since is None or out else store.cells()
     for number, cell in enumerate(cells):
-        key = key_of(module, cell, known[cell.method], workload)
+        key = key_of(family, cell, known[cell.method], workload)
         found = [record for record in done.get(key, []) if record.time >= (since or "")]
         if progress:
             progress(cell, number, len(cells), bool(found))

@@ -18,9 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from . import accounts, api, digest, feeds, health, owner, pages, runs
+from . import accounts, api, digest, feeds, health, library, owner, pages, runs
 from .caching import Cache
-from .db import open_database
+from .db import open_database, session
 from .render import problem, templates
 from .security import AccountLimits, BodyLimit, RateLimits, SafeHeaders, Signer
 from .settings import Settings
@@ -35,6 +35,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The page for these settings (the environment's). Raises ValueError or StorageError where they cannot be used."""
     settings = settings or Settings.from_environment()
     engine, metrics = open_database(settings.database), health.Metrics()
+    with session(engine) as db:
+        library.seed(db)
     app = FastAPI(
         title="Broadsheet",
         version=version("broadsheet"),

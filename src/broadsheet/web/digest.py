@@ -10,7 +10,7 @@ states of which each is committed before the next step:
     sent, later, refused                          what the mail server said
 
 So whatever kills the sender, nobody gets an issue twice, and only a delivery whose text was on its way at that moment may be
-lost: at most one a crash, which is named. One sender works at a time (`locks.alone`).
+lost: at most one a crash, which is named. One sender works at a time (`locks.only_one`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sqlalchemy.orm import Session, selectinload
 
 from . import accounts, mail
 from .db import reading, session
-from .locks import alone
+from .locks import only_one
 from .render import long_day, page
 from .security import Signer, from_our_page
 from .settings import Settings
@@ -304,7 +304,7 @@ def send(
     Raises `locks.Locked` while another sender works.
     """
     done = Sent()
-    with alone(engine, settings, "sender"):
+    with only_one(engine, settings, "sender"):
         recover(engine)
         due = list(_due(engine, issue))
         with mail.post(settings) as post:
@@ -389,7 +389,7 @@ class _Mover:
 def retry(engine: Engine, settings: Settings) -> int:
     """Makes everything that certainly did not go out, or was given up, due at once; how many. What is ``unknown`` is not
     among it: whether it went out nobody can tell."""
-    with alone(engine, settings, "sender"):
+    with only_one(engine, settings, "sender"):
         recover(engine)
         with session(engine) as db:
             again = update(Delivery).where(Delivery.state.in_(("later", "claimed")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import JSON, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -35,7 +35,11 @@ class Paper(Table):
     """A paper. Two are the same when arXiv id (without version), DOI, or ``title_key`` and first author agree."""
 
     __tablename__ = "paper"
-    __table_args__ = (Index(None, "day", "id"), Index(None, "trend", "id"))
+    __table_args__ = (
+        Index(None, "day", "id"),
+        Index(None, "trend", "id"),
+        Index("ix_paper_has_code", "id", sqlite_where=text("code_url != ''"), postgresql_where=text("code_url != ''")),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     slug: Mapped[str | None] = mapped_column(String(80), unique=True)  # of the catalogue
@@ -45,6 +49,7 @@ class Paper(Table):
     title_key: Mapped[str] = mapped_column(String(200), index=True)  # letters and digits, lower case
     abstract: Mapped[str] = mapped_column(Text, default="")
     summary: Mapped[str] = mapped_column(Text, default="")  # short; the abstract's first sentences where nobody wrote one
+    names: Mapped[str] = mapped_column(Text, default="", server_default="")  # authors and tags, as `search` reads them
     url: Mapped[str] = mapped_column(String(1000), default="")
     code_url: Mapped[str] = mapped_column(String(1000), default="")
     source: Mapped[str] = mapped_column(String(100), default="")  # which feed brought it
@@ -67,20 +72,22 @@ class Author(Table):
     """One author of one paper; ``key`` is the name in lower case, which people follow."""
 
     __tablename__ = "author"
+    __table_args__ = (Index(None, "key", "paper_id"),)
 
     paper_id: Mapped[int] = mapped_column(ForeignKey("paper.id", ondelete="CASCADE"), primary_key=True)
     place: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
-    key: Mapped[str] = mapped_column(String(200), index=True)
+    key: Mapped[str] = mapped_column(String(200))
 
 
 class Tag(Table):
     """A tag of a paper: an arXiv category, or a word of the catalogue."""
 
     __tablename__ = "tag"
+    __table_args__ = (Index(None, "name", "paper_id"),)
 
     paper_id: Mapped[int] = mapped_column(ForeignKey("paper.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(80), primary_key=True, index=True)
+    name: Mapped[str] = mapped_column(String(80), primary_key=True)
 
 
 class Source(Table):
