@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
@@ -23,8 +24,6 @@ from .tables import Paper as Row
 from .tables import Tag
 from .words import clean
 
-Verdict = Literal["holds", "holds in direction", "does not hold here", "not measured yet", "not testable here"]
-
 
 class Problem(BaseModel):
     """Why there is no answer."""
@@ -32,10 +31,18 @@ class Problem(BaseModel):
     detail: str
 
 
+def _iso(text: Any) -> Any:
+    """Only days written out: numbers would be taken for seconds since 1970."""
+    if isinstance(text, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+        raise ValueError("a day is written as 2026-11-29")
+    return text
+
+
 router = APIRouter(prefix="/api", tags=["papers"])
 NONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such thing."}}
 Limit = Annotated[int, Query(ge=1, le=100, description="How many, at most.")]
 Offset = Annotated[int, Query(ge=0, le=10_000_000, description="How many to leave out.")]
+OneDay = Annotated[date | None, BeforeValidator(_iso)]
 Word = Annotated[str, Query(max_length=200)]
 
 
@@ -106,7 +113,7 @@ class Claim(BaseModel):
     setting: str
     paper: str = Field(description="The paper's number.")
     ours: str = Field(description="Ours; empty where there is none.")
-    status: Verdict
+    status: Literal["holds", "holds in direction", "does not hold here", "not measured yet", "not testable here"]
     reason: str = Field(description="Why it cannot be tested here.")
 
 
@@ -124,7 +131,7 @@ def about(request: Request) -> HTMLResponse:
 def papers(
     request: Request,
     response: Response,
-    day: date | None = None,
+    day: OneDay = None,
     family: Word = "",
     tag: Word = "",
     running: bool | None = None,
@@ -186,9 +193,9 @@ def find(
     request: Request,
     response: Response,
     q: Annotated[str, Query(max_length=300, description="Words.")] = "",
-    day: date | None = None,
-    since: date | None = None,
-    until: date | None = None,
+    day: OneDay = None,
+    since: OneDay = None,
+    until: OneDay = None,
     family: Word = "",
     tag: Word = "",
     author: Word = "",
@@ -256,10 +263,8 @@ def _paper(request: Request, row: Row) -> Paper:
 
 
 def _claims(paper: Known) -> list[Claim]:
+    shown = ("id", "metric", "setting", "paper", "reason")
     return [
-        Claim(
-            slug=paper.slug, id=claim.id, metric=claim.metric, setting=claim.setting, paper=claim.paper, ours=status.ours,
-            status=cast(Verdict, status.status), reason=claim.reason,
-        )
+        Claim.model_validate({"slug": paper.slug, **{name: getattr(claim, name) for name in shown}, **vars(status)})
         for claim, status in zip(paper.claims, facts.verdicts(paper.slug), strict=True)
-    ]  # fmt: skip
+    ]
