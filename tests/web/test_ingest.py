@@ -300,7 +300,8 @@ def test_documents_that_are_refused(document, tmp_path):
 
 
 EVIL = (
-    "<script>alert(1)</script>", "<scr<script>ipt>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>",
+    "<script>alert(1)</script>", "<scr<script>ipt>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
     "<iframe src=javascript:alert(1)>", "\x00\x01\x1b[31m", "a\u202eb\u2066c\u200f", "\ud800", "<style>*{}</style>",
     "'; drop table paper; --",
 )  # fmt: skip
