@@ -96,8 +96,8 @@ def test_a_document_and_the_conditional_request_for_it(server):
     ("path", "says"),
     [
         ("/metadata", "not public"), ("/file", "only http and https"), ("/loop", "redirects"), ("/gone", "404"),
-        ("/large", "more than 4,000 bytes"), ("/bomb", "more than 4,000 bytes"), ("/torn", "no gzip"), ("/brotli",
-        "not asked"),
+        ("/large", "more than 4,000 bytes"), ("/bomb", "more than 4,000 bytes"), ("/torn", "no gzip"),
+        ("/brotli", "not asked"),
     ],
 )  # fmt: skip
 def test_what_is_refused(server, path, says):
@@ -152,10 +152,9 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(server, monkeypat
     "address",
     [
         "127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-        "240.0.0.1",
-        "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1",
-        "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "192.0.2.1", "2001:db8::1", "fd00:ec2::254", "nonsense",
+        "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1", "64:ff9b::7f00:1",
+        "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "192.0.2.1", "2001:db8::1", "fd00:ec2::254", "nonsense",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address):
@@ -169,8 +168,10 @@ def test_addresses_that_are_public():
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://a.test/x", "file:///etc/passwd", "gopher://a.test", "http://user:pw@a.test/", "http://", "http://[::1",
-    "//a.test", ""],
+    [
+        "ftp://a.test/x", "file:///etc/passwd", "gopher://a.test", "http://user:pw@a.test/", "http://", "http://[::1",
+        "//a.test", "",
+    ],
 )  # fmt: skip
 def test_addresses_that_are_not_fetched(url):
     with pytest.raises(FetchError) as error:

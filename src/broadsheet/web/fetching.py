@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
+import ssl
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from importlib.metadata import version
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urljoin, urlsplit
@@ -204,8 +207,14 @@ USER_AGENT = f"broadsheet/{version('broadsheet')} (daily papers; one polite read
 @contextmanager
 def _client(timeout: float) -> Iterator[httpx.Client]:
     """Without proxies of the environment, which would resolve names again."""
-    with httpx.Client(timeout=timeout, follow_redirects=False, trust_env=False) as client:
+    with httpx.Client(verify=_trusted(), timeout=timeout, follow_redirects=False, trust_env=False) as client:
         yield client
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Read once: the list of authorities is long. Clients are not kept, since connections are to addresses, not names."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _decoded(chunks: Iterator[bytes], encoding: str, largest: int) -> Iterator[bytes]:
@@ -238,5 +247,6 @@ def _seconds(after: str) -> float | None:
 
 
 def _shown(url: str) -> str:
-    """The address for a message: without what may be secret in its query, in one line."""
-    return "".join(c for c in url.partition("?")[0][:200] if c.isprintable())
+    """The address for a message, in one line: without what may be secret, its query and a name and password."""
+    plain = re.sub(r"//[^/]*@", "//", url.partition("?")[0][:200])
+    return "".join(c for c in plain if c.isprintable())

@@ -5,9 +5,9 @@ PostgreSQL's tsvector with ts_rank and the same proportions. Words are stemmed, 
 last word may be unfinished, "words in quotes" and hyphen-ated words stand side by side, and -word excludes. Nothing that
 one can type is an error.
 
-**What is ranked.** A common word stands in half of all abstracts, and scoring 60,000 papers takes longer than anybody waits.
-So at most twice `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes after
-them (from about the fourteenth page on) is in order of age. A query with fewer matches is ranked in full. The total is
+**What is ranked.** A common word stands in half of all abstracts, and scoring 60,000 papers takes longer than anybody
+waits. So at most twice `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes
+after them (from about the fourteenth page on) is in order of age. A query with fewer matches is ranked in full. The total is
 exact, but with filters it stops at `COUNTED`.
 
 **Meaning.** Where BROADSHEET_EMBEDDINGS asks for it (see `embeddings`), the order by words is fused with the order by
