@@ -6,7 +6,7 @@ import threading
 from datetime import timedelta
 
 import pytest
-from queues import PROGRAMS, postgresql, seen, settings_of, start, told
+from queues import PROGRAMS, cheap_worker, postgresql, seen, settings_of, start, told
 from sqlalchemy import create_engine, text, update
 
 from broadsheet.web import queue
@@ -160,6 +160,15 @@ def test_signs_of_life(engine):
     with reading(engine) as db:
         assert not queue.silent(queue.last_beat(db))
         assert len(db.query(WorkerBeat).all()) == 1
+
+
+def test_a_worker_works_the_queue_off(engine, database_url, tmp_path):
+    good, bad = start(engine, bits=4), start(engine, bits=3)
+    cheap_worker(settings_of(tmp_path / "home", database=database_url)).run(once=True)
+    assert (seen(engine, good).state, len(seen(engine, good).records)) == ("done", 2)
+    assert (seen(engine, bad).state, seen(engine, bad).error) == ("failed", "bits must be 2 or 4, got 3")
+    with reading(engine) as db:
+        assert not queue.silent(queue.last_beat(db))
 
 
 def test_there_is_one_worker_a_database(engine, database_url, tmp_path):
