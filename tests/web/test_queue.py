@@ -11,8 +11,8 @@ from sqlalchemy import create_engine, text, update
 
 from broadsheet.web import queue
 from broadsheet.web.db import open_database, reading, session
+from broadsheet.web.locks import Locked, only_one
 from broadsheet.web.tables import Run, WorkerBeat, utcnow
-from broadsheet.web.worker import Locked, only_one
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +173,14 @@ def test_a_worker_works_the_queue_off(engine, database_url, tmp_path):
 
 def test_there_is_one_worker_a_database(engine, database_url, tmp_path):
     settings = settings_of(tmp_path / "home", database=database_url)
-    with only_one(engine, settings) as still_mine:
+    with only_one(engine, settings, "worker") as still_mine:
         assert still_mine()
-        with pytest.raises(Locked, match="another worker"), only_one(open_database(database_url), settings):
+        with pytest.raises(Locked, match="another worker"), only_one(open_database(database_url), settings, "worker"):
             pass
     stopping = threading.Event()
-    with only_one(engine, settings), pytest.raises(Locked), only_one(engine, settings):
+    with only_one(engine, settings, "worker"), pytest.raises(Locked), only_one(engine, settings, "worker"):
         pass
-    with only_one(engine, settings, wait=True, stopping=stopping) as still_mine:  # it is free again
+    with only_one(engine, settings, "worker", wait=True, stopping=stopping) as still_mine:  # it is free again
         assert still_mine()
         if engine.dialect.name == "postgresql":
             with engine.connect() as connection:

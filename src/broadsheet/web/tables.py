@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import JSON, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -35,7 +35,11 @@ class Paper(Table):
     """A paper. Two are the same when arXiv id (without version), DOI, or ``title_key`` and first author agree."""
 
     __tablename__ = "paper"
-    __table_args__ = (Index(None, "day", "id"), Index(None, "trend", "id"))
+    __table_args__ = (
+        Index(None, "day", "id"),
+        Index(None, "trend", "id"),
+        Index("ix_paper_has_code", "id", sqlite_where=text("code_url != ''"), postgresql_where=text("code_url != ''")),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     slug: Mapped[str | None] = mapped_column(String(80), unique=True)  # of the catalogue
@@ -45,6 +49,7 @@ class Paper(Table):
     title_key: Mapped[str] = mapped_column(String(200), index=True)  # letters and digits, lower case
     abstract: Mapped[str] = mapped_column(Text, default="")
     summary: Mapped[str] = mapped_column(Text, default="")  # short; the abstract's first sentences where nobody wrote one
+    names: Mapped[str] = mapped_column(Text, default="", server_default="")  # authors and tags, as `search` reads them
     url: Mapped[str] = mapped_column(String(1000), default="")
     code_url: Mapped[str] = mapped_column(String(1000), default="")
     source: Mapped[str] = mapped_column(String(100), default="")  # which feed brought it
@@ -67,20 +72,22 @@ class Author(Table):
     """One author of one paper; ``key`` is the name in lower case, which people follow."""
 
     __tablename__ = "author"
+    __table_args__ = (Index(None, "key", "paper_id"),)
 
     paper_id: Mapped[int] = mapped_column(ForeignKey("paper.id", ondelete="CASCADE"), primary_key=True)
     place: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
-    key: Mapped[str] = mapped_column(String(200), index=True)
+    key: Mapped[str] = mapped_column(String(200))
 
 
 class Tag(Table):
     """A tag of a paper: an arXiv category, or a word of the catalogue."""
 
     __tablename__ = "tag"
+    __table_args__ = (Index(None, "name", "paper_id"),)
 
     paper_id: Mapped[int] = mapped_column(ForeignKey("paper.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(80), primary_key=True, index=True)
+    name: Mapped[str] = mapped_column(String(80), primary_key=True)
 
 
 class Source(Table):
@@ -166,6 +173,7 @@ class Subscription(Table):
     frequency: Mapped[str] = mapped_column(String(10))  # daily, weekly
     state: Mapped[str] = mapped_column(String(20), default="pending", index=True)  # pending, active, stopped, bounced
     created: Mapped[datetime] = mapped_column(default=utcnow)
+    asked: Mapped[datetime | None]  # when the mail that asks for confirmation was last sent
     confirmed: Mapped[datetime | None]
     bounces: Mapped[int] = mapped_column(default=0)  # in a row
 
@@ -180,8 +188,10 @@ class Delivery(Table):
     subscription_id: Mapped[int] = mapped_column(ForeignKey("subscription.id", ondelete="CASCADE"))
     issue: Mapped[str] = mapped_column(String(20))  # 2026-11-29, 2026-W48
     message_id: Mapped[str] = mapped_column(String(200), unique=True)
-    state: Mapped[str] = mapped_column(String(20))  # sending, sent, refused, unknown, bounced
-    time: Mapped[datetime] = mapped_column(default=utcnow)
+    #: claimed (nothing was sent), sending (its text may have been), sent, later, refused, unknown, bounced
+    state: Mapped[str] = mapped_column(String(20), index=True)
+    tries: Mapped[int] = mapped_column(default=0)
+    time: Mapped[datetime] = mapped_column(default=utcnow)  # of the last change
     error: Mapped[str] = mapped_column(String(500), default="")
 
 

@@ -8,7 +8,6 @@ in one transaction. Where the worker is killed its run's process goes too, and t
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import math
 import os
@@ -26,19 +25,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from broadsheet.core.records import StorageError
 
 from . import queue
 from .db import connect, open_database, reading
+from .locks import only_one
 from .queue import last_beat
 from .settings import Settings
 from .tables import Run, utcnow
 
-__all__ = ["Limits", "Locked", "Worker", "last_beat", "only_one"]
+__all__ = ["Limits", "Worker", "last_beat"]
 T = TypeVar("T")
 log = logging.getLogger("broadsheet.worker")
 
@@ -52,10 +51,6 @@ GRACE = 1.0
 PACE = 0.4
 #: Seconds during which a result is tried to be stored again.
 PATIENCE = 60.0
-
-
-class Locked(ValueError):
-    """Another worker is at work."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ class Worker:
         """Until `stop`, or ``once``: until the queue is empty. Raises `Locked` where there is a worker, unless it is to
         ``wait`` for that one's end."""
         while not self.stopping.is_set():
-            with only_one(self.engine, self.settings, wait, self.stopping) as still_mine:
+            with only_one(self.engine, self.settings, "worker", wait, self.stopping) as still_mine:
                 self._patiently(lambda: queue.recover(self.engine))
                 if self._serve(still_mine, once):
                     return
@@ -196,79 +191,6 @@ class Worker:
                 log.warning("the database refuses, trying again: %s", _line(error))
                 if self.stopping.wait(1.0):
                     return None
-
-
-@contextmanager
-def only_one(
-    engine: Engine, settings: Settings, wait: bool = False, stopping: threading.Event | None = None
-) -> Iterator[Callable[[], bool]]:
-    """Holds the lock of which there is one a database; yields what says whether it is still held.
-
-    PostgreSQL: an advisory lock, which holds across machines and goes with its connection. Else a lock on a file, which goes
-    with its process. Raises `Locked` when somebody has it, unless it is to ``wait``.
-    """
-    take = _advisory_lock if engine.dialect.name == "postgresql" else _file_lock
-    with take(engine, settings) as (try_it, still_mine):
-        while not try_it():
-            if not wait:
-                raise Locked("another worker works off this queue already; --wait takes over when it ends")
-            if stopping and stopping.wait(IDLE):
-                break
-        yield still_mine
-
-
-@contextmanager
-def _advisory_lock(engine: Engine, _: Settings) -> Iterator[tuple[Callable[[], bool], Callable[[], bool]]]:
-    held: list[Connection] = []
-
-    def try_it() -> bool:
-        try:
-            if not held:
-                held.append(engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
-            return held[0].scalar(text("select pg_try_advisory_lock(73)")) is True
-        except SQLAlchemyError as error:  # it restarts
-            log.warning("the database refuses, trying again: %s", _line(error))
-            drop()
-            return False
-
-    def still_mine() -> bool:
-        try:
-            return held[0].scalar(text("select true")) is True
-        except SQLAlchemyError:
-            return False
-
-    def drop() -> None:  # the lock goes with the connection, which must not return to the pool
-        while held:
-            connection = held.pop()
-            connection.invalidate()
-            connection.close()
-
-    try:
-        yield try_it, still_mine
-    finally:
-        drop()
-
-
-@contextmanager
-def _file_lock(engine: Engine, settings: Settings) -> Iterator[tuple[Callable[[], bool], Callable[[], bool]]]:
-    database = make_url(settings.database).database or ""
-    inside = engine.dialect.name == "sqlite" and database not in ("", ":memory:")
-    path = Path(f"{database}.worker") if inside else settings.home / "worker.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115  # closed below
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from None
-
-    def try_it() -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    with file:
-        yield try_it, lambda: True
 
 
 def log_path(folder: Path, run_id: int) -> Path:

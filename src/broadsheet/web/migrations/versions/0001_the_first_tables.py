@@ -29,6 +29,7 @@ def upgrade() -> None:
         sa.Column("title_key", sa.String(length=200), nullable=False),
         sa.Column("abstract", sa.Text(), nullable=False),
         sa.Column("summary", sa.Text(), nullable=False),
+        sa.Column("names", sa.Text(), server_default="", nullable=False),
         sa.Column("url", sa.String(length=1000), nullable=False),
         sa.Column("code_url", sa.String(length=1000), nullable=False),
         sa.Column("source", sa.String(length=100), nullable=False),
@@ -48,6 +49,13 @@ def upgrade() -> None:
     with op.batch_alter_table("paper", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_paper_day_id"), ["day", "id"], unique=False)
         batch_op.create_index(batch_op.f("ix_paper_family"), ["family"], unique=False)
+        batch_op.create_index(
+            "ix_paper_has_code",
+            ["id"],
+            unique=False,
+            sqlite_where=sa.text("code_url != ''"),
+            postgresql_where=sa.text("code_url != ''"),
+        )
         batch_op.create_index(batch_op.f("ix_paper_running"), ["running"], unique=False)
         batch_op.create_index(batch_op.f("ix_paper_title_key"), ["title_key"], unique=False)
         batch_op.create_index(batch_op.f("ix_paper_trend_id"), ["trend", "id"], unique=False)
@@ -81,6 +89,7 @@ def upgrade() -> None:
         sa.Column("frequency", sa.String(length=10), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
         sa.Column("created", sa.DateTime(), nullable=False),
+        sa.Column("asked", sa.DateTime(), nullable=True),
         sa.Column("confirmed", sa.DateTime(), nullable=True),
         sa.Column("bounces", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_subscription")),
@@ -89,6 +98,12 @@ def upgrade() -> None:
     with op.batch_alter_table("subscription", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_subscription_state"), ["state"], unique=False)
 
+    op.create_table(
+        "worker_beat",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("time", sa.DateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_worker_beat")),
+    )
     op.create_table(
         "author",
         sa.Column("paper_id", sa.Integer(), nullable=False),
@@ -99,7 +114,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("paper_id", "place", name=op.f("pk_author")),
     )
     with op.batch_alter_table("author", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_author_key"), ["key"], unique=False)
+        batch_op.create_index(batch_op.f("ix_author_key_paper_id"), ["key", "paper_id"], unique=False)
 
     op.create_table(
         "delivery",
@@ -108,6 +123,7 @@ def upgrade() -> None:
         sa.Column("issue", sa.String(length=20), nullable=False),
         sa.Column("message_id", sa.String(length=200), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
+        sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("time", sa.DateTime(), nullable=False),
         sa.Column("error", sa.String(length=500), nullable=False),
         sa.ForeignKeyConstraint(
@@ -120,6 +136,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("message_id", name=op.f("uq_delivery_message_id")),
         sa.UniqueConstraint("subscription_id", "issue", name=op.f("uq_delivery_subscription_id_issue")),
     )
+    with op.batch_alter_table("delivery", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_delivery_state"), ["state"], unique=False)
+
     op.create_table(
         "follow",
         sa.Column("account_id", sa.Integer(), nullable=False),
@@ -190,7 +209,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("paper_id", "name", name=op.f("pk_tag")),
     )
     with op.batch_alter_table("tag", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_tag_name"), ["name"], unique=False)
+        batch_op.create_index(batch_op.f("ix_tag_name_paper_id"), ["name", "paper_id"], unique=False)
 
     op.create_table(
         "run_event",
@@ -205,24 +224,51 @@ def upgrade() -> None:
     with op.batch_alter_table("run_event", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_run_event_run_id_id"), ["run_id", "id"], unique=False)
 
-    op.create_table(
-        "worker_beat",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("time", sa.DateTime(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_worker_beat")),
-    )
     # ### end Alembic commands ###
+    for statement in SEARCH[op.get_bind().dialect.name]:
+        op.execute(sa.DDL(statement))
+
+
+#: What `search` looks at. SQLite: an index that triggers keep; it holds no second copy of the texts. PostgreSQL: a column.
+SEARCH = {
+    "sqlite": (
+        """create virtual table paper_search using fts5(
+            title, names, summary, abstract, content=paper, content_rowid=id,
+            tokenize="porter unicode61 remove_diacritics 2", prefix='3')""",
+        """create trigger paper_search_insert after insert on paper begin
+            insert into paper_search(rowid, title, names, summary, abstract)
+            values (new.id, new.title, new.names, new.summary, new.abstract);
+        end""",
+        """create trigger paper_search_delete after delete on paper begin
+            insert into paper_search(paper_search, rowid, title, names, summary, abstract)
+            values ('delete', old.id, old.title, old.names, old.summary, old.abstract);
+        end""",
+        """create trigger paper_search_update after update of id, title, names, summary, abstract on paper begin
+            insert into paper_search(paper_search, rowid, title, names, summary, abstract)
+            values ('delete', old.id, old.title, old.names, old.summary, old.abstract);
+            insert into paper_search(rowid, title, names, summary, abstract)
+            values (new.id, new.title, new.names, new.summary, new.abstract);
+        end""",
+    ),
+    "postgresql": (
+        """alter table paper add column words tsvector generated always as (
+            setweight(to_tsvector('english', title), 'A') || setweight(to_tsvector('english', names), 'B') ||
+            setweight(to_tsvector('english', summary), 'C') || setweight(to_tsvector('english', abstract), 'D')) stored""",
+        "create index ix_paper_words on paper using gin (words)",
+    ),
+}
 
 
 def downgrade() -> None:
+    if op.get_bind().dialect.name == "sqlite":
+        op.execute("drop table paper_search")
     # ### commands auto generated by Alembic - please adjust! ###
-    op.drop_table("worker_beat")
     with op.batch_alter_table("run_event", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_run_event_run_id_id"))
 
     op.drop_table("run_event")
     with op.batch_alter_table("tag", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_tag_name"))
+        batch_op.drop_index(batch_op.f("ix_tag_name_paper_id"))
 
     op.drop_table("tag")
     with op.batch_alter_table("session", schema=None) as batch_op:
@@ -239,11 +285,15 @@ def downgrade() -> None:
 
     op.drop_table("mark")
     op.drop_table("follow")
+    with op.batch_alter_table("delivery", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_delivery_state"))
+
     op.drop_table("delivery")
     with op.batch_alter_table("author", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_author_key"))
+        batch_op.drop_index(batch_op.f("ix_author_key_paper_id"))
 
     op.drop_table("author")
+    op.drop_table("worker_beat")
     with op.batch_alter_table("subscription", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_subscription_state"))
 
@@ -257,6 +307,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_paper_trend_id"))
         batch_op.drop_index(batch_op.f("ix_paper_title_key"))
         batch_op.drop_index(batch_op.f("ix_paper_running"))
+        batch_op.drop_index("ix_paper_has_code")
         batch_op.drop_index(batch_op.f("ix_paper_family"))
         batch_op.drop_index(batch_op.f("ix_paper_day_id"))
 
