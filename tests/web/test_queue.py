@@ -6,41 +6,13 @@ import threading
 from datetime import timedelta
 
 import pytest
-from queues import PROGRAMS, cheap_worker, postgresql, seen, settings_of, start, told
-from sqlalchemy import create_engine, text, update
+from queues import cheap_worker, seen, settings_of, start, told
+from sqlalchemy import text, update
 
 from broadsheet.web import queue
 from broadsheet.web.db import open_database, reading, session
 from broadsheet.web.locks import Locked, only_one
 from broadsheet.web.tables import Run, WorkerBeat, utcnow
-
-
-@pytest.fixture(scope="module")
-def server():
-    if not (PROGRAMS / "initdb").exists():
-        pytest.skip("no PostgreSQL on this machine")
-    with postgresql() as address:
-        yield address
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'web.sqlite'}"
-    address = request.getfixturevalue("server")
-    name = f"t{abs(hash(request.node.nodeid)) % 10**9}"
-    made = create_engine(f"{address}postgres", isolation_level="AUTOCOMMIT")
-    with made.connect() as connection:
-        connection.execute(text(f"create database {name}"))
-    made.dispose()
-    return f"{address}{name}"
-
-
-@pytest.fixture
-def engine(database_url):
-    opened = open_database(database_url)
-    yield opened
-    opened.dispose()
 
 
 def test_runs_are_taken_in_order_and_each_once(engine):
