@@ -6,8 +6,8 @@
 is killed again and again, then one works to the end. Every run must have ended, with its records or, where it was the one
 under way at three kills, with a line that says so; no finished cell may have been measured twice; no process may be left.
 
-``server``: visitors start runs and cancel them, and others watch a run, while the server is killed and started again. What
-was answered must be in the database; who watches must get every line once, in order, over all kills.
+``server``: visitors start runs, cancel them and vote, and others watch a run, while the server is killed and started again.
+What was answered must be in the database; who watches must get every line once, in order, over all kills.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
-from sqlalchemy import func, select
+from sqlalchemy import Engine, func, select
 
 from broadsheet.core.records import Record, now, provenance, read_json, write_results
-from broadsheet.web import queue
+from broadsheet.web import accounts, library, queue
 from broadsheet.web.db import open_database, reading, session
+from broadsheet.web.security import SESSION_COOKIE
 from broadsheet.web.settings import Settings
-from broadsheet.web.tables import Run, RunEvent
+from broadsheet.web.tables import Mark, Paper, Run, RunEvent
 
 RESULTS = Path(__file__).parent / "results" / "web_faults.records.json"
 WORKER = "from broadsheet.cli.worker import worker; worker(False, False, 3600.0, 0, 10)"
@@ -110,17 +110,17 @@ def killed_workers(settings: Settings, kills: int, runs: int, within: float, dra
     }
 
 
-def _claims(engine: Any) -> int:
+def _claims(engine: Engine) -> int:
     with reading(engine) as db:
         return db.scalar(select(func.sum(Run.attempt))) or 0
 
 
-def _under_way(engine: Any) -> bool:
+def _under_way(engine: Engine) -> bool:
     with reading(engine) as db:
         return db.scalar(select(Run.id).where(Run.state == "running").limit(1)) is not None
 
 
-def _waiting(engine: Any) -> bool:
+def _waiting(engine: Engine) -> bool:
     with reading(engine) as db:
         return db.scalar(select(Run.id).where(Run.state.in_(("queued", "running"))).limit(1)) is not None
 
@@ -129,16 +129,21 @@ def _waiting(engine: Any) -> bool:
 
 
 class Visitor(threading.Thread):
-    """Starts runs and cancels them, and remembers what was answered."""
+    """Starts runs, cancels them and votes, and remembers what was answered."""
 
-    def __init__(self, address: str, number: int, stopping: threading.Event):
+    def __init__(self, address: str, number: int, engine: Engine, stopping: threading.Event):
         super().__init__(daemon=True)
         self.address, self.number, self.stopping = address, number, stopping
-        self.asked = 0
-        self.known: dict[int, tuple[int, str]] = {}  # run -> the number that was asked for, its state
+        with session(engine) as db:
+            self.account = accounts.account_of(db, f"visitor{number}@example.org").id
+            self.cookies = {SESSION_COOKIE: accounts.start_session(db, self.account)}
+            self.papers = list(db.scalars(select(Paper.id).order_by(Paper.id)))
+        self.asked = self.presses = 0
+        self.known: dict[int, tuple[int, str]] = {}  # run -> the seed that was asked for, its state
+        self.votes: dict[int, set[bool]] = {}  # paper -> how it may stand: as answered, and as asked for since
 
     def run(self) -> None:
-        with httpx.Client(base_url=self.address, timeout=10) as browser:
+        with httpx.Client(base_url=self.address, timeout=10, cookies=self.cookies) as browser:
             while not self.stopping.is_set():
                 try:
                     self._once(browser)
@@ -149,7 +154,13 @@ class Visitor(threading.Thread):
         csrf = browser.get("/papers/gear/run").text.split('name="csrf" value="')[1].split('"')[0]
         self.asked += 1
         marker = self.number * 1_000_000 + self.asked
-        answer = browser.post("/papers/gear/run", data={"csrf": csrf, "options": f"number={marker}"})
+        for _ in range(3):
+            paper, on = self.papers[self.presses % len(self.papers)], self.presses // len(self.papers) % 2 == 0
+            self.presses += 1
+            self.votes.setdefault(paper, {False}).add(on)
+            if browser.post(f"/papers/{paper}/vote", data={"csrf": csrf, "on": on}).status_code == 303:
+                self.votes[paper] = {on}
+        answer = browser.post("/papers/gear/run", data={"csrf": csrf, "options": f"seed={marker}"})
         if answer.status_code != 303:
             return
         run_id = int(answer.headers["location"].rpartition("/")[2])
@@ -192,6 +203,8 @@ class Onlooker(threading.Thread):
 def killed_servers(settings: Settings, kills: int, draw: random.Random) -> dict[str, float]:
     """Counts of what must not be: answers that the database does not know, lines that a watcher missed or got twice."""
     engine = open_database(settings.database)
+    with session(engine) as db:
+        library.seed(db)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
@@ -200,7 +213,7 @@ def killed_servers(settings: Settings, kills: int, draw: random.Random) -> dict[
     watched = queue.claim(engine)
     assert watched is not None
     stopping = threading.Event()
-    visitors = [Visitor(address, number + 1, stopping) for number in range(4)]
+    visitors = [Visitor(address, number + 1, engine, stopping) for number in range(4)]
     onlookers = [Onlooker(f"{address}/runs/{watched.id}/events") for _ in range(5)]
     written: list[str] = []
 
@@ -231,15 +244,22 @@ def killed_servers(settings: Settings, kills: int, draw: random.Random) -> dict[
     server.terminate()
     server.wait()
     with reading(engine) as db:
-        found = {run.id: (run.options.get("number"), run.state) for run in db.scalars(select(Run))}
+        found = {run.id: (run.options.get("seed"), run.state) for run in db.scalars(select(Run))}
+        stand = set(db.execute(select(Mark.account_id, Mark.paper_id).where(Mark.kind == "vote")).all())
+        shown = dict(db.execute(select(Paper.id, Paper.votes)).all())
+    counted = Counter(paper for _, paper in stand)
+    votes = [((visitor.account, paper) in stand, may) for visitor in visitors for paper, may in visitor.votes.items()]
     known = {run_id: told for visitor in visitors for run_id, told in visitor.known.items()}
-    asked = Counter(number for number, _ in found.values() if number is not None)
+    asked = Counter(seed for seed, _ in found.values() if seed is not None)
     return {
         "runs asked for": sum(visitor.asked for visitor in visitors),
         "runs answered": len(known),
         "answers lost": sum(found.get(run_id) != told and told[1] == "cancelled" for run_id, told in known.items())
         + sum(run_id not in found for run_id in known),
         "runs made twice of one request": sum(count - 1 for count in asked.values()),
+        "votes asked for": sum(visitor.presses for visitor in visitors),
+        "votes that do not stand as answered": sum(stands not in may for stands, may in votes),
+        "papers that show another number than they have": sum(shown[paper] != counted[paper] for paper in shown),
         "lines written": len(written) + 1,
         "connections of watchers": sum(onlooker.connections for onlooker in onlookers),
         "watchers that missed a line or got one twice": sum(onlooker.lines != [*written, "done"] for onlooker in onlookers),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +21,6 @@ from broadsheet.web.tables import Run, RunEvent
 from broadsheet.web.worker import Limits, Worker
 
 CHEAP = (sys.executable, str(Path(__file__).with_name("cheap.py")))
-PROGRAMS = Path("/usr/lib/postgresql/15/bin")
 
 
 def settings_of(home: Path, **given: str) -> Settings:
@@ -84,24 +79,3 @@ def until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 def csrf_of(html: str) -> str:
     return html.split('name="csrf" value="')[1].split('"')[0]
-
-
-@contextmanager
-def postgresql() -> Iterator[str]:
-    """A server of its own, as user postgres where we are root, which it refuses to be."""
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    as_user = ["runuser", "-u", "postgres", "--"] if shutil.which("runuser") else []
-    if as_user:
-        shutil.chown(folder, "postgres")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    data, options = str(folder / "data"), f"-p {port} -h 127.0.0.1 -k {folder} -F"
-    log = ["-l", str(folder / "log")]
-    run = {"check": True, "capture_output": True}
-    subprocess.run([*as_user, str(PROGRAMS / "initdb"), "-D", data, "-A", "trust", "-U", "postgres", "-N"], **run)  # type: ignore[call-overload]
-    subprocess.run([*as_user, str(PROGRAMS / "pg_ctl"), "-D", data, "-o", options, *log, "-w", "start"], **run)  # type: ignore[call-overload]
-    try:
-        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/"
-    finally:
-        subprocess.run([*as_user, str(PROGRAMS / "pg_ctl"), "-D", data, "-m", "immediate", "stop"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from queues import at_work, cheap_worker, client_of, seen, start, until
 
-from broadsheet.web import live, queue
+from broadsheet.web import live, queue, usage
 from broadsheet.web.db import session
 
 CHROMIUM = shutil.which("chromium")
@@ -185,8 +185,9 @@ def chromium():
         browser.close()
 
 
-def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium):
+def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium, monkeypatch):
     app, address = site
+    monkeypatch.setattr(usage, "options", lambda slug: frozenset())  # the cheap bench has its own
     context = chromium.new_context()
     context.set_default_timeout(60_000)
     tab = context.new_page()
@@ -196,9 +197,11 @@ def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium):
     tab.on("console", lambda said: problems.append(said.text) if said.type == "error" and missing not in said.text else None)
     tab.on("pageerror", lambda error: problems.append(str(error)))
     with at_work(cheap_worker(app.state.settings)):
-        tab.goto(f"{address}/papers/gear/run")
+        tab.route("**/plot.svg", lambda route: route.abort())  # it would be drawn first
+        tab.goto(f"{address}/papers/gear")
+        tab.get_by_text("On your own model").click()
         tab.get_by_label("Options").fill("steps=40\npause=0.1")
-        tab.get_by_role("button", name="Start").click()
+        tab.get_by_role("button", name="Run", exact=True).click()
         tab.wait_for_url(f"{address}/runs/1")
         tab.get_by_text("full: measuring (1 of 2)").wait_for()
         tab.get_by_text("gear: measuring (2 of 2)").wait_for()
@@ -216,8 +219,9 @@ def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium):
     context.close()
 
 
-def test_without_javascript_a_run_is_started_watched_and_cancelled(site, chromium):
+def test_without_javascript_a_run_is_started_watched_and_cancelled(site, chromium, monkeypatch):
     app, address = site
+    monkeypatch.setattr(usage, "options", lambda slug: frozenset())
     context = chromium.new_context(java_script_enabled=False)
     context.set_default_timeout(60_000)
     tab = context.new_page()

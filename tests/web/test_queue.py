@@ -6,41 +6,13 @@ import threading
 from datetime import timedelta
 
 import pytest
-from queues import PROGRAMS, postgresql, seen, settings_of, start, told
-from sqlalchemy import create_engine, text, update
+from queues import cheap_worker, seen, settings_of, start, told
+from sqlalchemy import text, update
 
 from broadsheet.web import queue
 from broadsheet.web.db import open_database, reading, session
 from broadsheet.web.locks import Locked, only_one
 from broadsheet.web.tables import Run, WorkerBeat, utcnow
-
-
-@pytest.fixture(scope="module")
-def server():
-    if not (PROGRAMS / "initdb").exists():
-        pytest.skip("no PostgreSQL on this machine")
-    with postgresql() as address:
-        yield address
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'web.sqlite'}"
-    address = request.getfixturevalue("server")
-    name = f"t{abs(hash(request.node.nodeid)) % 10**9}"
-    made = create_engine(f"{address}postgres", isolation_level="AUTOCOMMIT")
-    with made.connect() as connection:
-        connection.execute(text(f"create database {name}"))
-    made.dispose()
-    return f"{address}{name}"
-
-
-@pytest.fixture
-def engine(database_url):
-    opened = open_database(database_url)
-    yield opened
-    opened.dispose()
 
 
 def test_runs_are_taken_in_order_and_each_once(engine):
@@ -160,6 +132,15 @@ def test_signs_of_life(engine):
     with reading(engine) as db:
         assert not queue.silent(queue.last_beat(db))
         assert len(db.query(WorkerBeat).all()) == 1
+
+
+def test_a_worker_works_the_queue_off(engine, database_url, tmp_path):
+    good, bad = start(engine, bits=4), start(engine, bits=3)
+    cheap_worker(settings_of(tmp_path / "home", database=database_url)).run(once=True)
+    assert (seen(engine, good).state, len(seen(engine, good).records)) == ("done", 2)
+    assert (seen(engine, bad).state, seen(engine, bad).error) == ("failed", "bits must be 2 or 4, got 3")
+    with reading(engine) as db:
+        assert not queue.silent(queue.last_beat(db))
 
 
 def test_there_is_one_worker_a_database(engine, database_url, tmp_path):

@@ -200,6 +200,7 @@ def test_the_page_has_no_secrets_for_a_run(settings, engine, monkeypatch, tmp_pa
     assert seen(engine, run_id).error == "its process ended with code 0 and no result; the log on the server may say why"
 
 
+@pytest.mark.slow
 def test_a_real_run(settings, engine):
     with session(engine) as db:
         run_id = queue.add(db, "longproc", {"model": "pocket-2m", "limit": 1}).id

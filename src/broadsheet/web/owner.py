@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hmac
 import re
-import time
-from collections import deque
 from ipaddress import ip_address
 from typing import Annotated
 
@@ -17,7 +15,7 @@ from fastapi import APIRouter, Depends, Form, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from .render import page
-from .security import from_our_page, hashed
+from .security import Buckets, Rate, from_our_page, hashed
 from .settings import Settings
 
 router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
@@ -25,8 +23,8 @@ router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
 COOKIE = "broadsheet_owner"
 #: Seconds that it is good for.
 AGE = 30 * 86400
-#: Wrong tokens that one address may show in a minute, and how many addresses are remembered.
-TRIES, MINUTE, ADDRESSES = 5, 60.0, 10_000
+#: Tokens that one address may try.
+TRIES = Rate(5, 1 / 60)
 
 
 def is_owner(request: Request) -> bool:
@@ -59,25 +57,6 @@ def _from_this_machine(request: Request) -> bool:
         return False
 
 
-class Tries:
-    """How often each address was wrong lately."""
-
-    def __init__(self) -> None:
-        self.wrong: dict[str, deque[float]] = {}
-
-    def too_many(self, address: str) -> bool:
-        times = self.wrong.get(address, deque())
-        while times and times[0] < time.monotonic() - MINUTE:
-            times.popleft()
-        return len(times) >= TRIES
-
-    def note(self, address: str) -> None:
-        """One more."""
-        self.wrong.setdefault(address, deque()).append(time.monotonic())
-        if len(self.wrong) > ADDRESSES:
-            del self.wrong[next(iter(self.wrong))]
-
-
 @router.get("/owner")
 def ask(request: Request, then: str = "") -> HTMLResponse:
     """Where the owner shows the token."""
@@ -89,13 +68,11 @@ def show(request: Request, token: Annotated[str, Form(max_length=500)] = "", the
     """Takes the token, once; from then on the browser's cookie stands for it."""
     state = request.app.state
     if not hasattr(state, "owner_tries"):
-        state.owner_tries = Tries()
-    address = request.client.host if request.client else ""
-    if state.owner_tries.too_many(address):
-        raise HTTPException(429, "too many wrong tokens: wait a minute", {"retry-after": "60"})
+        state.owner_tries = Buckets(TRIES)
+    if wait := state.owner_tries.take(request.client.host if request.client else ""):
+        raise HTTPException(429, "that was tried too often: wait a minute", {"retry-after": str(int(wait) + 1)})
     right = state.settings.owner_token
     if not right or not hmac.compare_digest(hashed(right), hashed(token)):
-        state.owner_tries.note(address)
         return page(request, "owner.html", 403, then=_inside(then), known=False, error="This is not the owner’s token.")
     answer = RedirectResponse(_inside(then) or "/runs", 303)
     value = state.signer.sign("owner", _mark(state.settings))

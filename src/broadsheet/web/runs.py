@@ -19,7 +19,7 @@ from broadsheet import catalogue
 from broadsheet.core.models import pockets
 from broadsheet.lab.run import COMMANDS, family_of
 
-from . import queue
+from . import queue, usage
 from .db import reading, session
 from .live import Hub
 from .owner import is_owner, only_owner
@@ -59,6 +59,7 @@ def asked(slug: str, model: str, lines: str, fresh: bool = False) -> dict[str, A
         if name in ("model", "fresh"):
             raise ValueError(f"'{name}' has a field of its own")
         options[name] = _value(value)
+    _check_names(slug, set(options))
     if fresh:
         options["fresh"] = True
     try:
@@ -66,6 +67,12 @@ def asked(slug: str, model: str, lines: str, fresh: bool = False) -> dict[str, A
     except ValueError:
         raise ValueError("an option's number must be finite") from None
     return options
+
+
+def _check_names(slug: str, names: set[str]) -> None:
+    allowed = usage.options(slug)
+    if allowed and "method" not in names and (unknown := sorted(names - allowed)):
+        raise ValueError(f"{slug} has no option '{unknown[0]}'; it has {', '.join(sorted(allowed))}")
 
 
 def _value(text: str) -> Any:

@@ -41,13 +41,29 @@ def usage(slug: str) -> Usage:
     chain = _classes(module, name)
     if not chain:
         raise ValueError(f"catalogue entry {slug}: there is no class {name} in {module}")
+    bases = tuple(node.name for node in chain)
+    text = ast.get_docstring(chain[0]) or ""
+    return Usage(name, module, text, _fields(chain), bases, _code(slug, name, bases))
+
+
+@cache
+def options(slug: str) -> frozenset[str]:
+    """Names that a run's options may have: fields of the method and of its family's workload. Empty where the class is no
+    method of the family's bench, whose options depend on more."""
+    found, family = usage(slug), papers()[slug].family
+    if not {"CacheMethod", "WeightMethod", "Benchmark", "Solver"} & set(found.bases):
+        return frozenset()
+    workload = _fields(_classes(f"broadsheet.methods.{family}.bench", "Workload"))
+    more = {"weights": {"size"}}.get(family, set())  # what `lab.run` takes for itself
+    return frozenset({parameter.name for parameter in (*found.parameters, *workload)} | more | {"method"})
+
+
+def _fields(chain: list[ast.ClassDef]) -> tuple[Parameter, ...]:
     found: dict[str, Parameter] = {}
     for node in reversed(chain):  # fields of the bases come first, as in a dataclass
         if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
             found |= {parameter.name: parameter for parameter in map(_parameter, node.body) if parameter}
-    bases = tuple(node.name for node in chain)
-    text = ast.get_docstring(chain[0]) or ""
-    return Usage(name, module, text, tuple(found.values()), bases, _code(slug, name, bases))
+    return tuple(found.values())
 
 
 def _classes(module: str, name: str) -> list[ast.ClassDef]:

@@ -10,7 +10,10 @@
     if (!answer.ok) return;
     const made = document.createElement("template");
     made.innerHTML = await answer.text();
+    const held = part().contains(document.activeElement);
     part().replaceWith(made.content);
+    if (held) (part().querySelector("button") ?? part()).focus();
+    document.getElementById("run-news").textContent = document.getElementById("run-state").textContent; // read aloud
     last = Math.max(last, Number(part().dataset.last));
   }
 
