@@ -9,8 +9,8 @@ import threading
 
 import pytest
 from people import open_page
+from sending import smtp, taken
 from sqlalchemy import select
-from test_digest import smtp, taken
 
 from broadsheet.web import digest
 from broadsheet.web.db import session
