@@ -111,7 +111,7 @@ def problem(request: Request, status: int, message: str = "", headers: dict[str,
         answer: Response = JSONResponse({"detail": message}, status)
         answer.headers["cache-control"] = PRIVATE
     else:
-        answer = page(request, "problem.html", status, title=_TITLES.get(status, "Not possible"), message=message)
+        answer = page(request, "notice.html", status, title=_TITLES.get(status, "Not possible"), text=message)
     answer.headers.update(headers or {})
     return answer
 
