@@ -279,7 +279,7 @@ BOMB = b'<!DOCTYPE x [<!ENTITY a "lol">' + NESTED + b']><rss version="2.0"><chan
     "document",
     [
         BOMB,
-        b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><rss version="2.0"><channel><title>&e;</title></channel></rss>',
+        b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><rss version="2.0"><channel>&e;</channel></rss>',
         b'<!DOCTYPE x SYSTEM "http://169.254.169.254/x.dtd"><rss version="2.0"/>',
         b"\xff\xfe\x00bad", b"<rss", b"", b"\x00" * 100, b'<?xml version="1.0" encoding="no-such"?><rss/>',
         b'<?xml version="1.0" encoding="utf-8"?><rss version="2.0"><channel><title>\xe9</title></channel></rss>',
@@ -302,7 +302,8 @@ def test_documents_that_are_refused(document, tmp_path):
 
 
 EVIL = (
-    "<script>alert(1)</script>", "<scr<script>ipt>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>",
+    "<script>alert(1)</script>", "<scr<script>ipt>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
     "<iframe src=javascript:alert(1)>", "\x00\x01\x1b[31m", "a\u202eb\u2066c\u200f", "\ud800",
     "<style>*{}</style>",
     "'; drop table paper; --",
