@@ -70,15 +70,20 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/sequential_monitors_study.py
 	$(BIN)/python benchmarks/instinct_study.py
 	$(BIN)/python benchmarks/evals_over_http.py
+	$(BIN)/python benchmarks/web_search.py
+	$(BIN)/python benchmarks/web_faults.py
+	$(BIN)/python benchmarks/web_pictures.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/broadsheet claims --write
 
-system-deps:                ## bubblewrap and g++: tests that need them skip where they are missing
-	@if command -v bwrap >/dev/null && command -v g++ >/dev/null; then echo "bubblewrap and g++ are here"; \
+DEBIAN := bubblewrap g++ chromium postgresql
+system-deps:                ## for the sandbox's and the page's tests, which skip where one of these is missing
+	@if command -v bwrap >/dev/null && command -v g++ >/dev/null && command -v chromium >/dev/null && \
+		ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then echo "here: $(DEBIAN)"; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		(apt-get install -y -qq --no-install-recommends bubblewrap g++ || (apt-get update -qq && \
-		apt-get install -y -qq --no-install-recommends bubblewrap g++)) >/dev/null 2>&1 || echo "not installed: bubblewrap, g++"; \
-	else echo "install bubblewrap and g++ to run all tests of the sandbox"; fi
+		(apt-get install -y -qq --no-install-recommends $(DEBIAN) || (apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends $(DEBIAN))) >/dev/null 2>&1 || echo "not installed: $(DEBIAN)"; \
+	else echo "install $(DEBIAN) to run all tests"; fi
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -188,3 +188,39 @@ def test_sizes_are_read_as_people_write_them():
     for text in ("", "MB", "-3", "0", "1.2.3", "3TB"):
         with pytest.raises(ValueError, match="120MB"):
             _bytes(text)
+
+
+def test_run_and_compare_find_each_others_cells(monkeypatch):
+    from broadsheet.lab import compare
+    from broadsheet.lab.run import run_method
+
+    measured, module = [], compare.bench("caches")
+    real = module.measure
+
+    def measure(name, *more):
+        measured.append(name)
+        return real(name, *more)
+
+    monkeypatch.setattr(module, "measure", measure)
+    small = {"tasks": ("kv",), "modes": ("multi-turn",), "sessions": 1, "context_tokens": 128, "turns": 1, "timing": False}
+    first = run_method("caches", "snapkv", small)
+    assert measured == ["full", "snapkv"]
+    told = []
+    again = run_method("caches", "snapkv", small, since="", progress=lambda cell, n, of, stored: told.append(stored))
+    assert again == first
+    assert told == [True, True]
+    compare.compare("caches", module.Workload(**small), ["full"], [0.5])
+    assert measured == ["full", "snapkv"]  # compare had it from run
+    run_method("caches", "snapkv", small, since="9999-01-01T00:00:00Z")
+    run_method("caches", "snapkv", small)
+    assert measured == ["full", "snapkv"] * 3
+
+
+def test_a_sheet_is_the_table_as_text():
+    from broadsheet.lab import report
+
+    shown = report.sheet([record("full", "accuracy", 0.9), record("gear", "accuracy", 0.8, 0.25)])
+    assert shown.heads[:2] == ("method", "budget")
+    assert [(kind, cells[0]) for kind, cells in shown.rows] == [("", "full"), ("best", "gear")]
+    out = report.sheet([record("full", "accuracy", 0.9), record("gear", "reachable", 0.0, 0.1, least=0.2)])
+    assert out.rows[-1] == ("out", ("gear", "0.1", "cannot go below 0.200 of the full cache here"))

@@ -12,6 +12,10 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("sqlalchemy")
+
 from sqlalchemy import Engine, create_engine, text
 
 from broadsheet.web import library

@@ -11,9 +11,13 @@ from broadsheet import catalogue
 from .chat import ledger, serve_model
 from .common import asked, options_of, split, with_progress
 from .crash import crash
+from .digest import digest
+from .ingest import ingest
 from .instinct import instinct
+from .serve import serve
 from .study import study
 from .weights import bitstack, dfloat11
+from .worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -324,6 +328,10 @@ app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command()(worker)
+app.command()(ingest)
+app.add_typer(digest, name="digest")
+app.command()(serve)
 
 
 @app.command(name="lm-eval")

@@ -56,6 +56,24 @@ def plan(methods: Mapping[str, bool], budgets: Sequence[float], seeds: int) -> l
     return cells
 
 
+def store_of(family: str) -> RecordStore:
+    """Where a family's finished cells are kept, whoever measured them."""
+    return RecordStore(home() / "records" / f"{family}.jsonl")
+
+
+def key_of(family: str, cell: Cell, method: Any, workload: Any) -> str:
+    """The key of a cell in its store: changes with everything that its numbers depend on."""
+    return cell_key(
+        family=family,
+        method=cell.method,
+        parameters=method.parameters,
+        budget=cell.budget,
+        workload=bench(family).workload_key(workload),
+        model=identity(workload.model),
+        source=source_digest(family),
+    )
+
+
 def compare(
     family: str,
     workload: Any,
@@ -84,21 +102,13 @@ def compare(
         module.VIEW.check_budget(budget)
     if seeds < 1:
         raise ValueError("seeds must be at least 1")
-    store = store or RecordStore(home() / "records" / f"{family}.jsonl")
+    store = store or store_of(family)
     done = {} if fresh else store.cells()
     cells = plan({name: known[name].budgeted for name in names}, budgets, seeds)
     records: list[Record] = []
     for number, cell in enumerate(cells):
         seeded = replace(workload, seed=cell.seed)
-        key = cell_key(
-            family=family,
-            method=cell.method,
-            parameters=known[cell.method].parameters,
-            budget=cell.budget,
-            workload=module.workload_key(seeded),
-            model=identity(seeded.model),
-            source=source_digest(family),
-        )
+        key = key_of(family, cell, known[cell.method], seeded)
         if progress:
             progress(cell, number, len(cells), key in done)
         if key not in done:

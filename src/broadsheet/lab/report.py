@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -80,33 +81,47 @@ def describe(records: Sequence[Record]) -> str:
     return f"model {models}; {seeds} seed{'s' if seeds > 1 else ''}; {device}"
 
 
-def html(records: Sequence[Record], title: str) -> str:
-    """The page."""
-    table = rows(records)
-    how = view(records)
-    heads = columns(records)
-    lines = [f"<h1>{escape(title)}</h1>", f"<p class='soft'>{escape(describe(records))}; written {now()}.</p>"]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("method", "budget", how.price_head, *(h for h, _, _ in heads)))
-    lines.append(f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>")
+@dataclass(frozen=True)
+class Sheet:
+    """The ranked table as text: ``rows`` of (kind, cells). Of kind "best" are those that win their budget; those of kind
+    "out" could not reach it and have three cells, the last of which says so."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    note: str
+    about: str
+
+
+def sheet(records: Sequence[Record]) -> Sheet:
+    """One row a (method, budget), ranked within each budget."""
+    how, heads = view(records), columns(records)
+    found: list[tuple[str, tuple[str, ...]]] = []
     best: set[float | None] = set()
-    for row in table:
+    for row in rows(records):
         budget = budget_of(row, how)
         if row.least is not None:
-            note = how.least.format(f"{row.least:.{how.price_digits}f}")
-            lines.append(
-                f"<tr class='out'><td>{escape(row.method)}</td><td>{budget}</td>"
-                f"<td colspan='{len(heads) + 1}' style='text-align:left'>{note}</td></tr>"
-            )
+            found.append(("out", (row.method, budget, how.least.format(f"{row.least:.{how.price_digits}f}"))))
             continue
         winner = row.budget is not None and row.budget not in best
         best.add(row.budget)
-        cells = "".join(f"<td>{escape(cell(row, m, s))}</td>" for _, m, s in heads)
-        lines.append(
-            f"<tr{' class=best' if winner else ''}><td>{escape(row.method)}</td><td>{budget}</td>"
-            f"<td>{price(row, how)}</td>{cells}</tr>"
-        )
+        cells = (cell(row, metric, setting) for _, metric, setting in heads)
+        found.append(("best" if winner else "", (row.method, budget, price(row, how), *cells)))
+    names = ("method", "budget", how.price_head, *(name for name, _, _ in heads))
+    return Sheet(names, tuple(found), how.note, describe(records))
+
+
+def html(records: Sequence[Record], title: str) -> str:
+    """The page."""
+    table, how, shown = rows(records), view(records), sheet(records)
+    lines = [f"<h1>{escape(title)}</h1>", f"<p class='soft'>{escape(shown.about)}; written {now()}.</p>"]
+    head = "".join(f"<th>{escape(name)}</th>" for name in shown.heads)
+    lines.append(f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>")
+    for kind, texts in shown.rows:
+        wide = f" colspan='{len(shown.heads) - 2}' style='text-align:left'" if kind == "out" else ""
+        cells = "".join(f"<td>{escape(text)}</td>" for text in texts[:-1]) + f"<td{wide}>{escape(texts[-1])}</td>"
+        lines.append(f"<tr{f' class={kind}' if kind else ''}>{cells}</tr>")
     lines.append("</tbody></table></div>")
-    lines.append(f"<p class='soft'>{escape(how.note)}</p>")
+    lines.append(f"<p class='soft'>{escape(shown.note)}</p>")
     figures = [(plots.quality_against_price(table, quality_of(records), how), "Quality against what is paid for it.")]
     for mode in dict.fromkeys(r.setting["mode"] for r in records if "mode" in r.setting):
         turns = plots.quality_by_turn(table, mode, how.reference)

@@ -12,7 +12,7 @@ from typing import Any
 from broadsheet import catalogue
 from broadsheet.core.records import Record
 
-from .compare import Cell, bench, has_bench, taken
+from .compare import Cell, bench, has_bench, key_of, store_of, taken
 
 #: Papers that have a command of their own.
 COMMANDS = {"crash": "crash", "instinct": "instinct", "quantizing-code-llms": "study code"}
@@ -41,8 +41,12 @@ def run_method(
     progress: Callable[[Cell, int, int, bool], None] | None = None,
     out: str | None = None,
     tick: Callable[[int, int], None] | None = None,
+    since: str | None = None,
 ) -> list[Record]:
     """Measures ``slug`` as ``options`` configure it, and the family's reference (but for benchmarks), on one workload.
+
+    Finished cells go where `compare` keeps its own, so that each finds what the other measured. ``since``: cells that were
+    measured at this time (``2026-11-29T06:30:00Z``) or later are taken from there, "" takes all; None measures everything.
 
     Options that name a field of the workload go there, the others to the method. ``method=NAME`` runs another method
     of the family on a benchmark paper (``run scbench -o method=snapkv``). Where a method makes another model,
@@ -69,11 +73,18 @@ def run_method(
     cells = [Cell(n, budget, workload.seed) for n in names if n != reference]
     if any(getattr(known[n], "compared", True) for n in names):
         cells.insert(0, Cell(reference, None, workload.seed))
+    store = store_of(family)
+    done = {} if since is None or out else store.cells()
     for number, cell in enumerate(cells):
+        key = key_of(family, cell, known[cell.method], workload)
+        found = [record for record in done.get(key, []) if record.time >= (since or "")]
         if progress:
-            progress(cell, number, len(cells), False)
-        kept = taken(module, out=out if cell.method == name else None, tick=tick)
-        records += module.measure(cell.method, known[cell.method], workload, cell.budget, **kept)
+            progress(cell, number, len(cells), bool(found))
+        if not found:
+            kept = taken(module, out=out if cell.method == name else None, tick=tick)
+            found = module.measure(cell.method, known[cell.method], workload, cell.budget, **kept)
+            store.add(key, found)
+        records += found
     return records
 
 

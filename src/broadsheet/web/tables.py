@@ -173,6 +173,7 @@ class Subscription(Table):
     frequency: Mapped[str] = mapped_column(String(10))  # daily, weekly
     state: Mapped[str] = mapped_column(String(20), default="pending", index=True)  # pending, active, stopped, bounced
     created: Mapped[datetime] = mapped_column(default=utcnow)
+    asked: Mapped[datetime | None]  # when the mail that asks for confirmation was last sent
     confirmed: Mapped[datetime | None]
     bounces: Mapped[int] = mapped_column(default=0)  # in a row
 
@@ -187,8 +188,10 @@ class Delivery(Table):
     subscription_id: Mapped[int] = mapped_column(ForeignKey("subscription.id", ondelete="CASCADE"))
     issue: Mapped[str] = mapped_column(String(20))  # 2026-11-29, 2026-W48
     message_id: Mapped[str] = mapped_column(String(200), unique=True)
-    state: Mapped[str] = mapped_column(String(20))  # sending, sent, refused, unknown, bounced
-    time: Mapped[datetime] = mapped_column(default=utcnow)
+    #: claimed (nothing was sent), sending (its text may have been), sent, later, refused, unknown, bounced
+    state: Mapped[str] = mapped_column(String(20), index=True)
+    tries: Mapped[int] = mapped_column(default=0)
+    time: Mapped[datetime] = mapped_column(default=utcnow)  # of the last change
     error: Mapped[str] = mapped_column(String(500), default="")
 
 
@@ -196,7 +199,8 @@ class Delivery(Table):
 
 
 class Run(Table):
-    """One press on a Run button. ``records`` are what the command line would have printed with ``--json``."""
+    """One press on a Run button. ``records`` are what the command line would have printed with ``--json``; ``sheet`` and
+    ``plot`` are their table and picture, made where they were measured: showing them must not load torch."""
 
     __tablename__ = "run"
 
@@ -211,7 +215,11 @@ class Run(Table):
     beat: Mapped[datetime | None]  # when its worker was last alive
     cancel: Mapped[bool] = mapped_column(default=False)
     error: Mapped[str] = mapped_column(String(1000), default="")
-    records: Mapped[list[Any] | None] = mapped_column(JSON)
+    attempt: Mapped[int] = mapped_column(default=0)  # counts claims: who writes for an earlier one is not listened to
+    lost: Mapped[int] = mapped_column(default=0)  # how often its worker was killed over it
+    records: Mapped[list[Any] | None] = mapped_column(JSON, deferred=True)
+    sheet: Mapped[dict[str, Any] | None] = mapped_column(JSON, deferred=True)  # heads, rows, note, about
+    plot: Mapped[str] = mapped_column(Text, default="", deferred=True)  # an SVG
 
 
 class RunEvent(Table):
@@ -225,3 +233,12 @@ class RunEvent(Table):
     kind: Mapped[str] = mapped_column(String(20))  # state, progress, log
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
     time: Mapped[datetime] = mapped_column(default=utcnow)
+
+
+class WorkerBeat(Table):
+    """One row: when the one worker process was last alive."""
+
+    __tablename__ = "worker_beat"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    time: Mapped[datetime]

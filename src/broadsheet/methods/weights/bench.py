@@ -53,6 +53,7 @@ VIEW = View(
     qualities=(Quality("kl", "KL to the bf16 model (nats per token)", False),),
     columns=(
         ("KL", "kl"),
+        ("accuracy", "accuracy"),
         ("perplexity", "perplexity"),
         ("disk MB", "disk_bytes"),
         ("held MB", "held_bytes"),

@@ -89,6 +89,7 @@ def upgrade() -> None:
         sa.Column("frequency", sa.String(length=10), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
         sa.Column("created", sa.DateTime(), nullable=False),
+        sa.Column("asked", sa.DateTime(), nullable=True),
         sa.Column("confirmed", sa.DateTime(), nullable=True),
         sa.Column("bounces", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_subscription")),
@@ -97,6 +98,12 @@ def upgrade() -> None:
     with op.batch_alter_table("subscription", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_subscription_state"), ["state"], unique=False)
 
+    op.create_table(
+        "worker_beat",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("time", sa.DateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_worker_beat")),
+    )
     op.create_table(
         "author",
         sa.Column("paper_id", sa.Integer(), nullable=False),
@@ -116,6 +123,7 @@ def upgrade() -> None:
         sa.Column("issue", sa.String(length=20), nullable=False),
         sa.Column("message_id", sa.String(length=200), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
+        sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("time", sa.DateTime(), nullable=False),
         sa.Column("error", sa.String(length=500), nullable=False),
         sa.ForeignKeyConstraint(
@@ -128,6 +136,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("message_id", name=op.f("uq_delivery_message_id")),
         sa.UniqueConstraint("subscription_id", "issue", name=op.f("uq_delivery_subscription_id_issue")),
     )
+    with op.batch_alter_table("delivery", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_delivery_state"), ["state"], unique=False)
+
     op.create_table(
         "follow",
         sa.Column("account_id", sa.Integer(), nullable=False),
@@ -164,7 +175,11 @@ def upgrade() -> None:
         sa.Column("beat", sa.DateTime(), nullable=True),
         sa.Column("cancel", sa.Boolean(), nullable=False),
         sa.Column("error", sa.String(length=1000), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("lost", sa.Integer(), nullable=False),
         sa.Column("records", sa.JSON(), nullable=True),
+        sa.Column("sheet", sa.JSON(), nullable=True),
+        sa.Column("plot", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["account_id"], ["account.id"], name=op.f("fk_run_account_id_account"), ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_run")),
     )
@@ -270,11 +285,15 @@ def downgrade() -> None:
 
     op.drop_table("mark")
     op.drop_table("follow")
+    with op.batch_alter_table("delivery", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_delivery_state"))
+
     op.drop_table("delivery")
     with op.batch_alter_table("author", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_author_key_paper_id"))
 
     op.drop_table("author")
+    op.drop_table("worker_beat")
     with op.batch_alter_table("subscription", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_subscription_state"))
 
