@@ -77,7 +77,7 @@ def lines(count: int, seed: int = 0, first: datetime = datetime(2016, 1, 1), a_d
             code = f"  Code at https://github.com/made/{number}." if roll.random() < 0.2 else ""
             yield json.dumps(
                 {
-                    "id": f"{month}.{months[month]:05d}", "submitter": authors[0], "authors": ", ".join(authors),
+                    "id": f"{month}.{50_000 + months[month]}", "submitter": authors[0], "authors": ", ".join(authors),
                     "title": title, "comments": "12 pages", "journal-ref": None,
                     "doi": f"10.1000/made.{number}" if roll.random() < 0.1 else None,
                     "report-no": None, "categories": " ".join(tags), "license": None, "abstract": f"  {abstract}{code}\n",

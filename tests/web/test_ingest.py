@@ -279,8 +279,7 @@ BOMB = b'<!DOCTYPE x [<!ENTITY a "lol">' + NESTED + b']><rss version="2.0"><chan
     "document",
     [
         BOMB,
-        b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>'
-        b'<rss version="2.0"><channel><title>&e;</title></channel></rss>',
+        b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><rss version="2.0"><channel>&e;</channel></rss>',
         b'<!DOCTYPE x SYSTEM "http://169.254.169.254/x.dtd"><rss version="2.0"/>',
         b"\xff\xfe\x00bad", b"<rss", b"", b"\x00" * 100, b'<?xml version="1.0" encoding="no-such"?><rss/>',
         b'<?xml version="1.0" encoding="utf-8"?><rss version="2.0"><channel><title>\xe9</title></channel></rss>',
