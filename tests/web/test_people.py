@@ -327,5 +327,8 @@ def test_follows_bring_papers(client):
     assert "Older" not in titles
     shown = client.get("/account").text
     assert "ada lovelace" in shown
+    assert "Unfollow Ada Lovelace" in client.get("/search?author=Ada+Lovelace").text
+    assert "Unfollow cs.CL" in client.get("/search?tag=cs.CL").text
+    assert "Follow stat.ML" in client.get("/search?tag=stat.ML").text
     press(client, "/account", "/follow", kind="author", value="Ada Lovelace", on="0")
     assert "ada lovelace" not in client.get("/account").text

@@ -334,6 +334,13 @@ def follow(
     return RedirectResponse(_back(request, "/account"), 303)
 
 
+def follows(db: Database, account: Account | None) -> set[tuple[str, str]]:
+    """(kind, value) of everything that somebody follows."""
+    if account is None:
+        return set()
+    return set(db.execute(select(Follow.kind, Follow.value).where(Follow.account_id == account.id)).tuples())
+
+
 def followed(db: Database, account_id: int, since: date, until: date, limit: int) -> list[Paper]:
     """Papers of the days from ``since`` to ``until`` with a tag or an author that somebody follows, newest first."""
     mine = {kind: select(Follow.value).where(Follow.account_id == account_id, Follow.kind == kind) for kind in FOLLOWS}

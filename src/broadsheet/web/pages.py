@@ -157,6 +157,7 @@ def find(
         return _list(
             request, db, "search.html", papers, Pages(number, total, A_PAGE, f"?{given}&" if given else "?"),
             asked=asked, form=shown, given=given, families=catalogue.FAMILIES,
+            follows=accounts.follows(db, getattr(request.state, "account", None)),
             titles={p.id: highlight(p.title, words) for p in papers}, texts={p.id: excerpt(p, words) for p in papers},
         )  # fmt: skip
 
