@@ -19,13 +19,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, column, exists, func, intersect, literal_column, select, table, text, true
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    TextClause,
+    column,
+    exists,
+    func,
+    intersect,
+    literal_column,
+    select,
+    table,
+    text,
+    true,
+)
 from sqlalchemy.orm import Session
 
 from .library import author_key
@@ -93,19 +108,18 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
             return _papers(db, near[:limit])
     index = _INDEXES[db.get_bind().dialect.name]
     count = db.scalar(select(func.max(Paper.id))) or 1
-    scores: defaultdict[int, float] = defaultdict(float)
+    shared: list[tuple[NDArray[np.int64], float]] = [(np.empty(0, np.int64), 0.0)]
     words = dict.fromkeys(word for word in _WORD.findall(paper.title.lower()) if len(word) > 2 and word not in STOP_WORDS)
     for word in list(words)[:_WORDS_MOST]:
         ids = index.with_word(db, word, TELLING)
-        weight = math.log(1 + count / max(1, len(ids))) * (1 if len(ids) < TELLING else 0.3)
-        for number in ids:
-            scores[number] += weight
+        shared.append((ids, math.log(1 + count / max(1, len(ids))) * (1 if len(ids) < TELLING else 0.3)))
     if paper.family:
-        for number in db.scalars(select(Paper.id).where(Paper.family == paper.family)):
-            scores[number] += 2.0
-    scores.pop(paper.id, None)
-    best = sorted(scores.items(), key=lambda score: (-score[1], -score[0]))[:limit]
-    return _papers(db, [number for number, _ in best])
+        family = db.scalars(select(Paper.id).where(Paper.family == paper.family)).all()
+        shared.append((np.array(family, np.int64), 2.0))
+    numbers, place = np.unique(np.concatenate([ids for ids, _ in shared]), return_inverse=True)
+    scores = np.bincount(place, np.concatenate([np.full(len(ids), weight) for ids, weight in shared]), len(numbers))
+    best = numbers[np.lexsort((-numbers, -scores))][: limit + 1].tolist()
+    return _papers(db, [number for number in best if number != paper.id][:limit])
 
 
 # --- what was typed ---------------------------------------------------------------------------------------------
@@ -223,6 +237,9 @@ class Matches:
 class Words:
     """A database's index of words. Ids grow with time, so that the newest matches are those with the highest."""
 
+    #: The ids of ``most`` newest matches of ``query`` as one text, commas between them: rows would cost an object each.
+    of_word: TextClause
+
     def best(self, db: Session, terms: list[Term], filters: list[Select[Any]]) -> Matches:
         """The matches, ranked as the module's head says."""
         most = COUNTED if filters else RANKED + 1  # a filter is costly: what passes is asked for once
@@ -252,9 +269,10 @@ class Words:
         ids = self._ids(db, matches.query, filters, offset + limit + len(seen))
         return [number for number in ids if number not in seen][offset : offset + limit]
 
-    def with_word(self, db: Session, word: str, most: int) -> list[int]:
+    def with_word(self, db: Session, word: str, most: int) -> NDArray[np.int64]:
         """The newest papers with a word."""
-        return self._ids(db, self.query([Term((word,))]), [], most)
+        found = db.scalar(self.of_word, {"query": self.query([Term((word,))]), "most": most})
+        return np.array(found.split(",") if found else [], dtype=np.int64)
 
     def _ids(self, db: Session, query: str, filters: list[Select[Any]], most: int) -> list[int]:
         return list(db.scalars(self.matching(query, filters).limit(most)))
@@ -280,6 +298,10 @@ class FTS5(Words):
     """SQLite's: it walks its matches from the newest on, and stops when there are enough."""
 
     _table = table("paper_search", column("rowid"))
+    of_word = text(
+        "select group_concat(rowid) from "
+        "(select rowid from paper_search where paper_search match :query order by rowid desc limit :most)"
+    )
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         wanted: list[str] = []
@@ -315,6 +337,10 @@ class TsVector(Words):
     """PostgreSQL's: the column ``words`` and its GIN index."""
 
     _words: ColumnElement[Any] = literal_column("paper.words")
+    of_word = text(
+        "select string_agg(id::text, ',') from (select id from paper "
+        "where words @@ to_tsquery('english'::regconfig, :query) order by id desc limit :most) as newest"
+    )
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         wanted: list[str] = []
