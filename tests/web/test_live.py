@@ -205,7 +205,7 @@ def test_in_a_browser_a_run_is_started_watched_and_cancelled(site, chromium, mon
         tab.wait_for_url(f"{address}/runs/1")
         tab.get_by_text("full: measuring (1 of 2)").wait_for()
         tab.get_by_text("gear: measuring (2 of 2)").wait_for()
-        tab.wait_for_function("document.getElementById('run-progress').value > 0.6")
+        until(lambda: tab.locator("#run-progress").evaluate("bar => bar.value") > 0.6)
         assert tab.get_by_text("full: measuring (1 of 2)").count() == 1
         tab.get_by_role("button", name="Cancel").click()
         tab.locator("#run-state", has_text=re.compile("^cancelled$")).wait_for()
