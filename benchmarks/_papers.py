@@ -1,8 +1,8 @@
-"""Made papers in any number, as lines of arXiv's metadata snapshot (the JSON of its Kaggle data set); the same for the same seed.
+"""Made papers in any number, as lines of arXiv's metadata snapshot (its Kaggle data set); the same for the same seed.
 
-Words follow Zipf's law as Mandelbrot wrote it (probability ∝ 1/(rank + 2.7)^1.1), over 120,000 words: English function words first,
-then words of the field, then made ones. Lengths are those of cs.CL and cs.LG: titles of 9 ± 3 words, abstracts log-normal around
-165 words (some 1,150 characters), 4.5 authors.
+Words follow Zipf's law as Mandelbrot wrote it (probability ∝ 1/(rank + 2.7)^1.1), over 120,000 words: English function words
+first, then words of the field, then made ones. Lengths are those of cs.CL and cs.LG: titles of 9 ± 3 words, abstracts
+log-normal around 165 words, 4.5 authors.
 """
 
 from __future__ import annotations
@@ -24,11 +24,20 @@ FIELD = (
     "training task tasks large approach different paper however new neural two both between training network networks work "
     "information through text study novel while framework problem existing across representation representations accuracy "
     "attention experiments each image analysis code benchmark evaluation reasoning efficient algorithm transformer domain "
-    "generation deep knowledge graph state learn features context human questions prompt instruction memory dataset inference "
-    "cache tokens quantisation latency compression sparse pruning decoding speculative retrieval alignment preference reward "
+    "generation deep knowledge graph state learn features context human questions prompt instruction memory dataset "
+    "inference cache tokens quantisation latency compression sparse pruning decoding speculative retrieval alignment "
+    "preference reward "
     "distillation embedding multilingual robust calibration long-context kernel throughput accelerator roofline translation"
 ).split()
-CATEGORIES = (("cs.CL", 0.34), ("cs.LG", 0.30), ("cs.AI", 0.2), ("cs.CV", 0.12), ("stat.ML", 0.1), ("cs.AR", 0.03), ("cs.RO", 0.05))
+CATEGORIES = (
+    ("cs.CL", 0.34),
+    ("cs.LG", 0.30),
+    ("cs.AI", 0.2),
+    ("cs.CV", 0.12),
+    ("stat.ML", 0.1),
+    ("cs.AR", 0.03),
+    ("cs.RO", 0.05),
+)
 _SYLLABLES = [c + v + e for c in "b d f g k l m n p r s t v z".split() for v in "a e i o u".split() for e in ("", "n", "r")]
 _ENDS = ("", "", "", "", "", "", "ing", "ed", "tion", "ity", "er", "s")
 
@@ -62,16 +71,19 @@ def lines(count: int, seed: int = 0, first: datetime = datetime(2016, 1, 1), a_d
             title = _sentence(vocabulary, steps, roll, int(np.clip(roll.normal(9, 3), 3, 25)))
             abstract = _text(vocabulary, steps, roll, int(np.clip(roll.lognormal(5.1, 0.3), 40, 330)))
             authors = [_name(names, roll) for _ in range(1 + roll.poisson(3.5))]
-            tags = [name for (name, chance_of), hit in zip(CATEGORIES, roll.random(len(CATEGORIES)), strict=True) if hit < chance_of] or ["cs.LG"]
+            hits = roll.random(len(CATEGORIES))
+            tags = [name for (name, part), hit in zip(CATEGORIES, hits, strict=True) if hit < part] or ["cs.LG"]
             versions = [day + timedelta(days=40 * i) for i in range(1 + int(roll.random() < 0.3))]
             code = f"  Code at https://github.com/made/{number}." if roll.random() < 0.2 else ""
             yield json.dumps(
                 {
-                    "id": f"{month}.{months[month]:05d}", "submitter": authors[0], "authors": ", ".join(authors), "title": title,
-                    "comments": "12 pages", "journal-ref": None, "doi": f"10.1000/made.{number}" if roll.random() < 0.1 else None,
+                    "id": f"{month}.{months[month]:05d}", "submitter": authors[0], "authors": ", ".join(authors),
+                    "title": title, "comments": "12 pages", "journal-ref": None,
+                    "doi": f"10.1000/made.{number}" if roll.random() < 0.1 else None,
                     "report-no": None, "categories": " ".join(tags), "license": None, "abstract": f"  {abstract}{code}\n",
                     "versions": [
-                        {"version": f"v{i + 1}", "created": f"{at:%a, %d %b %Y %H:%M:%S} GMT"} for i, at in enumerate(versions)
+                        {"version": f"v{i + 1}", "created": f"{at:%a, %d %b %Y %H:%M:%S} GMT"}
+                        for i, at in enumerate(versions)
                     ],
                     "update_date": f"{versions[-1]:%Y-%m-%d}",
                     "authors_parsed": [[name.split()[1], name.split()[0], ""] for name in authors],

@@ -35,10 +35,11 @@ def main() -> None:
     parser.add_argument("--papers", type=int, default=400, help="that the tests make")
     parser.add_argument("--file", type=Path, help="of arXiv's snapshot, instead")
     given = parser.parse_args()
-    new = not (given.folder / "web.sqlite").exists()
-    client = open_site(given.folder, given.papers if new and not given.file else 0)
-    if new and given.file:
+    filled = given.folder / "filled"
+    client = open_site(given.folder, 0 if given.file or filled.exists() else given.papers)
+    if given.file and not filled.exists():
         fill(client, given.file)
+    filled.touch()
     logging.basicConfig(level=logging.WARNING)
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
         print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)

@@ -1,6 +1,6 @@
 """What a kill costs the web page: its processes are killed with SIGKILL at random moments, ten times each.
 
-    python benchmarks/web_faults.py [worker] [server] [--kills 10] [--runs 8] [--within 20] [--seed 0]
+    python benchmarks/web_faults.py [worker] [server] [sender] [--kills 10] [--runs 8] [--within 20] [--seed 0]
 
 ``worker``: real runs (a benchmark of the evals family on the built-in model, a sample each) wait in the queue; their worker
 is killed again and again, then one works to the end. Every run must have ended, with its records or, where it was the one
@@ -8,6 +8,9 @@ under way at three kills, with a line that says so; no finished cell may have be
 
 ``server``: visitors start runs, cancel them and vote, and others watch a run, while the server is killed and started again.
 What was answered must be in the database; who watches must get every line once, in order, over all kills.
+
+``sender``: a digest goes to sixty subscribers through a real mail server while its sender is killed. Nobody may get it
+twice, and who did not get it must be named as unknown, at most one a kill.
 """
 
 from __future__ import annotations
@@ -277,9 +280,29 @@ def _answers(address: str) -> None:
 # --- both -------------------------------------------------------------------------------------------------------
 
 
+# --- the sender -------------------------------------------------------------------------------------------------
+
+
+def killed_senders(settings: Settings, kills: int, seed: int) -> dict[str, float]:
+    """Counts of what must not be: digests that somebody got twice, or did not get though nothing says so."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "web"))
+    from sending import killed_sends
+
+    got, ended, died = killed_sends(settings.home, settings.database, 60, kills, seed)
+    sent = {email for email, state in ended.items() if state == "sent"}
+    return {
+        "kills while mail went out": died,
+        "subscribers": len(ended),
+        "digests sent": len(sent),
+        "left alone as unknown": list(ended.values()).count("unknown"),
+        "subscribers who got a digest twice": sum(len(mails) > 1 for mails in got.values()),
+        "digests lost without a word": len(sent - set(got)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="worker, server; default: all")
+    parser.add_argument("parts", nargs="*", help="worker, server, sender; default: all")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--within", type=float, default=20, help="a worker is killed so many seconds after it took a run")
@@ -290,6 +313,7 @@ def main() -> None:
     parts: dict[str, Callable[[Settings], dict[str, float]]] = {
         "worker": lambda settings: killed_workers(settings, given.kills, given.runs, given.within, draw),
         "server": lambda settings: killed_servers(settings, given.kills, draw),
+        "sender": lambda settings: killed_senders(settings, given.kills, given.seed),
     }
     chosen = given.parts or list(parts)
     records = [record for record in (read_json(RESULTS) if RESULTS.exists() else ()) if record.method not in chosen]

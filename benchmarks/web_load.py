@@ -55,13 +55,13 @@ end
 _FILL = """
 import json, sys
 from aslite.db import get_papers_db, get_metas_db
-papers, metas = get_papers_db(flag="c", autocommit=False), get_metas_db(flag="c", autocommit=False)
-for line in open(sys.argv[1]):
-    paper = json.loads(line)
-    papers[paper["_id"]] = paper
-    metas[paper["_id"]] = {"_time": paper["_time"]}
-papers.commit(), metas.commit()
-papers.close(), metas.close()
+for opened, part in ((get_papers_db, lambda paper: paper), (get_metas_db, lambda paper: {"_time": paper["_time"]})):
+    table = opened(flag="c", autocommit=False)
+    for line in open(sys.argv[1]):
+        paper = json.loads(line)
+        table[paper["_id"]] = part(paper)
+    table.commit()
+    table.close()
 """
 
 
@@ -99,7 +99,10 @@ def ours(folder: Path, papers: Path, extra: str):
     command = [sys.executable, str(HERE / "_web_page.py"), str(folder), "--file", str(papers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            yield process.stdout.readline().strip()
+            address = process.stdout.readline().strip()
+            if not address:
+                raise SystemExit("the page did not open")
+            yield address
         finally:
             process.terminate()
 

@@ -17,6 +17,7 @@ AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
 PAGES = (
     *("/", "/days/2026-11-28", "/days/1999-01-01", "/calendar/2026-11", "/trending", "/running", "/about", "/api", "/nope"),
     *("/papers/gear", "/papers/glan", "/papers/2611.50059", "/search", "/search?q=cache&since=2026-11-01", "/search?q=zzz"),
+    *("/sign-in", "/subscribe", "/sign-in/forged", "/runs", "/papers/gear/run"),
 )
 
 pytestmark = [pytest.mark.skipif(not CHROMIUM, reason="needs chromium")]

@@ -51,7 +51,9 @@ def test_the_same_paper_from_every_feed_is_one_row(engine):
 
 
 def test_one_batch_merges_with_itself(engine):
-    added = add(engine, BASE, replace(BASE, doi="10.1145/abc.1"), replace(BASE, arxiv_id="", doi="10.1145/ABC.1", tags=("x",)))
+    added = add(
+        engine, BASE, replace(BASE, doi="10.1145/abc.1"), replace(BASE, arxiv_id="", doi="10.1145/ABC.1", tags=("x",))
+    )
     assert (added.new, added.same) == (1, 2)
     paper, _, tags = only(engine)
     assert paper.doi == "10.1145/abc.1"

@@ -86,7 +86,11 @@ def test_a_title_counts_more_than_an_abstract_even_if_it_is_old(engine):
         first = search.search(db, "common", limit=2 * search.RANKED // 50)
         assert first.total == 2 * search.RANKED
         assert all(int(paper.title.split()[1]) % 50 == 0 for paper in first.papers)
-        seen = [p.id for offset in range(0, first.total, 100) for p in search.search(db, "common", limit=100, offset=offset).papers]
+        seen = [
+            p.id
+            for offset in range(0, first.total, 100)
+            for p in search.search(db, "common", limit=100, offset=offset).papers
+        ]
         assert len(seen) == len(set(seen)) == first.total  # pages neither repeat nor lose a paper
         assert search.search(db, "common", offset=first.total).papers == []
         assert search.search(db, "rare common").total == 2 * search.RANKED // 100
@@ -105,10 +109,10 @@ def test_what_changes_is_found_as_it_is_now(engine):
 
 
 HOSTILE = (
-    '"', "'", '""', "*", "a*", '"a" *', "AND", "OR", "NOT", "a NOT", "NEAR(a b)", "NEAR", "title:", "{title} : x", "^a", "(", ")",
-    "a OR (b", "-", "--", "-a", "- a", "a; drop table paper", "\x00", "a\x00b", "%", "_", "\\", ":*", "a:*", "!", "a & !b", "<->",
-    "'a' <-> 'b'", "٣", "Ａ", "ﬁ", "é", "ß", "İ", "한국어", "\ud800", "\u202eevil", "a" * 5000, "a " * 3000, "' OR 1=1 --", "{", "+",
-    "a.b.c", "c++", "x^2", "$1", "${x}", ":query", "the", "the of",
+    '"', "'", '""', "*", "a*", '"a" *', "AND", "OR", "NOT", "a NOT", "NEAR(a b)", "NEAR", "title:", "{title} : x", "^a",
+    "(", ")", "a OR (b", "-", "--", "-a", "- a", "a; drop table paper", "\x00", "a\x00b", "%", "_", "\\", ":*", "a:*", "!",
+    "a & !b", "<->", "'a' <-> 'b'", "٣", "Ａ", "ﬁ", "é", "ß", "İ", "한국어", "\ud800", "\u202eevil", "a" * 5000, "a " * 3000,
+    "' OR 1=1 --", "{", "+", "a.b.c", "c++", "x^2", "$1", "${x}", ":query", "the", "the of",
 )  # fmt: skip
 
 

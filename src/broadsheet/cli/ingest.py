@@ -17,7 +17,9 @@ def ingest(
     kind: Annotated[
         str, typer.Option(help="What the addresses are, where it cannot be guessed: arxiv, oai, hf-daily, rss.")
     ] = "",
-    since: Annotated[str, typer.Option(metavar="DAY", help="From this day on, as 2026-11-01; default: where it stopped.")] = "",
+    since: Annotated[
+        str, typer.Option(metavar="DAY", help="From this day on, as 2026-11-01; default: where it stopped.")
+    ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many papers of each source, to try it out.")] = None,
 ) -> None:
     """Read papers from SOURCES into the library that 'broadsheet serve' shows.
@@ -27,7 +29,8 @@ def ingest(
     a source fails, the others are read all the same, and the exit code is 1.
 
     Files are JSON lines (title, authors, abstract, arxiv_id, doi, url, code_url, tags, published, ...), arXiv's metadata
-    snapshot, or OAI-PMH dumps, each also as .gz. Addresses must be public; BROADSHEET_ALLOW_HOSTS names hosts that need not be.
+    snapshot, or OAI-PMH dumps, each also as .gz. Addresses must be public; BROADSHEET_ALLOW_HOSTS names hosts that need
+    not be.
 
     Examples:
 

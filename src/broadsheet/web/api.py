@@ -263,10 +263,8 @@ def _paper(request: Request, row: Row) -> Paper:
 
 
 def _claims(paper: Known) -> list[Claim]:
+    shown = ("id", "metric", "setting", "paper", "reason")
     return [
-        Claim(
-            slug=paper.slug, id=claim.id, metric=claim.metric, setting=claim.setting, paper=claim.paper, ours=status.ours,
-            status=status.status, reason=claim.reason,
-        )
+        Claim.model_validate({"slug": paper.slug, **{name: getattr(claim, name) for name in shown}, **vars(status)})
         for claim, status in zip(paper.claims, facts.verdicts(paper.slug), strict=True)
-    ]  # fmt: skip
+    ]

@@ -1,9 +1,9 @@
 """What papers are about, as vectors: BROADSHEET_EMBEDDINGS=lsa turns it on.
 
 Latent semantic analysis: tf-idf of words and pairs of words, and its 128 strongest directions (scikit-learn's TruncatedSVD),
-fitted on the library itself, so that nothing is downloaded and every field of papers gets its own directions. `build` makes
-the vectors (``broadsheet ingest`` does, at its end); they lie under BROADSHEET_HOME beside the words and their weights, a file
-for each database, as plain arrays. A query costs one product of matrices.
+fitted on the library itself, so that nothing is downloaded and every field of papers gets its own directions. `build`
+makes the vectors (``broadsheet ingest`` does, at its end); they lie under BROADSHEET_HOME beside the words and their
+weights, a file for each database, as plain arrays. A query costs one product of matrices.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def build(db: Session) -> int:
         counts = vectoriser.fit_transform(text for _, text in _texts(db, chosen.tolist()))
     except ValueError:  # no word is in two papers
         return 0
-    decomposition = TruncatedSVD(min(DIMENSIONS, counts.shape[1] - 1, len(chosen) - 1), random_state=0)
+    decomposition = TruncatedSVD(min(DIMENSIONS, counts.shape[1] - 1, max(2, len(chosen) // 4)), random_state=0)
     decomposition.fit(counts)
     made = Embeddings(
         ids, np.zeros(0), np.array(vectoriser.get_feature_names_out(), dtype=str), vectoriser.idf_.astype(np.float32),
@@ -148,7 +149,7 @@ def _texts(db: Session, ids: list[int]) -> list[tuple[int, str]]:
 def _terms(text: str) -> list[str]:
     """Words and neighbouring pairs, without the ends that English adds."""
     words = [_END.sub("", word) if len(word) > 4 else word for word in _WORD.findall(text.lower())]
-    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    return words + [f"{a} {b}" for a, b in pairwise(words)]
 
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -156,7 +157,7 @@ _END = re.compile(r"(?:ies|es|s|ing|ed|ation|ations)$")
 
 
 def _path(db: Session) -> Path:
-    address = db.get_bind().engine.url.render_as_string()  # type: ignore[union-attr]
+    address = db.get_bind().engine.url.render_as_string()
     return home() / "embeddings" / f"{blake2b(address.encode(), digest_size=8).hexdigest()}.npz"
 
 

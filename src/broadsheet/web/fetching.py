@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
+import ssl
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from importlib.metadata import version
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -62,7 +65,9 @@ def checked_address(host: str, port: int, allowed: frozenset[str], resolve: Call
     if host not in allowed:
         for address in addresses:
             if not is_public(address):
-                raise FetchError(f"{host} is at {address}, which is not public; BROADSHEET_ALLOW_HOSTS={host} would allow it")
+                raise FetchError(
+                    f"{host} is at {address}, which is not public; BROADSHEET_ALLOW_HOSTS={host} would allow it"
+                )
     return addresses[0]
 
 
@@ -75,7 +80,7 @@ def is_public(address: str) -> bool:
     if isinstance(found, IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo and found.teredo[1])
         if not inner and int(found) >> 32 == 0x64FF9B << 64:  # NAT64: the last four bytes are an IPv4 address
-            inner = ip_address(int(found) & 0xFFFFFFFF)
+            inner = IPv4Address(int(found) & 0xFFFFFFFF)
         if inner and not is_public(str(inner)):
             return False
     return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
@@ -126,7 +131,8 @@ class Fetcher:
             raise FetchError(f"{_shown(url)}: only http and https addresses are fetched")
         if parts.username or parts.password:
             raise FetchError(f"{_shown(url)}: addresses with a name or password are not fetched")
-        allowed = frozenset(name.strip().lower() for name in os.environ.get("BROADSHEET_ALLOW_HOSTS", "").split(",") if name.strip())
+        named = os.environ.get("BROADSHEET_ALLOW_HOSTS", "").lower().split(",")
+        allowed = frozenset(name.strip() for name in named if name.strip())
         port = port or (443 if parts.scheme == "https" else 80)
         return host, port, checked_address(host, port, allowed, self.resolve)
 
@@ -178,7 +184,7 @@ class Fetcher:
         if status != 200:
             raise FetchError(f"{_shown(url)}: the server answers {status}")
         body = bytearray()
-        for chunk in _decoded(answer.iter_raw(1 << 16), headers.get("content-encoding", ""), self.largest):
+        for chunk in _decoded(answer.iter_raw(), headers.get("content-encoding", ""), self.largest):
             body += chunk
             if len(body) > self.largest:
                 raise FetchError(f"{_shown(url)}: more than {self.largest:,} bytes")
@@ -201,8 +207,14 @@ USER_AGENT = f"broadsheet/{version('broadsheet')} (daily papers; one polite read
 @contextmanager
 def _client(timeout: float) -> Iterator[httpx.Client]:
     """Without proxies of the environment, which would resolve names again."""
-    with httpx.Client(timeout=timeout, follow_redirects=False, trust_env=False) as client:
+    with httpx.Client(verify=_trusted(), timeout=timeout, follow_redirects=False, trust_env=False) as client:
         yield client
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Read once: the list of authorities is long. Clients are not kept, since connections are to addresses, not names."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _decoded(chunks: Iterator[bytes], encoding: str, largest: int) -> Iterator[bytes]:
@@ -235,5 +247,6 @@ def _seconds(after: str) -> float | None:
 
 
 def _shown(url: str) -> str:
-    """The address for a message: without what may be secret in its query, in one line."""
-    return "".join(c for c in url.partition("?")[0][:200] if c.isprintable())
+    """The address for a message, in one line: without what may be secret, its query and a name and password."""
+    plain = re.sub(r"//[^/]*@", "//", url.partition("?")[0][:200])
+    return "".join(c for c in plain if c.isprintable())

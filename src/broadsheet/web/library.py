@@ -97,25 +97,23 @@ def seed(db: Session) -> None:
         add(db, map(_item, missing))
         found = _Known(db, [row for row in (_row(_item(paper)) for paper in missing) if row])
         for paper in missing:
-            row = _row(_item(paper))
-            assert row
-            known = found.find(row)
-            assert known
-            rows[paper.slug] = db.get_one(Paper, known["id"])
+            known = found.find(_row(_item(paper)) or {})
+            if known:
+                rows[paper.slug] = db.get_one(Paper, known["id"])
     tags: dict[int, set[str]] = {}
     for tag in db.scalars(select(Tag).where(Tag.paper_id.in_([row.id for row in rows.values()]))):
         tags.setdefault(tag.paper_id, set()).add(tag.name)
     for slug, row in rows.items():
-        paper = catalogue.papers().get(slug or "")
-        if paper is None:  # no longer in the catalogue: a paper like any other
+        entry = catalogue.papers().get(slug or "")
+        if entry is None:  # no longer in the catalogue: a paper like any other
             row.slug, row.family, row.running = None, None, False
             continue
-        new = [tag for tag in paper.tags if tag not in tags.get(row.id, ())]
+        new = [tag for tag in entry.tags if tag not in tags.get(row.id, ())]
         db.add_all(Tag(paper_id=row.id, name=tag) for tag in new)
         for name, value in (
-            ("slug", slug), ("family", paper.family), ("running", bool(paper.method)), ("title", clean(paper.title, TITLE)),
-            ("summary", clean(paper.summary, 10 * SUMMARY)), ("code_url", row.code_url or paper.code),
-            ("names", " ".join(dict.fromkeys(f"{row.names} {slug} {paper.family} {' '.join(new)}".split()))),
+            ("slug", slug), ("family", entry.family), ("running", bool(entry.method)), ("title", clean(entry.title, TITLE)),
+            ("summary", clean(entry.summary, 10 * SUMMARY)), ("code_url", row.code_url or entry.code),
+            ("names", " ".join(dict.fromkeys(f"{row.names} {slug} {entry.family} {' '.join(new)}".split()))),
         ):  # fmt: skip
             if getattr(row, name) != value:
                 setattr(row, name, value)

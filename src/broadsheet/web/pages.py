@@ -142,7 +142,8 @@ def find(
     number = int(page_) if re.fullmatch(r"[1-9]\d{0,2}", page_, re.ASCII) else 1
     query, family, tag, author = (clean(text, 300) for text in (q, family, tag, author))
     days = {name: _maybe_date(text) for name, text in (("day", day), ("since", since), ("until", until))}
-    filters = {**days, "family": family, "tag": tag, "author": author, "has_code": bool(code), "running": bool(running)}
+    filters: dict[str, Any] = {**days, "family": family, "tag": tag, "author": author}
+    filters |= {"has_code": bool(code), "running": bool(running)}
     asked = bool(query or any(filters.values()))
     with reading(request.app.state.engine) as db:
         found = search.search(db, query, **filters, limit=A_PAGE, offset=(number - 1) * A_PAGE) if asked else None

@@ -1,13 +1,14 @@
 """Search: words in titles, authors, tags, summaries and abstracts, and papers that are about the same.
 
 The words are indexed by the database: SQLite's FTS5 with BM25 (a word in a title counts ten times one in an abstract), or
-PostgreSQL's tsvector with ts_rank and the same proportions. Words are stemmed, accents ignored, the last word may be unfinished,
-"words in quotes" and hyphen-ated words stand side by side, and -word excludes. Nothing that one can type is an error.
+PostgreSQL's tsvector with ts_rank and the same proportions. Words are stemmed, names are found without their accents, the
+last word may be unfinished, "words in quotes" and hyphen-ated words stand side by side, and -word excludes. Nothing that
+one can type is an error.
 
-**What is ranked.** A common word stands in half of all abstracts, and scoring 60,000 papers takes longer than anybody waits.
-So at most `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes after them (from
-about the twentieth page on) is in order of age. A query with fewer matches, which is most with two words or more, is
-ranked in full. The total is exact, but with filters it stops at `COUNTED`.
+**What is ranked.** A common word stands in half of all abstracts, and scoring 60,000 papers takes longer than anybody
+waits. So at most twice `RANKED` matches are scored: the newest with a match in the title, and the newest of all. What comes
+after them (from about the fourteenth page on) is in order of age. A query with fewer matches is ranked in full. The total is
+exact, but with filters it stops at `COUNTED`.
 
 **Meaning.** Where BROADSHEET_EMBEDDINGS asks for it (see `embeddings`), the order by words is fused with the order by
 meaning: each gives a paper 1 / (60 + its place), the sum decides (reciprocal rank fusion), and papers without the words
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -92,7 +93,7 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
             return _papers(db, near[:limit])
     index = _INDEXES[db.get_bind().dialect.name]
     count = db.scalar(select(func.max(Paper.id))) or 1
-    scores: Counter[int] = Counter()
+    scores: defaultdict[int, float] = defaultdict(float)
     words = dict.fromkeys(word for word in _WORD.findall(paper.title.lower()) if len(word) > 2 and word not in STOP_WORDS)
     for word in list(words)[:_WORDS_MOST]:
         ids = index.with_word(db, word, TELLING)
@@ -102,7 +103,7 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
     if paper.family:
         for number in db.scalars(select(Paper.id).where(Paper.family == paper.family)):
             scores[number] += 2.0
-    del scores[paper.id]
+    scores.pop(paper.id, None)
     best = sorted(scores.items(), key=lambda score: (-score[1], -score[0]))[:limit]
     return _papers(db, [number for number, _ in best])
 
@@ -183,8 +184,8 @@ def _newest(db: Session, filters: list[Select[Any]], limit: int, offset: int) ->
         ids = db.scalars(select(Paper.id).where(*passing).order_by(Paper.day.desc(), Paper.id.desc()))
         return Found(_papers(db, list(ids)[offset : offset + limit]), total)
     walk = select(Paper.id).order_by(Paper.day.desc(), Paper.id.desc()).offset(offset).limit(limit)
-    for ids in filters:  # many: along the index of days, each looked at until there are enough
-        inner = ids.subquery()
+    for passing_ids in filters:  # many: along the index of days, each looked at until there are enough
+        inner = passing_ids.subquery()
         walk = walk.where(exists(select(1).select_from(inner).where(inner.c[0] == Paper.id)))
     return Found(_papers(db, db.scalars(walk).all()), total)
 
@@ -281,7 +282,8 @@ class FTS5(Words):
     _table = table("paper_search", column("rowid"))
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
-        wanted, excluded = [], []
+        wanted: list[str] = []
+        excluded: list[str] = []
         for term in terms:
             phrase = '"' + " ".join(term.words) + '"' + (" *" if unfinished and term.unfinished else "")
             (excluded if term.excluded else wanted).append(phrase)
@@ -315,7 +317,8 @@ class TsVector(Words):
     _words: ColumnElement[Any] = literal_column("paper.words")
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
-        wanted, excluded = [], []
+        wanted: list[str] = []
+        excluded: list[str] = []
         for term in terms:
             ends = [""] * (len(term.words) - 1) + [":*" if unfinished and term.unfinished else ""]
             phrase = " <-> ".join(f"'{word}'{end}" for word, end in zip(term.words, ends, strict=True))

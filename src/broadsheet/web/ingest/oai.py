@@ -124,7 +124,8 @@ def _of_dublin_core(metadata: Element, identifier: str) -> Item:
     dates = sorted(time for time in map(time_of, every("date")) if time)
     texts = sorted(every("description"), key=len)
     return Item(
-        title=next(iter(every("title")), ""), authors=tuple(map(_turned, every("creator"))), abstract=texts[-1] if texts else "",
+        title=next(iter(every("title")), ""), authors=tuple(map(_turned, every("creator"))),
+        abstract=texts[-1] if texts else "",
         arxiv_id=next((i for i in identifiers if "arxiv" in i.lower() and arxiv_id_of(i)), ""),
         version=max((arxiv_version_of(i) for i in identifiers if "arxiv" in i.lower()), default=0),
         doi=next((i for i in identifiers if doi_of(i)), ""),

@@ -43,7 +43,9 @@ def items_of(document: bytes) -> tuple[list[Item], int]:
 def _item(entry: Any, source: str) -> Item:
     link, identifier = str(entry.get("link", "")), str(entry.get("id", ""))
     texts = [str(part.get("value", "")) for part in entry.get("content", ())] + [str(entry.get("summary", ""))]
-    abstract = html.unescape(max(texts, key=len)).rpartition("Abstract:")[2]  # arXiv's own says what kind of news it is first
+    abstract = html.unescape(max(texts, key=len)).rpartition("Abstract:")[
+        2
+    ]  # arXiv's own says what kind of news it is first
     names = [str(author.get("name", "")) for author in entry.get("authors", ())]
     arxiv = next((text for text in (identifier, link) if "arxiv" in text.lower() and arxiv_id_of(text)), "")
     dois = (str(entry.get(name, "")) for name in ("prism_doi", "dc_identifier", "id", "link"))
