@@ -1,0 +1,1 @@
+"""Performance models, cluster simulators and device harnesses: what a run would cost, before it is paid for."""
