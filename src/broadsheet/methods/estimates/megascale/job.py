@@ -222,6 +222,7 @@ class Worker:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.injector.weights(step, self.module)
+                self.injector.phase(step, "optimizer")
             if step == first and job.collector == "frozen":
                 gc.collect()
                 gc.freeze()

@@ -28,17 +28,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: pid, step, sequence, bytes, loss, wall time, name of the current event (padded with zeros)
-_LAYOUT = struct.Struct("<qqqqdd48s")
+#: pid, first step, step, steps done, sequence, bytes, loss, wall time, name of the current event (padded with zeros)
+_LAYOUT = struct.Struct("<qqqqqqdd48s")
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a beacon holds. ``step``: the one under way; ``bytes``: sent to other ranks since the start; ``loss``: nan before the
-    first; ``time``: seconds since the epoch of the last change."""
+    """What a beacon holds. ``first``: the step that this attempt began with; ``step``: the one under way; ``done``: steps that
+    ended in this attempt; ``bytes``: sent to other ranks since the start; ``loss``: of the last step that ended; ``time``:
+    seconds since the epoch of the last change."""
 
     pid: int
+    first: int
     step: int
+    done: int
     sequence: int
     bytes: int
     loss: float
@@ -54,8 +57,8 @@ def read_status(path: str | Path) -> Status | None:
         return None
     if len(raw) < _LAYOUT.size:
         return None
-    pid, step, sequence, sent, loss, when, name = _LAYOUT.unpack(raw[: _LAYOUT.size])
-    return Status(pid, step, sequence, sent, loss, when, name.rstrip(b"\0").decode()) if pid else None
+    *numbers, name = _LAYOUT.unpack(raw[: _LAYOUT.size])
+    return Status(*numbers, name.rstrip(b"\0").decode()) if numbers[0] else None
 
 
 class Beacon:
@@ -66,12 +69,13 @@ class Beacon:
         with open(path, "w+b") as file:
             file.truncate(_LAYOUT.size)
             self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
-        self.step, self.sequence, self.bytes, self.loss = 0, 0, 0, math.nan
+        self.first, self.step, self.done, self.sequence, self.bytes, self.loss = -1, -1, 0, 0, 0, math.nan
 
     def show(self, event: str) -> None:
         self.sequence += 1
-        name = event.encode()[:48]
-        self._map[:] = _LAYOUT.pack(os.getpid(), self.step, self.sequence, self.bytes, self.loss, time.time(), name)
+        self._map[:] = _LAYOUT.pack(
+            os.getpid(), self.first, self.step, self.done, self.sequence, self.bytes, self.loss, time.time(), event.encode()[:48]
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ class Timer:
         self.step = step
         if self.beacon:
             self.beacon.step = step
+            self.beacon.first = step if self.beacon.first < 0 else self.beacon.first
+            self.beacon.show("step")
         self.current = ("step", "", 0)
 
     def finish(self, loss: float = math.nan) -> None:
@@ -151,14 +157,15 @@ class Timer:
         self._events.clear()
         if self.beacon:
             self.beacon.loss = loss
+            self.beacon.done += 1
             self.beacon.show("step")
 
     def answer(self) -> dict[str, Any]:
-        """Where this rank is: its event, and how often it has entered each channel."""
+        """Where this rank is: its event, and how often it has entered each of its channels."""
         event, channel, sequence = self.current
         return {
             "rank": self.rank, "step": self.step, "event": event, "channel": channel, "sequence": sequence,
-            "entered": dict(self.entered),
+            "entered": dict(self.entered), "channels": {name: list(ranks) for name, ranks in self.channels.items()},
         }  # fmt: skip
 
     def close(self) -> None:
