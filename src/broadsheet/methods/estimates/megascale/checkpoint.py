@@ -22,7 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,16 @@ def last_good(folder: str | Path) -> tuple[int | None, list[str]]:
     return None, reasons
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, midway: Callable[[], None] | None = None) -> None:
     """All or nothing: a reader sees the whole file under its name, or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(data[: len(data) // 2])
+            file.flush()
+            if midway:
+                midway()
+            file.write(data[len(data) // 2 :])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -111,7 +115,7 @@ class Checkpointer:
     """Saves and restores the state that the ranks of a data-parallel ``group`` share, and each rank's own.
 
     ``keep``: good checkpoints that stay. ``background=False`` is the synchronous save that the two stages are compared with.
-    ``delay``: seconds that stage 2 waits before its rename, to give a slow shared filesystem to tests.
+    ``midway``: called with the step when half of a shard's bytes are written, to try what happens then.
 
     Raises ValueError for ``keep`` below 1; a failed write is in `error` (and raised by a synchronous save), and what was good
     before stays.
@@ -123,7 +127,7 @@ class Checkpointer:
     attempt: int = 0
     keep: int = 2
     background: bool = True
-    delay: float = 0.0
+    midway: Callable[[int], None] | None = None
     group: Any = None
     error: OSError | None = field(default=None, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -165,10 +169,9 @@ class Checkpointer:
             folder = self.folder / f"step-{step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
             data = save(tensors, meta)
-            time.sleep(self.delay)
             digest = hashlib.sha256(data).hexdigest()
             name = f"shard-{self.rank}-of-{self.world}.attempt-{self.attempt}.{digest}.safetensors"
-            _write(folder / name, data)
+            _write(folder / name, data, (lambda: self.midway(step)) if self.midway else None)
             for old in folder.glob(f"shard-{self.rank}-of-*"):  # of an attempt that came to this step before
                 if old.name != name:
                     old.unlink()

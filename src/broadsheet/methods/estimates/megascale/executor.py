@@ -240,7 +240,7 @@ class Executor:
 
     # --- self-check -------------------------------------------------------------------------------------------------
 
-    def check(self, processes: int, folder: str) -> None:
+    def check(self, processes: int, folder: str, neighbour: tuple[str, int]) -> None:
         """Runs the self-check in a child, so that a sick disk or network cannot take the daemon with it."""
         read, write = os.pipe()
         pid = os.fork()
@@ -248,7 +248,7 @@ class Executor:
             _detach(write)
             from .selfcheck import examine
 
-            os.write(write, json.dumps(examine(processes, folder)).encode())
+            os.write(write, json.dumps(examine(processes, folder, neighbour)).encode())
             os._exit(0)
         os.close(write)
 

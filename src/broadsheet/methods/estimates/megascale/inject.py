@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import struct
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ KINDS = {
     "silent": "a low mantissa bit of the rank's gradient is flipped before the sum",
     "nan": "the loss is not a number",
     "disk": "files of the node cannot grow beyond ``amount`` bytes",
-    "link": "the node's network link goes down for ``amount`` seconds, again and again",
+    "link": "the node's network link goes down for ``amount`` seconds, five times",
+    "write": "SIGKILL while the second stage of a checkpoint has written half its bytes",
 }
 _OF_NODE = {"slow", "disk"}
 
@@ -100,13 +102,17 @@ class Injector:
 
     def step(self, step: int) -> None:
         """Faults that have no phase."""
-        for fault in self._due(step, "heartbeat", "disk", "checkpoint"):
+        for fault in self._due(step, "heartbeat", "disk", "checkpoint", "link"):
             if fault.kind == "heartbeat":
                 os.kill(os.getppid(), signal.SIGSTOP)
             elif fault.kind == "disk":
                 limit = int(fault.amount)
                 for process in (os.getpid(), os.getppid()):  # the node's executor checks its disk with the same limit
                     resource.prlimit(process, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            elif fault.kind == "link":
+                down, up = "ip link set eth0 down", "ip link set eth0 up"
+                once = f"{down}; sleep {fault.amount}; {up}; sleep {fault.amount}; "
+                subprocess.Popen(["sh", "-c", once * 5])
             else:
                 self._corrupt(fault)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -142,6 +148,11 @@ class Injector:
                     raise RuntimeError("injected failure of the training script")
                 else:
                     time.sleep(10**6)
+
+    def writing(self, step: int) -> None:
+        """In stage 2 of a checkpoint, which names the step that comes next: half the bytes are written."""
+        if self._due(step - 1, "write"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def loss(self, step: int, value: float) -> float:
         return math.nan if self._due(step, "nan") else value

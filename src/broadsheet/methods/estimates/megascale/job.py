@@ -17,6 +17,8 @@ import math
 import os
 import statistics
 import sys
+import time
+import warnings
 import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -37,7 +39,7 @@ from .timer import Answerer, Beacon, Timer
 @dataclass(frozen=True)
 class Job:
     """What is trained and how. ``batch``: rows a rank; ``checkpoint_every``: steps, 0 for never; ``checkpoint``: "two-stage" or
-    "sync"; ``collector``: "auto" leaves Python's garbage collector alone, "frozen" freezes what is there after the first step
+    "sync"; ``storage_delay``: seconds that a write takes on top, for a slow shared filesystem; ``collector``: "auto" leaves Python's garbage collector alone, "frozen" freezes what is there after the first step
     and switches it off, collecting by hand with each checkpoint."""
 
     folder: str
@@ -48,6 +50,7 @@ class Job:
     seed: int = 0
     checkpoint_every: int = 10
     checkpoint: str = "two-stage"
+    storage_delay: float = 0.0
     collector: str = "auto"
     model: TinyModel = field(default_factory=TinyModel)
 
@@ -117,17 +120,25 @@ class Worker:
         self.injector = Injector.read(self.folder, rank, node)
         self.guard = GradientGuard()
         self.checkpointer = Checkpointer(
-            self.folder / "checkpoints", rank, world, attempt, background=job.checkpoint == "two-stage"
+            self.folder / "checkpoints", rank, world, attempt, background=job.checkpoint == "two-stage",
+            midway=self._midway,
         )
         torch.manual_seed(job.seed)
         self.module = job.model.build()
-        self.model = DistributedDataParallel(self.module)
+        # Buffers are constants here; a broadcast of them would be communication inside the forward pass that no event shows.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name does not exist in older versions
+            self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
         self.model.register_comm_hook(None, self._reduce)
         make = {"adamw": torch.optim.AdamW, "lamb": Lamb}[job.optimizer]
         self.optimizer = make(self.module.parameters(), lr=job.lr)
         torch.manual_seed(job.seed * 1009 + rank + 1)  # dropout differs between ranks
         self.corpus, self.mask = Corpus(job.model.vocabulary, job.model.tokens, job.seed), job.model.mask()
         self._losses = open(self.folder / f"losses-{attempt}-{rank}.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def _midway(self, step: int) -> None:
+        """Half of a shard is written."""
+        time.sleep(self.job.storage_delay)
+        self.injector.writing(step)
 
     def _reduce(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         gradient = bucket.buffer()

@@ -203,7 +203,8 @@ class Watch:
         if len(self.ranks) < world or any(one.step < 0 for one in self.ranks.values()):
             if now - self.began > self.rules.startup:
                 late = tuple(rank for rank in range(world) if rank not in self.ranks or self.ranks[rank].step < 0)
-                return Alarm("progress", "error", now, f"no first step within {self.rules.startup:g} s", late)
+                text = f"no first step within {self.rules.startup:g} s"
+                return Alarm("progress", "error", now, text, late if len(late) < world else ())
             return None
         limit = max(self.rules.patience, self.rules.stall * self.usual)
         # All ranks of a step that is done may wait for one that does not begin the next: the newest change counts.

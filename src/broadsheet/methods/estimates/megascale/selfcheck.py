@@ -2,7 +2,8 @@
 
 Measured: memory copy (the paper's loopback from NIC to memory), a stream through the loopback interface (NIC to NIC inside the
 host), all-to-all among as many processes as the node has ranks, and whether the checkpoint folder takes a file. Each is the best
-of three, in GB/s (10^9). A node fails when something cannot be done, or is below ``floor`` times what it was when the run began:
+of three, in GB/s (10^9). Last, the driver's own address on the data network must be reached (the paper's neighbours under one
+switch). A node fails when something cannot be done, or is below ``floor`` times what it was when the run began:
 its own baseline, because healthy nodes of another kind would be no measure. Bandwidth on a busy machine is noisy, so the driver
 blocks a node for it only when three checks in a row agree.
 """
@@ -20,12 +21,14 @@ from typing import Any
 _MB = 1_000_000
 
 
-def examine(processes: int, folder: str | Path) -> dict[str, Any]:
-    """What this node can do: metric -> GB/s, or a text that says why it could not be measured."""
+def examine(processes: int, folder: str | Path, neighbour: tuple[str, int] | None = None) -> dict[str, Any]:
+    """What this node can do: metric -> GB/s (connections a second for the network), or why it could not be measured."""
     found: dict[str, Any] = {}
     measures: dict[str, Callable[[], float]] = {
         "memory": _memory, "loopback": _loopback, "all_to_all": lambda: _all_to_all(processes), "disk": lambda: _disk(Path(folder)),
     }  # fmt: skip
+    if neighbour:
+        measures["network"] = lambda: _reach(*neighbour)
     for name, measure in measures.items():
         try:
             found[name] = max(measure() for _ in range(3))
@@ -43,7 +46,7 @@ def failures(check: dict[str, Any], baseline: dict[str, Any], floor: float = 0.1
         usual = baseline.get(name)
         if isinstance(value, str):
             reasons.append(value)
-        elif name != "disk" and isinstance(usual, int | float) and value < floor * usual:
+        elif name not in ("disk", "network") and isinstance(usual, int | float) and value < floor * usual:
             reasons.append(f"{name} {value:.2f} GB/s, {usual:.2f} when the run began")
     return reasons
 
@@ -117,6 +120,12 @@ def _all_to_all(processes: int) -> float:
     if any(codes):
         raise OSError("a process of the all-to-all failed")
     return processes * (processes - 1) * 1e-3 / seconds
+
+
+def _reach(host: str, port: int) -> float:
+    start = time.perf_counter()
+    socket.create_connection((host, port), timeout=2).close()
+    return 1 / (time.perf_counter() - start)
 
 
 def _disk(folder: Path) -> float:
