@@ -44,7 +44,8 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Rules:
-    """Thresholds. ``heartbeat``: seconds between two; ``startup``: seconds that an attempt may take to its first step."""
+    """Thresholds. ``heartbeat``: seconds between two; ``startup``: seconds that an attempt may take to its first step, and that
+    first step may take."""
 
     heartbeat: float = 0.5
     missing: float = 4.0
@@ -206,7 +207,8 @@ class Watch:
                 text = f"no first step within {self.rules.startup:g} s"
                 return Alarm("progress", "error", now, text, late if len(late) < world else ())
             return None
-        limit = max(self.rules.patience, self.rules.stall * self.usual)
+        # A first step loads libraries and compiles: it is given the time of a start.
+        limit = max(self.rules.patience, self.rules.stall * self.usual) if self.durations else self.rules.startup
         # All ranks of a step that is done may wait for one that does not begin the next: the newest change counts.
         if running and now - max(one.since for one in running) > limit:
             return Alarm("progress", "error", now, f"step {self.step} has not ended for {limit:.1f} s; no traffic")
