@@ -53,13 +53,13 @@ class HeatMap:
             rows.append(f'<text x="4" y="{y + 20}"{mark}>rank {rank}</text>')
             for column in range(len(self.phases)):
                 heat, value = float(self.z[:, row, column].mean()), float(self.values[:, row, column].mean())
-                x, colour = left + cell[0] * column, _colour(heat)
+                x, colour = left + cell[0] * column, colour(heat)
                 rows.append(f'<rect x="{x}" y="{y}" width="{cell[0] - 2}" height="{cell[1] - 2}" fill="{colour}"/>')
                 rows.append(f'<text x="{x + 6}" y="{y + 19}">{value:.2f} ms</text>')
         return "\n".join([*rows, "</svg>"])
 
 
-def _colour(z: float) -> str:
+def colour(z: float) -> str:
     """White at the median, red at z of 5 and above, blue below."""
     share = min(abs(z) / 5, 1.0)
     fade = int(255 * (1 - 0.7 * share))
