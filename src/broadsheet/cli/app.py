@@ -14,6 +14,7 @@ from .crash import crash
 from .digest import digest
 from .ingest import ingest
 from .instinct import instinct
+from .robust import diagnose, robust_run
 from .serve import serve
 from .study import study
 from .weights import bitstack, dfloat11
@@ -328,6 +329,8 @@ app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command(name="robust-run")(robust_run)
+app.command()(diagnose)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")

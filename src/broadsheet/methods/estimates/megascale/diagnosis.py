@@ -53,8 +53,8 @@ class HeatMap:
             rows.append(f'<text x="4" y="{y + 20}"{mark}>rank {rank}</text>')
             for column in range(len(self.phases)):
                 heat, value = float(self.z[:, row, column].mean()), float(self.values[:, row, column].mean())
-                x, colour = left + cell[0] * column, colour(heat)
-                rows.append(f'<rect x="{x}" y="{y}" width="{cell[0] - 2}" height="{cell[1] - 2}" fill="{colour}"/>')
+                x, fill = left + cell[0] * column, colour(heat)
+                rows.append(f'<rect x="{x}" y="{y}" width="{cell[0] - 2}" height="{cell[1] - 2}" fill="{fill}"/>')
                 rows.append(f'<text x="{x + 6}" y="{y + 19}">{value:.2f} ms</text>')
         return "\n".join([*rows, "</svg>"])
 

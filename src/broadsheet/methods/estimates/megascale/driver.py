@@ -137,7 +137,7 @@ class Outcome:
 
     @property
     def attempts(self) -> int:
-        return len(self.incidents) + 1
+        return len(self.incidents) + self.finished
 
 
 class _Node:
@@ -156,7 +156,8 @@ class _Node:
 @dataclass
 class Driver:
     """``nodes`` x ``ranks_per_node`` ranks run ``command``; at most ``max_restarts`` times again. A node that is named twice is
-    blocked even if its self-check finds nothing (``strikes``).
+    blocked even if its self-check finds nothing (``strikes``). A job that fails ``hopeless`` times in a row at the same step for the
+    same reason is not restarted: that is a bug, not a node.
 
     Raises ValueError for a geometry that cannot be; an alarm that cannot be recovered from is in the `Outcome`.
     """
@@ -170,6 +171,7 @@ class Driver:
     stragglers: Stragglers = field(default_factory=Stragglers)
     max_restarts: int = 10
     strikes: int = 2
+    hopeless: int = 3
     env: dict[str, str] = field(default_factory=dict)
     say: Say = lambda text: None
 
@@ -236,6 +238,9 @@ class Driver:
             self.say(f"ALARM {incident.rule}: {incident.evidence} {self._names(incident)} at step {incident.step}")
             if attempt - self._base >= self.max_restarts:
                 return f"{self.max_restarts} restarts were not enough: {incident.evidence}"
+            last = self.incidents[-self.hopeless :]
+            if len(last) == self.hopeless and len({(one.rule, one.evidence, one.step) for one in last}) == 1:
+                return f"it failed {self.hopeless} times in the same way, which no other node will mend: {incident.evidence}"
             if reason := self._repair(incident):
                 return reason
             attempt += 1
