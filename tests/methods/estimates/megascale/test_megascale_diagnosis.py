@@ -205,7 +205,7 @@ def test_clocks_join_through_a_rank_that_both_know():
     far = Trace(2, "", 0, {}, tuple(Event(e.name, e.step, e.start, e.end, e.cpu, "pair", e.sequence) for e in three.events))
     middle = Trace(1, "", 0, {}, (*two.events, *rename))
     assert align([one, middle, far]).offsets[2] == pytest.approx(9_000_000, abs=50_000)
-    with pytest.raises(ValueError, match="rank 2 share"):
+    with pytest.raises(ValueError, match="links rank 2 to"):
         align([one, two, far])
 
 

@@ -47,7 +47,7 @@ def align(traces: Sequence[Trace]) -> Alignment:
                 offsets[other] = offsets[known] + int(statistics.median(ends[other][c] - ends[known][c] for c in shared))
                 waiting.append(other)
     if lost := sorted(set(ends) - set(offsets)):
-        raise ValueError(f"ranks {', '.join(map(str, lost))} share no collective with the others: their clocks cannot be joined")
+        raise ValueError(f"clocks cannot be joined: no collective links rank {', '.join(map(str, lost))} to the others")
     calls: dict[_Call, list[int]] = {}
     for rank, found in ends.items():
         for call, end in found.items():
