@@ -432,7 +432,7 @@ class Driver:
         if broken and set(broken) == set(self._all) and all("disk" in reason for reason in broken.values()):
             return f"no node can write checkpoints ({next(iter(broken.values()))}): free space in {self.folder}"
         bad |= broken
-        for name in incident.nodes:
+        for name in incident.nodes if len(incident.nodes) < self.nodes else ():  # what befalls all of them is the job's
             self._named[name] = self._named.get(name, 0) + 1
             if incident.rule in ("links", "straggler") or self._named[name] >= self.strikes:
                 bad.setdefault(name, f"named by {incident.rule}")
