@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
 import threading
@@ -129,7 +130,9 @@ class Checkpointer:
     background: bool = True
     midway: Callable[[int], None] | None = None
     group: Any = None
-    error: OSError | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    _jobs: queue.Queue[tuple[int, dict[str, Tensor], dict[str, str]]] = field(default_factory=queue.Queue, init=False)
+    _copies: dict[str, Tensor] = field(default_factory=dict, init=False)  # used again by the next save
     _thread: threading.Thread | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -150,19 +153,33 @@ class Checkpointer:
         self.wait()
         owner = partition({name: t.numel() * t.element_size() for name, t in shared.items()}, self.world)
         mine = {f"shared/{name}": tensor for name, tensor in shared.items() if owner[name] == self.rank}
-        copy = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in (mine | {f"own/{name}": tensor for name, tensor in own.items()}).items()
-        }
+        for name, tensor in (mine | {f"own/{name}": tensor for name, tensor in own.items()}).items():
+            kept = self._copies.get(name)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            kept.copy_(tensor.detach(), non_blocking=False)
         meta = {"facts": json.dumps(dict(facts)), "step": str(step)}
         if self.background:
-            self._thread = threading.Thread(target=self._store, args=(step, copy, meta), name="checkpoint")
-            self._thread.start()
+            # One thread for all saves: to start a new one each time hands it the interpreter's lock, and training waits for it.
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, daemon=True, name="checkpoint")
+                self._thread.start()
+            self._jobs.put((step, dict(self._copies), meta))
         else:
-            self._store(step, copy, meta)
+            self._store(step, dict(self._copies), meta)
             if self.error:
                 raise self.error
         return time.perf_counter() - start
+
+    def _serve(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                self._store(*job)
+            except Exception as error:  # the thread must live on: whoever waits for it would wait for ever
+                self.error = error
+            finally:
+                self._jobs.task_done()
 
     def _store(self, step: int, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
         try:
@@ -189,9 +206,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Until stage 2 is done. Call it before the process ends."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        self._jobs.join()
 
     # --- restoring --------------------------------------------------------------------------------------------------
 

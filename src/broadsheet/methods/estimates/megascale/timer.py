@@ -174,13 +174,15 @@ class Timer:
 
 @dataclass(frozen=True)
 class Trace:
-    """A timer file: of which rank, its channels, and its events in order of their ends."""
+    """A timer file: of which rank, its channels, and its events in order of their ends. ``clock``: seconds since the epoch when
+    the events' clock was 0, by this rank's own clock."""
 
     rank: int
     node: str
     attempt: int
     channels: dict[str, tuple[int, ...]]
     events: tuple[Event, ...]
+    clock: float = 0.0
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -199,7 +201,8 @@ def read_trace(path: str | Path) -> Trace:
                 Event(name, row["step"], start, end, cpu, channel, sequence, size)
                 for name, start, end, cpu, channel, sequence, size in row["events"]
             ]
-        return Trace(head["rank"], head["node"], head["attempt"], channels, tuple(events))
+        clock = (head["wall"] - head["clock"]) / 1e9
+        return Trace(head["rank"], head["node"], head["attempt"], channels, tuple(events), clock)
     except (IndexError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{path} is no timer file: give a folder that robust-run or a Timer wrote") from None
 
