@@ -73,7 +73,10 @@ def hangs(scratch: Path) -> list[Record]:
         found, views = _grid_run(scratch / "clean", [])
         blamed += [float(bool(view.culprits)) for view in views]
         alarms += len(found.incidents)
-        print(f"clean {number:>2}: {len(found.incidents)} alarms, {len(views)} looks, {sum(blamed):g} blamed so far", flush=True)
+        print(
+            f"clean {number:>2}: {len(found.incidents)} alarms, {len(views)} looks, {sum(blamed):g} blamed so far",
+            flush=True,
+        )
     return [
         record("named", named, part="hang", grid="2x2x2"),
         record("detect_s", seconds, "s", part="hang", grid="2x2x2", patience=3.0),
@@ -127,7 +130,10 @@ def _grid_run(folder: Path, faults: list[Fault]) -> tuple[Any, list[hang.HangVie
 def stalls(scratch: Path) -> list[Record]:
     """The tiny model's state and a larger one's, on the disk of the working folder; saves alternate between the two ways."""
     found = []
-    for name, shape in (("tiny", TinyModel()), ("larger", TinyModel(hidden=192, layers=4, feedforward=768, vocabulary=1024))):
+    for name, shape in (
+        ("tiny", TinyModel()),
+        ("larger", TinyModel(hidden=192, layers=4, feedforward=768, vocabulary=1024)),
+    ):
         model = shape.build()
         state = {key: value for key, value in model.state_dict().items()}
         for copy in ("exp_avg", "exp_avg_sq"):  # as Adam holds them
@@ -143,7 +149,11 @@ def stalls(scratch: Path) -> list[Record]:
                     times[way].append(one.save(step, state, {}, {}))
                     one.wait()
         for way, values in times.items():
-            found.append(record("stall_ms", [1000 * value for value in values[2:]], "ms", part="stall", way=way, state=name, bytes=size))
+            found.append(
+                record(
+                    "stall_ms", [1000 * value for value in values[2:]], "ms", part="stall", way=way, state=name, bytes=size
+                )
+            )
         share = statistics.median(times["two-stage"][2:]) / statistics.median(times["synchronous"][2:])
         found.append(record("stall_share", [share], part="stall", state=name, bytes=size, what="ratio of medians"))
     return found
@@ -239,7 +249,9 @@ def parity(scratch: Path) -> list[Record]:
                 held = torch.cat([corpus.batch(10_000 + part, 0, 32) for part in range(4)])
                 losses[name].append(float(shape.loss(model, held, mask)))
             print(f"seed {seed} {name}: {losses[name][-1]:.4f}", flush=True)
-    found = [record("loss", values, "nats", part="parity", variant=name, tokens=400 * 8 * 32) for name, values in losses.items()]
+    found = [
+        record("loss", values, "nats", part="parity", variant=name, tokens=400 * 8 * 32) for name, values in losses.items()
+    ]
     reference = losses["serial, AdamW"]
     for name, values in losses.items():
         if name != "serial, AdamW":

@@ -55,7 +55,8 @@ def faults_of(kind: str, number: int) -> list[Fault]:
     if kind == "two":
         other = draw.randrange(NODES * PER_NODE)
         return [Fault("kill", rank, step, phase), Fault("stop", other, step + 30, phase)]
-    if kind == "slow":
+    if kind == "slow":  # early enough that fifty more steps fit
+        step = 12 + (step - 12) // 2
         return [Fault(kind, rank, step, amount=0.1, node=node)]
     if kind == "disk":  # above a log file's size, below a shard's
         return [Fault(kind, rank, step, amount=100_000, node=node)]

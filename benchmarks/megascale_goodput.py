@@ -66,7 +66,9 @@ def run(folder: Path, steps: int, interval: int, delay: float, mtbf: float, seed
     (folder / "job.json").write_text(json.dumps(job.to_json()), encoding="utf-8")
     command = ["python", "-m", jobs.__name__, str(folder / "job.json")]
     rules = Rules(heartbeat=0.3)
-    driver = Driver(command, folder, LocalNodes(NODES, warm=True), NODES, PER_NODE, rules, 1000, strikes=10**6, hopeless=10**6)
+    driver = Driver(
+        command, folder, LocalNodes(NODES, warm=True), NODES, PER_NODE, rules, 1000, strikes=10**6, hopeless=10**6
+    )
     me = os.getpid()
     pid = os.fork()
     if pid == 0:

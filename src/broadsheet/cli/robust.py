@@ -16,7 +16,8 @@ def robust_run(
     spares: Annotated[int, typer.Option(min=0, help="Nodes that replace blocked ones.")] = 1,
     restarts: Annotated[int, typer.Option(min=0, help="Give up after so many.")] = 10,
     option: Annotated[
-        list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="A threshold: heartbeat=1, patience=60, evict=true ...")
+        list[str] | None,
+        typer.Option("-o", metavar="NAME=VALUE", help="A threshold: heartbeat=1, patience=60, evict=true ..."),
     ] = None,
     warm: Annotated[
         bool, typer.Option("--warm", help="Load torch and transformers once and fork ranks: restarts take milliseconds.")
@@ -75,7 +76,9 @@ def robust_run(
     if as_json != "-":
         for one in outcome.incidents:
             who = f"rank {', '.join(map(str, one.ranks))}" if one.ranks else ", ".join(one.nodes) or "nobody"
-            typer.echo(f"{one.rule:<10} step {one.step:>5}  {who}: {one.evidence}; blocked {', '.join(one.blocked) or 'no node'}")
+            typer.echo(
+                f"{one.rule:<10} step {one.step:>5}  {who}: {one.evidence}; blocked {', '.join(one.blocked) or 'no node'}"
+            )
         typer.echo(f"{'done' if outcome.finished else 'gave up'} after {outcome.attempts} attempts, {outcome.seconds:.1f} s")
     if not outcome.finished:
         raise ValueError(f"{outcome.reason}; logs are in {folder}/logs")
@@ -98,7 +101,8 @@ def diagnose(
         str, typer.Option(metavar="TPxPPxDP", help="Layout of the ranks in a hang's picture, for example 2x2x2.")
     ] = "",
     option: Annotated[
-        list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="window=10, sustained=3, threshold=3, signal=wall ...")
+        list[str] | None,
+        typer.Option("-o", metavar="NAME=VALUE", help="window=15, sustained=2, threshold=3, signal=wall ..."),
     ] = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Write heat map, ring, hang views (SVG) and a Chrome trace.")] = "",
     as_json: Annotated[

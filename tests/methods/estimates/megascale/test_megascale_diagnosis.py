@@ -17,14 +17,14 @@ from broadsheet.methods.estimates.megascale.timer import Answerer, Beacon, Event
 
 
 def times(ranks=8, steps=60, slow=None, share=0.1, noise=0.03, seed=0):
-    """rank -> step -> phase -> ms with noise, and a rare long step."""
+    """rank -> step -> phase -> ms of CPU time with noise, and now and then more of it."""
     draw = np.random.default_rng(seed)
     found = {}
     for rank in range(ranks):
         factor = 1 + share if rank == slow else 1.0
         found[rank] = {}
         for step in range(steps):
-            forward = 3 * factor * (1 + noise * draw.standard_normal()) + (5 if draw.random() < 0.05 else 0)
+            forward = 3 * factor * (1 + noise * draw.standard_normal()) + (0.5 if draw.random() < 0.05 else 0)
             backward = 4 * factor * (1 + noise * draw.standard_normal())
             found[rank][step] = {"forward": forward, "backward": backward, "compute": forward + backward}
     return found
@@ -138,7 +138,15 @@ def test_ranks_that_move_are_not_blamed():
 
 def test_all_in_the_same_call_is_the_network():
     answers = [
-        {"rank": r, "step": 1, "event": "all-reduce", "channel": "dp", "sequence": 2, "entered": {"dp": 2}, "channels": {"dp": [0, 1]}}
+        {
+            "rank": r,
+            "step": 1,
+            "event": "all-reduce",
+            "channel": "dp",
+            "sequence": 2,
+            "entered": {"dp": 2},
+            "channels": {"dp": [0, 1]},
+        }
         for r in (0, 1)
     ]
     view = hang_view(answers, 2, answers)

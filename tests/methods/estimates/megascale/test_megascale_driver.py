@@ -35,7 +35,7 @@ def test_a_failed_rank_is_named_and_the_job_runs_again(tmp_path):
 
 
 def test_a_lost_executor_costs_its_node_and_nothing_else(tmp_path):
-    script = '[ $BROADSHEET_ATTEMPT = 0 ] && [ $RANK = 0 ] && kill -9 $PPID; [ $BROADSHEET_ATTEMPT = 0 ] && sleep 30; exit 0'
+    script = "[ $BROADSHEET_ATTEMPT = 0 ] && [ $RANK = 0 ] && kill -9 $PPID; [ $BROADSHEET_ATTEMPT = 0 ] && sleep 30; exit 0"
     found = run(tmp_path, script)
     assert found.finished
     assert [(one.rule, one.blocked) for one in found.incidents] == [("heartbeat", ("node0",))]
@@ -66,7 +66,7 @@ def test_a_keyword_in_the_log_stops_the_run_before_the_process_ends(tmp_path):
 
 def test_children_of_a_killed_rank_die_too(tmp_path):
     mark = tmp_path / "mark"
-    script = f'[ $BROADSHEET_ATTEMPT = 1 ] && exit 0; [ $RANK = 1 ] && exit 1; (sleep 2; touch {mark}) & wait'
+    script = f"[ $BROADSHEET_ATTEMPT = 1 ] && exit 0; [ $RANK = 1 ] && exit 1; (sleep 2; touch {mark}) & wait"
     found = run(tmp_path, script)
     assert found.finished
     subprocess.run(["sleep", "2.5"], check=True)
@@ -76,7 +76,12 @@ def test_children_of_a_killed_rank_die_too(tmp_path):
 def test_a_second_run_in_a_folder_goes_on_counting(tmp_path):
     run(tmp_path, "exit 0")
     run(tmp_path, "echo again")
-    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["0-0.log", "0-1.log", "1-0.log", "1-1.log"]
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [
+        "0-0.log",
+        "0-1.log",
+        "1-0.log",
+        "1-1.log",
+    ]
 
 
 def test_bad_geometry(tmp_path):
@@ -117,7 +122,11 @@ def test_the_guard_refuses_what_no_gradient_looks_like():
 
 
 def test_bad_jobs():
-    for wrong, message in (({"optimizer": "sgd"}, "adamw, lamb"), ({"checkpoint": "no"}, "two-stage"), ({"steps": 0}, "steps")):
+    for wrong, message in (
+        ({"optimizer": "sgd"}, "adamw, lamb"),
+        ({"checkpoint": "no"}, "two-stage"),
+        ({"steps": 0}, "steps"),
+    ):
         with pytest.raises(ValueError, match=message):
             Job("x", **wrong)
     assert Job.from_json(json.loads(json.dumps(Job("x").to_json()))) == Job("x")

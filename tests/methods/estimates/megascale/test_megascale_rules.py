@@ -144,5 +144,7 @@ def test_the_self_check_measures_and_judges(tmp_path):
     assert "disk" in failures(examine(1, blocked / "inside"), found)[0]
     assert failures({"error": "no answer"}, found) == ["no answer"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("socket.create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError(101, "Network is unreachable")))
+        patch.setattr(
+            "socket.create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError(101, "Network is unreachable"))
+        )
         assert "Network is unreachable" in failures({"network": examine(1, tmp_path, ("127.0.0.1", 1))["network"]}, {})[0]

@@ -187,8 +187,12 @@ def run(path: str | Path) -> None:
     job = GridJob(**json.loads(Path(path).read_text(encoding="utf-8")))
     dist.init_process_group("gloo")
     if dist.get_world_size() != job.grid.world:
-        raise ValueError(f"tp={job.tp} x pp={job.pp} x dp={job.dp} needs {job.grid.world} ranks, got {dist.get_world_size()}")
-    worker = GridWorker(job, dist.get_rank(), int(os.environ.get("BROADSHEET_ATTEMPT", 0)), os.environ.get("BROADSHEET_NODE", ""))
+        raise ValueError(
+            f"tp={job.tp} x pp={job.pp} x dp={job.dp} needs {job.grid.world} ranks, got {dist.get_world_size()}"
+        )
+    worker = GridWorker(
+        job, dist.get_rank(), int(os.environ.get("BROADSHEET_ATTEMPT", 0)), os.environ.get("BROADSHEET_NODE", "")
+    )
     losses = worker.train()
     Path(job.folder, f"losses-{worker.rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     dist.barrier()  # a rank that leaves early would break the others' last step

@@ -120,13 +120,19 @@ class Worker:
         self.injector = Injector.read(self.folder, rank, node)
         self.guard = GradientGuard()
         self.checkpointer = Checkpointer(
-            self.folder / "checkpoints", rank, world, attempt, background=job.checkpoint == "two-stage",
+            self.folder / "checkpoints",
+            rank,
+            world,
+            attempt,
+            background=job.checkpoint == "two-stage",
             midway=self._midway,
         )
         torch.manual_seed(job.seed)
         self.module = job.model.build()
         # Buffers are constants here; a broadcast of them would be communication inside the forward pass that no event shows.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name does not exist in older versions
+        with warnings.catch_warnings(
+            action="ignore", category=FutureWarning
+        ):  # the new name does not exist in older versions
             self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
         self.model.register_comm_hook(None, self._reduce)
         make = {"adamw": torch.optim.AdamW, "lamb": Lamb}[job.optimizer]

@@ -42,7 +42,7 @@ class Diagnosis(Report):
         nodes = {trace.rank: trace.node for trace in self.traces}
         if self.heat:
             heat = self.heat
-            note = "CPU ms a step (median over windows); z: robust, mean over windows. " + (
+            note = "CPU ms a step (median over windows of their means); z: robust, mean over windows. " + (
                 "; ".join(f"SLOW: rank {rank} on {nodes[rank]}, {share:+.1%}" for rank, share in self.slow.items())
                 or "No rank is slow for long."
             )
@@ -61,7 +61,8 @@ class Diagnosis(Report):
             found.append(Table("Ranks by phase", ("rank", "node"), tuple(nodes.items()), self.why))
         if self.hangs:
             rows = tuple(
-                (number, ", ".join(map(str, view.culprits)) or "nobody", view.reason) for number, view in enumerate(self.hangs)
+                (number, ", ".join(map(str, view.culprits)) or "nobody", view.reason)
+                for number, view in enumerate(self.hangs)
             )
             found.append(Table("Hangs", ("hang", "rank", "why"), rows))
         if self.incidents:
@@ -137,7 +138,9 @@ def diagnose(
 
 
 def _svg(width: int, height: int, rows: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
+    )
     return "\n".join([head, *rows, "</svg>"])
 
 
