@@ -48,7 +48,10 @@ def fit(device: Device, samples: Sequence[Sample], origin: Origin = "measured", 
     least = float(np.log(measured.min()))
     starts = [(np.log(e), np.log(e), least - back) for e in (0.9, 0.6, 0.3) for back in (0.3, 2.0)]
     found = min(
-        (minimize(error, start, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-7, "fatol": 1e-10}) for start in starts),
+        (
+            minimize(error, start, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-7, "fatol": 1e-10})
+            for start in starts
+        ),
         key=lambda result: result.fun,
     )
     scalars = np.exp(found.x)
