@@ -1,9 +1,10 @@
 """This machine's rooflines: what memory, arithmetic, a call and a link really reach; `broadsheet measure-hardware` keeps it.
 
-Bandwidth is a triad (``c = a + s·b``) or a dot product, far beyond the caches; a dtype's peak is the fastest of square linear
-layers; the host link is a copy into a memory-mapped file; the link between peers is an all-reduce of two gloo processes. All
-are the best of many repeats: a roofline is what can be reached, and whatever else the machine does only slows it down. The
-three efficiencies are then fitted on operators as models use them: on weights that no cache holds from one use to the next.
+Bandwidth is a triad (``c = a + s·b``) or a dot product, far beyond the caches; a dtype's peak is the fastest of square
+linear layers; the host link is a copy into a memory-mapped file; the link between peers is an all-reduce of two gloo
+processes. All are the best of many repeats: a roofline is what can be reached, and whatever else the machine does only slows
+it down. The three efficiencies are then fitted on operators as models use them: on weights that no cache holds from one use
+to the next.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ def samples(dtype: str, tick: Tick | None = None) -> Iterator[Sample]:
             x = torch.rand(rows, inner).to(kind)
             seconds = best(lambda x=x, w=weights: torch.nn.functional.linear(x, next(w)), 0.05)  # type: ignore[misc]
             nbytes = size * (inner * outer + rows * (inner + outer))
-            yield Sample(2 * rows * inner * outer, nbytes, dtype, seconds)
+            yield Sample.one(2 * rows * inner * outer, nbytes, dtype, seconds)
         if tick:
             tick(f"{dtype} layers", number + 1, len(SHAPES))
     for count in (1_000, 100_000, 4_000_000):
         a = torch.rand(count).to(kind)
-        yield Sample(count, 3 * size * count, dtype, best(lambda a=a: a + a, 0.05))  # type: ignore[misc]
+        yield Sample.one(count, 3 * size * count, dtype, best(lambda a=a: a + a, 0.05))  # type: ignore[misc]
 
 
 def host_link(megabytes: int = 64) -> float:

@@ -28,7 +28,7 @@ def read_vidur(path: str | Path, dtype: str = "fp16") -> list[Sample]:
                 for name, (width, out) in products.items():
                     nbytes = 2 * (width * out + tokens * (width + out))
                     milliseconds = float(row[f"time_stats.{name}.median"])
-                    samples.append(Sample(2 * width * out * tokens, nbytes, dtype, milliseconds / 1e3))
+                    samples.append(Sample.one(2 * width * out * tokens, nbytes, dtype, milliseconds / 1e3))
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no mlp.csv of vidur's profiles: {error}") from None
     return samples
