@@ -4,7 +4,7 @@ MegaScale sections 3.1-3.4, each as a flag of `Levers`. `costs` prices one chunk
 `closed_form` and `schedule.run_pipeline` (events) turn that into the time of the pipeline, and the two agree; `simulate` adds
 what a step pays once. With p stages of v chunks, m microbatches, chunk times f and b and a hop c between stages:
 
-    pipeline = (m v + p - 1) (f + b)  +  m (output layer)  +  2 (m v + p - 1) c      (2 (v p - 1) c with pp_overlap)
+    pipeline = (m v + p - 1) (f + b)  +  m (output layer)  +  (2 (m v + p - 1) - m - 1) c    (with pp_overlap 2 (v p - 1) c)
     step     = pipeline + exposed data-parallel traffic + optimiser + late ranks + fixed seconds
 
 so that the bubble of uniform stages is (p - 1) / (v m) of the ideal time. MFU counts (6 P + 12 L h s) FLOPs a token over the
@@ -223,16 +223,24 @@ class StepReport:
 def closed_form(cost: Costs, p: int, v: int, m: int, overlap: bool, slow_forward: float = 0.0) -> dict[str, float]:
     """The pipeline's time by parts; ``slow_forward``: by how much the slowest stage's forward passes take longer.
 
-    Without overlap every chunk's end waits for its message, one slot after another. With it a message is only waited for
-    where nothing else can be done: while the pipeline fills (v rounds of p hops) and, backwards, while it drains.
+    Without overlap every slot of the schedule ends with its messages, N = 2 (m v + p - 1) of them along the longest path: that of
+    the last stage, which has the output layer and m + 1 messages less, or that of the others. With overlap a message is waited for
+    only while the pipeline fills and drains (v rounds of p stages, less one), or where there is no slack for it: messages
+    longer than the work beside them, and, with v = 1, a round trip through p stages that has only p microbatches under way.
     """
     forward = cost.forward * (1 + slow_forward)
-    hops = 2 * ((v * p - 1) if overlap else (m * v + p - 1))
+    pair, output, hop = forward + cost.backward, sum(cost.output), cost.hop
+    slots = 2 * (m * v + p - 1)
+    waits = max(hop * (slots - m - 1), hop * max(0, slots - 4) - m * output)
+    if overlap:
+        slack = output if v == 1 else pair + output / v
+        stall = 2 * hop * (p - 1) / p if v == 1 else 2 * hop
+        waits = min(waits, 2 * (v * p - 1) * hop + m * v * max(0.0, stall - slack))
     return {
-        "compute": m * v * (forward + cost.backward),
-        "output": m * sum(cost.output),
-        "bubble": (p - 1) * (forward + cost.backward),
-        "pipeline_parallel": hops * cost.hop,
+        "compute": m * v * pair,
+        "output": m * output,
+        "bubble": (p - 1) * pair,
+        "pipeline_parallel": waits if p > 1 else 0.0,
     }
 
 
