@@ -116,7 +116,7 @@ def steps(rungs: Mapping[str, float]) -> dict[str, float]:
 
 
 def fit(shown: Shown = "rows+ablation", stragglers: bool = True, **assumed: float) -> Calibration:
-    """Least squares on percent of an iteration's time and, with the ablation, on its steps in points of MFU.
+    """Least squares, all in points of MFU: the rows' and, with the ablation, what each of its steps adds.
 
     ``assumed`` replaces constants that are not fitted, to see how much hangs on them.
     """
@@ -126,7 +126,8 @@ def fit(shown: Shown = "rows+ablation", stragglers: bool = True, **assumed: floa
 
     def errors(values: Sequence[float]) -> np.ndarray:
         c = Calibration(**dict(zip(names, values)), **assumed)  # type: ignore[arg-type]  # tp_chunks is whole
-        found = [100 * (predicted(run, c, stragglers) / run.seconds - 1) for run in rows]
+        # at equal work MFU goes as 1 / seconds
+        found = [run.mfu * (run.seconds / predicted(run, c, stragglers) - 1) for run in rows]
         if shown == "rows":
             return np.array(found)
         return np.concatenate([found, np.array(list(steps(ablation(c, stragglers)).values())) - wanted])

@@ -168,7 +168,8 @@ class Execution(_Json):
     """How the training is split. ``num_procs = tensor_par * pipeline_par * data_par``.
 
     ``pipeline_interleaving``: model chunks a stage (virtual stages v). ``optimizer_sharding``: ZeRO over data_par.
-    ``seq_par``: the LayerNorms' activations are split over tensor_par too. ``grad_bytes``: of a gradient when it is reduced.
+    ``seq_par``: the LayerNorms' activations are split over tensor_par too. ``grad_bytes``: of a gradient when it is
+    reduced over data_par (where it is summed up, in memory, it has 4).
     """
 
     num_procs: int
@@ -181,7 +182,7 @@ class Execution(_Json):
     activation_recompute: Recompute = "none"
     optimizer_sharding: bool = True
     seq_par: bool = True
-    grad_bytes: int = 4
+    grad_bytes: int = 2
 
     #: read by `from_json`, or of no meaning here
     ignored = frozenset({

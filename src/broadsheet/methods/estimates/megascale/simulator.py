@@ -220,16 +220,15 @@ class StepReport:
         return {**asdict(self), "parts": dict(self.parts), "memory": dict(self.memory)}
 
 
-def closed_form(cost: Costs, p: int, v: int, m: int, overlap: bool, slow_forward: float = 0.0) -> dict[str, float]:
-    """The pipeline's time by parts; ``slow_forward``: by how much the slowest stage's forward passes take longer.
+def closed_form(cost: Costs, p: int, v: int, m: int, overlap: bool) -> dict[str, float]:
+    """The pipeline's time by parts.
 
     Without overlap every slot of the schedule ends with its messages, N = 2 (m v + p - 1) of them along the longest path: that of
     the last stage, which has the output layer and m + 1 messages less, or that of the others. With overlap a message is waited for
     only while the pipeline fills and drains (v rounds of p stages, less one), or where there is no slack for it: messages
     longer than the work beside them, and, with v = 1, a round trip through p stages that has only p microbatches under way.
     """
-    forward = cost.forward * (1 + slow_forward)
-    pair, output, hop = forward + cost.backward, sum(cost.output), cost.hop
+    pair, output, hop = cost.forward + cost.backward, sum(cost.output), cost.hop
     slots = 2 * (m * v + p - 1)
     waits = max(hop * (slots - m - 1), hop * max(0, slots - 4) - m * output)
     if overlap:
@@ -244,10 +243,32 @@ def closed_form(cost: Costs, p: int, v: int, m: int, overlap: bool, slow_forward
     }
 
 
+def slowed(cost: Costs, v: int, m: int, overlap: bool, slow: float, last: bool) -> float:
+    """By how many seconds a pipeline takes longer in which one stage's forward passes take ``slow`` (a share) longer.
+
+    All of the delay shows where it is the last stage, which has the output layer already. Another stage hides as much behind
+    that layer: in all, or without overlap in the one slot of v that has it.
+    """
+    if last:
+        return m * v * cost.forward * slow
+    once, output = cost.forward * slow, sum(cost.output)
+    return max(0.0, m * (v * once - output)) if overlap else m * (v * once - min(once, output))
+
+
+def straggling(cost: Costs, execution: Execution, machines: int, overlap: bool, share: float, slow: float) -> float:
+    """The expected delay in seconds where each machine is slow with probability ``share``; a stage of a replica is on
+    machines of its own, and the slowest pipeline makes the step."""
+    p, v, m = execution.pipeline_par, execution.pipeline_interleaving, execution.microbatches
+    at_last = 1 - (1 - share) ** (machines / p)
+    elsewhere = 1 - (1 - share) ** (machines * (p - 1) / p)
+    delay = (1 - at_last) * elsewhere * slowed(cost, v, m, overlap, slow, last=False)
+    return delay + at_last * slowed(cost, v, m, overlap, slow, last=True)
+
+
 def memory(model: Model, execution: Execution, levers: Levers | None = None) -> dict[str, float]:
     """Bytes on a GPU of the first stage, which holds most (Korthikanti et al., equations 1-6, and 18 bytes a parameter).
 
-    Weights 2 and gradients ``grad_bytes`` a parameter, the optimiser's 12 shared out over data_par where it is sharded.
+    Weights 2 and summed gradients 4 bytes a parameter, the optimiser's 12 shared out over data_par where it is sharded.
     Activations of s b h (34 / t + 5 a s / (h t)) a layer: the second term is gone where attention is recomputed or
     (lever ``operators``) fused, all but the input with full recomputation; the first stage holds p microbatches of
     its layers, 1 + (p - 1) / (p v) times with interleaving.
@@ -264,7 +285,7 @@ def memory(model: Model, execution: Execution, levers: Levers | None = None) -> 
     held = min(p * (1 + (p - 1) / (p * v) if v > 1 else 1), execution.microbatches)
     return {
         "weights": 2 * own,
-        "gradients": execution.grad_bytes * own,
+        "gradients": 4 * own,
         "optimizer": 12 * own / (execution.data_par if execution.optimizer_sharding else 1),
         "activations": each * tokens_width * model.num_blocks / p * held,
     }
@@ -293,12 +314,8 @@ def simulate(
     p, v, m = execution.pipeline_par, execution.pipeline_interleaving, execution.microbatches
     cost = costs(model, system, execution, levers, c)
     machines = max(1, execution.num_procs // system.machine_size)
-    # one slow machine makes its stage slow, the stage its pipeline, and the pipeline the step
-    slow = c.slow_forward * (1 - (1 - c.slow_share) ** machines) if stragglers else 0.0
-    parts = closed_form(cost, p, v, m, levers.pp_overlap, slow)
-    clean = closed_form(cost, p, v, m, levers.pp_overlap)
-    parts["stragglers"] = math.fsum(parts.values()) - math.fsum(clean.values())
-    parts |= clean | {
+    parts = closed_form(cost, p, v, m, levers.pp_overlap) | {
+        "stragglers": straggling(cost, execution, machines, levers.pp_overlap, c.slow_share, c.slow_forward) * stragglers,
         "data_parallel": cost.data_parallel, "optimizer": cost.optimizer, "late": cost.late, "fixed": cost.fixed,
     }  # fmt: skip
     seconds = math.fsum(parts.values())
