@@ -155,7 +155,9 @@ class FaultModel:
         rows = []
         for interval in intervals:
             job = replace(self, interval=interval)
-            rows.append((interval, _mean([job.run(seconds, seed).effective for seed in range(seeds)]), job.expected(interval)))
+            rows.append(
+                (interval, _mean([job.run(seconds, seed).effective for seed in range(seeds)]), job.expected(interval))
+            )
         return rows
 
 
@@ -246,7 +248,9 @@ def read_csv(path: str | Path) -> list[Incident]:
     rows = csv.DictReader(io.StringIO(text))
     needed = [f.name for f in fields(Incident)][:4]
     if missing := [name for name in needed if name not in (rows.fieldnames or [])]:
-        raise ValueError(f"{path} has no column '{missing[0]}'; a fault trace has {', '.join(needed)}, and may have cause, automatic")
+        raise ValueError(
+            f"{path} has no column '{missing[0]}'; a fault trace has {', '.join(needed)}, and may have cause, automatic"
+        )
     found = []
     for row in rows:
         try:
@@ -254,7 +258,9 @@ def read_csv(path: str | Path) -> list[Incident]:
         except (TypeError, ValueError):
             raise ValueError(f"{path}, line {rows.line_num}: {', '.join(needed)} must be numbers") from None
         if not times[0] <= times[1] <= times[2] or times[3] < 0:
-            raise ValueError(f"{path}, line {rows.line_num}: wanted failed_at <= detected_at <= resumed_at, and lost_steps >= 0")
+            raise ValueError(
+                f"{path}, line {rows.line_num}: wanted failed_at <= detected_at <= resumed_at, and lost_steps >= 0"
+            )
         word = (row.get("automatic") or "true").strip().lower()
         found.append(Incident(*times, row.get("cause") or "unknown", word in ("true", "1", "yes")))
     return sorted(found, key=lambda one: one.failed_at)

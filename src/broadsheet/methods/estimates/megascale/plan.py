@@ -220,7 +220,9 @@ class Execution(_Json):
         if self.pipeline_interleaving > 1 and self.pipeline_par == 1:
             raise ValueError("execution: with pipeline_par = 1 there is nothing to interleave; set it to 1")
         if self.activation_recompute not in ("none", "attn_only", "full"):
-            raise ValueError(f"execution: activation_recompute is none, attn_only or full, not {self.activation_recompute!r}")
+            raise ValueError(
+                f"execution: activation_recompute is none, attn_only or full, not {self.activation_recompute!r}"
+            )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -287,4 +289,6 @@ def check_memory(need: Mapping[str, float], system: System) -> None:
     if total > system.memory_gib * GIB:
         parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in need.items())
         over = total / GIB - system.memory_gib
-        raise ValueError(f"{total / GIB:.1f} GiB a processor, {over:.1f} more than the {system.memory_gib:g} there are: {parts}")
+        raise ValueError(
+            f"{total / GIB:.1f} GiB a processor, {over:.1f} more than the {system.memory_gib:g} there are: {parts}"
+        )

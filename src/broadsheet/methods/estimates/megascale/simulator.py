@@ -103,7 +103,13 @@ class Calibration:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("matrix_efficiency", "tp_efficiency", "network_efficiency", "attention_efficiency", "memory_efficiency"):
+        for name in (
+            "matrix_efficiency",
+            "tp_efficiency",
+            "network_efficiency",
+            "attention_efficiency",
+            "memory_efficiency",
+        ):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"calibration: {name} is a share from 0 to 1, not {getattr(self, name)}")
         for name in ("p2p_seconds", "late_seconds", "step_seconds", "slow_share", "slow_forward"):
@@ -199,8 +205,11 @@ def costs(model: Model, system: System, execution: Execution, levers: Levers, c:
         late=0.0 if levers.misc else last,
         fixed=c.step_seconds,
         parts={
-            "linear": 3 * linear, "attention": 3 * attention, "elementwise": 3 * elementwise,
-            "tensor_parallel": sum(waits), "recompute": again[execution.activation_recompute],
+            "linear": 3 * linear,
+            "attention": 3 * attention,
+            "elementwise": 3 * elementwise,
+            "tensor_parallel": sum(waits),
+            "recompute": again[execution.activation_recompute],
         },  # fmt: skip
     )
 
