@@ -59,11 +59,11 @@ class Tables:
 
     def add(self, method: str, metric: str, value: float, unit: str = "", **setting: Any) -> None:
         n, ci, model = setting.pop("n", 1), setting.pop("ci", None), setting.pop("model", "gpt-175b")
+        device = "cpu" if setting.get("source") == "measured" else "simulated"
         self.records.append(
             Record(
                 paper="megascale", method=method, bench="megascale-tables", metric=metric, value=float(value), unit=unit,
-                ci=ci, n=n, model=model, setting=setting, device="simulated" if setting.get("source") != "measured" else "cpu",
-                time=now(), **provenance(),
+                ci=ci, n=n, model=model, setting=setting, device=device, time=now(), **provenance(),
             )
         )  # fmt: skip
         tag = setting.get("source", "simulated").upper()
@@ -315,8 +315,8 @@ def main() -> None:
     best = fits["rows+ablation"]
     constants = {name: float(f"{getattr(best, name):.6g}") for name in Calibration.fitted}
     fitted = {
-        "origin": "written by benchmarks/megascale_tables.py: least squares on published.json's runs at 256-1,024 GPUs and its "
-        "ablation; window: the share of the sequence that its MFU column counts",
+        "origin": "written by benchmarks/megascale_tables.py: least squares on published.json's runs at 256-1,024 GPUs and "
+        "its ablation; window: the share of the sequence that its MFU column counts",
         "constants": constants,
         "window": model.window / model.seq_size,
     }

@@ -4,10 +4,10 @@
     for table in report.tables(): ...
     report.save("out")        # the pipeline as a Chrome trace, the simulated failures as CSV
 
-From a model, a cluster and a parallel plan: the time of a step by what takes it, MFU with every lever of the paper on its own
-rung, memory, what slow machines and failures cost, how long communication groups take to start. All of it is SIMULATED: six
-constants were fitted to the paper's runs at 256-1,024 GPUs (`calibration`), and say nothing of other clusters until they are
-fitted there.
+From a model, a cluster and a parallel plan: the time of a step by what takes it, MFU with every lever of the paper on
+its own rung, memory, what slow machines and failures cost, how long communication groups take to start. All of it is
+SIMULATED: six constants were fitted to the paper's runs at 256-1,024 GPUs (`calibration`), and say nothing of other
+clusters until they are fitted there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from broadsheet.core.perf.events import Trace
@@ -38,7 +39,7 @@ WORDS = {
     "compute": "forward and backward passes", "output": "output layer (last stage)", "bubble": "pipeline bubble",
     "pipeline_parallel": "waiting for pipeline messages", "stragglers": "waiting for slow machines",
     "data_parallel": "exposed data-parallel traffic", "optimizer": "optimiser", "late": "waiting for late ranks",
-    "fixed": "fixed",
+    "fixed": "what no part explains (fitted)",
 }  # fmt: skip
 
 
@@ -46,11 +47,11 @@ WORDS = {
 class MegaScale:
     """A training job. ``model``, ``system``, ``execution``: a built-in name or a JSON file (see `plan`).
 
-    Without ``execution``, the plan is ``gpus`` split into ``tensor_par`` x ``pipeline_par`` and what is left for data, with a
-    ``batch`` of sequences and ``interleaving`` chunks a stage. ``levers``: "all", "none", or names such as
-    "tp_overlap,pp_overlap,lamb=3". ``window`` of sliding attention in tokens; 0: the share of the sequence that the paper's own
-    MFU column counts. ``node_mtbf_days``: mean time between failures of a machine; the default makes 100 restarts in
-    four weeks of 12,288 GPUs (the paper: over 100 in several weeks). Raises ValueError.
+    Without ``execution``, the plan is ``gpus`` split into ``tensor_par`` x ``pipeline_par`` and what is left for data,
+    with a ``batch`` of sequences and ``interleaving`` chunks a stage. ``levers``: "all", "none", or names such as
+    "tp_overlap,pp_overlap,lamb=3". ``window`` of sliding attention in tokens; 0: the share of the sequence that the
+    paper's own MFU column counts. ``node_mtbf_days``: mean time between failures of a machine; the default makes 100
+    restarts in four weeks of 12,288 GPUs (the paper: over 100 in several weeks). Raises ValueError.
     """
 
     model: str = "gpt-175b"
@@ -85,12 +86,15 @@ class MegaScale:
         self, days: float = 28.0, interval: float = 0.0, faults: str = "", wall_seconds: float = 0.0, save: float = 10.0,
         seed: int = 0, check: bool = True,
     ) -> MegaScaleReport:  # fmt: skip
-        """Simulates a step, and ``days`` of failures with a checkpoint every ``interval`` seconds (0: the best), each stalling
-        training for ``save`` seconds.
+        """Simulates a step, and ``days`` of failures with a checkpoint every ``interval`` seconds (0: the best), each
+        stalling training for ``save`` seconds.
 
         ``faults``: a fault trace (CSV) of a real run of ``wall_seconds``, reported instead of simulated failures. ``check``:
         memory that does not suffice is an error. Raises ValueError.
         """
+        for name, value in (("days", days), ("interval", interval), ("wall_seconds", wall_seconds), ("save", save)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name} must be a number from 0, not {value!r}")
         model, system, execution = self.plan()
         levers = Levers.named(self.levers)
         step = simulate(model, system, execution, levers, check=False)
@@ -137,19 +141,19 @@ class MegaScaleReport(Report):
         rows = [(WORDS[name], value, 100 * value / step.seconds) for name, value in step.parts.items()]
         rows.append(("step", step.seconds, 100.0))
         note = (
-            f"{SIMULATED}. {self.model.name} on {plan.num_procs} processors (TP {plan.tensor_par}, PP {plan.pipeline_par}, DP "
-            f"{plan.data_par}), batch {plan.batch_size * self.levers.lamb}: MFU {100 * step.mfu:.1f} %, "
+            f"{SIMULATED}. {self.model.name} on {plan.num_procs} processors (TP {plan.tensor_par}, PP {plan.pipeline_par}, "
+            f"DP {plan.data_par}), batch {plan.batch_size * self.levers.lamb}: MFU {100 * step.mfu:.1f} %, "
             f"{step.tokens_per_second:,.0f} tokens/s."
         )
         return Table("One step", ("part", "seconds", "%"), tuple(rows), note)
 
     def _ladder(self) -> Table:
-        rows, before = [], None
-        for name, rung in self.rungs.items():
-            mfu = 100 * rung.mfu
-            rows.append((name, rung.seconds, mfu, None if before is None else mfu - before))
-            before = mfu
-        note = f"{SIMULATED}. Each rung keeps those above. With lamb the batch is {self.levers.lamb} times as large."
+        mfu = [100 * rung.mfu for rung in self.rungs.values()]
+        added = [None, *(b - a for a, b in pairwise(mfu))]
+        rows = [(name, self.rungs[name].seconds, *of) for name, *of in zip(self.rungs, mfu, added)]
+        note = f"{SIMULATED}. Each rung keeps those above."
+        if self.levers.lamb > 1:
+            note += f" With lamb the batch is {self.levers.lamb} times as large."
         return Table("Levers, one after the other", ("lever", "seconds", "MFU %", "+"), tuple(rows), note)
 
     def _memory(self) -> Table:
@@ -164,7 +168,7 @@ class MegaScaleReport(Report):
         rows = (
             ("no slow machine", 1 - slow.any_slow, 100 * slow.clean),
             ("on average", None, 100 * slow.expected),
-            ("every stage has one", None, 100 * slow.with_one),
+            ("slow in every stage", None, 100 * slow.with_one),
         )
         note = f"{SIMULATED}. {slow.machines} machines, of which 0.5 % are slow: 10 % longer forward passes (the paper's)."
         return Table("Slow machines", ("case", "probability", "MFU %"), rows, note)

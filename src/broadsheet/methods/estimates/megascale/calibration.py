@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -111,8 +112,7 @@ def published_ablation() -> dict[str, float]:
 
 def steps(rungs: Mapping[str, float]) -> dict[str, float]:
     """What each lever adds."""
-    names, values = list(rungs), list(rungs.values())
-    return {name: b - a for name, a, b in zip(names[1:], values, values[1:])}
+    return {after: rungs[after] - rungs[before] for before, after in pairwise(rungs)}
 
 
 def fit(shown: Shown = "rows+ablation", stragglers: bool = True, **assumed: float) -> Calibration:

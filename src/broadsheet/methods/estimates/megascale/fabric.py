@@ -1,8 +1,8 @@
 """Flows that collide: equal-cost multi-path hashing under one top-of-rack switch (MegaScale, section 3.6). SIMULATED.
 
-Every flow that leaves the rack is hashed to one of the uplinks, blindly. Two that meet share it. The paper's remedies are
-here as numbers: flows of half an uplink's rate (a 400G port split into two of 200G), and talkative machines under one switch, so
-that fewer flows leave it.
+Every flow that leaves the rack is hashed to one of the uplinks, blindly. Two that meet share it. The paper's remedies
+are here as numbers: flows of half an uplink's rate (a 400G port split into two of 200G), and talkative machines under
+one switch, so that fewer flows leave it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Collisions:
-    """Over many hashings: ``none``: share of them without any uplink overbooked; ``mean`` and ``slowest``: rate of the mean and
-    the slowest flow as a share of the rate it asks for. A ring is as fast as its slowest flow."""
+    """Over many hashings: ``none``: share of them without any uplink overbooked; ``mean`` and ``slowest``: rate of the
+    mean and the slowest flow as a share of the rate it asks for. A ring is as fast as its slowest flow."""
 
     none: float
     mean: float

@@ -1,8 +1,8 @@
 """Failures over weeks: how much of the time trains, and how often to save (MegaScale sections 4 and 6.3). SIMULATED.
 
-Every node fails independently at an exponential rate; one failure stops all. What follows is detection, diagnosis, restart, and
-the work since the last checkpoint that had reached stable storage, once more. Effective training time rate, or goodput, is the
-paper's: iterations times iteration time, over all time.
+Every node fails independently at an exponential rate; one failure stops all. What follows is detection, diagnosis,
+restart, and the work since the last checkpoint that had reached stable storage, once more. Effective training time rate,
+or goodput, is the paper's: iterations times iteration time, over all time.
 
 With failures at a mean of M seconds, segments of T seconds of training and a save that stalls for C, a segment takes on
 average exp(R / M) M (exp((T + C) / M) - 1) seconds, R being what a failure costs before training goes on (Daly 2006, with
@@ -262,7 +262,9 @@ def read_csv(path: str | Path) -> list[Incident]:
                 f"{path}, line {rows.line_num}: wanted failed_at <= detected_at <= resumed_at, and lost_steps >= 0"
             )
         word = (row.get("automatic") or "true").strip().lower()
-        found.append(Incident(*times, row.get("cause") or "unknown", word in ("true", "1", "yes")))
+        failed, detected, resumed, lost = times
+        automatic = word in ("true", "1", "yes")
+        found.append(Incident(failed, detected, resumed, lost, row.get("cause") or "unknown", automatic))
     return sorted(found, key=lambda one: one.failed_at)
 
 

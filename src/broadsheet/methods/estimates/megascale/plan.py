@@ -56,7 +56,7 @@ class _Json:
             raise ValueError(f"{what}: missing {missing}") from None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload,no-any-return]  # subclasses are dataclasses
+        return asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
 
 
 @dataclass(frozen=True)

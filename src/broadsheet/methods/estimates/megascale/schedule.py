@@ -29,8 +29,8 @@ class Pass:
 def slots(stage: int, p: int, v: int, m: int) -> list[list[Pass]]:
     """What a stage does, in order, cut where one without overlap stops to exchange.
 
-    Interleaving (v > 1) goes through groups of p microbatches, chunk by chunk, and exchanges once for a pair of passes in the
-    steady phase; else after every pass.
+    Interleaving (v > 1) goes through groups of p microbatches, chunk by chunk, and exchanges once for a pair of passes
+    in the steady phase; else after every pass.
     """
 
     def kth(k: int, backward: bool) -> Pass:
@@ -148,8 +148,8 @@ def of_costs(
     execution: Execution, forward: float, backward: float, output: tuple[float, float] = (0.0, 0.0),
     slow: dict[int, float] | None = None,
 ) -> Callable[[int, Pass], float]:  # fmt: skip
-    """What a pass takes: chunk times, the output layer on the last chunk, and by how much the ``slow`` stages' forward passes
-    take longer (``{stage: 0.1}``)."""
+    """What a pass takes: chunk times, the output layer on the last chunk, and by how much the ``slow`` stages' forward
+    passes take longer (``{stage: 0.1}``)."""
     last, top = execution.pipeline_par - 1, execution.pipeline_interleaving - 1
     slow = slow or {}
 

@@ -1,8 +1,8 @@
 """The time of one training step: what each optimisation saves, from plan, hardware and six fitted constants.
 
 MegaScale sections 3.1-3.4, each as a flag of `Levers`. `costs` prices one chunk of layers for one microbatch on one GPU;
-`closed_form` and `schedule.run_pipeline` (events) turn that into the time of the pipeline, and the two agree; `simulate` adds
-what a step pays once. With p stages of v chunks, m microbatches, chunk times f and b and a hop c between stages:
+`closed_form` and `schedule.run_pipeline` (events) turn that into the time of the pipeline, and the two agree; `simulate`
+adds what a step pays once. With p stages of v chunks, m microbatches, chunk times f and b and a hop c between stages:
 
     pipeline = (m v + p - 1) (f + b)  +  m (output layer)  +  (2 (m v + p - 1) - m - 1) c    (with pp_overlap 2 (v p - 1) c)
     step     = pipeline + exposed data-parallel traffic + optimiser + late ranks + fixed seconds
@@ -70,7 +70,7 @@ class Levers:
     def ladder(cls, lamb: int = 3) -> dict[str, Levers]:
         """The ablation: one lever more at each rung, in the paper's order."""
         rungs = {"baseline": cls()}
-        now = cls()
+        now: Any = cls()
         for name in [f.name for f in fields(cls)]:
             now = replace(now, **{name: lamb if name == "lamb" else True})
             rungs[name] = now
@@ -210,7 +210,7 @@ def costs(model: Model, system: System, execution: Execution, levers: Levers, c:
             "elementwise": 3 * elementwise,
             "tensor_parallel": sum(waits),
             "recompute": again[execution.activation_recompute],
-        },  # fmt: skip
+        },
     )
 
 
@@ -232,10 +232,11 @@ class StepReport:
 def closed_form(cost: Costs, p: int, v: int, m: int, overlap: bool) -> dict[str, float]:
     """The pipeline's time by parts.
 
-    Without overlap every slot of the schedule ends with its messages, N = 2 (m v + p - 1) of them along the longest path: that of
-    the last stage, which has the output layer and m + 1 messages less, or that of the others. With overlap a message is waited for
-    only while the pipeline fills and drains (v rounds of p stages, less one), or where there is no slack for it: messages
-    longer than the work beside them, and, with v = 1, a round trip through p stages that has only p microbatches under way.
+    Without overlap every slot of the schedule ends with its messages, N = 2 (m v + p - 1) of them along the longest
+    path: that of the last stage, which has the output layer and m + 1 messages less, or that of the others. With overlap
+    a message is waited for only while the pipeline fills and drains (v rounds of p stages, less one), or where there is
+    no slack for it: messages longer than the work beside them, and, with v = 1, a round trip through p stages that has
+    only p microbatches under way.
     """
     pair, output, hop = cost.forward + cost.backward, sum(cost.output), cost.hop
     slots = 2 * (m * v + p - 1)

@@ -1,4 +1,5 @@
-"""Slow machines: one makes its stage slow, the stage its pipeline, the pipeline the step (MegaScale, section 6.3). SIMULATED.
+"""Slow machines: one makes its stage slow, the stage its pipeline, the pipeline the step (MegaScale, section 6.3).
+SIMULATED.
 
 The paper: about 0.5 % of machines take about 10 % longer for the same forward computations, and without them MFU rose by
 about 0.7 points.
@@ -17,7 +18,8 @@ from .simulator import Calibration, Levers, calibrated, costs, simulate, slowed
 
 @dataclass(frozen=True)
 class Slowdown:
-    """MFU as shares of the peak. ``any_slow``: how likely a job has at least one slow machine; ``expected``: mean over jobs."""
+    """MFU as shares of the peak. ``any_slow``: how likely a job has at least one slow machine; ``expected``: mean over
+    jobs."""
 
     machines: int
     any_slow: float
