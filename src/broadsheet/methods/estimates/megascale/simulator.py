@@ -236,7 +236,8 @@ def closed_form(cost: Costs, p: int, v: int, m: int, overlap: bool) -> dict[str,
     path: that of the last stage, which has the output layer and m + 1 messages less, or that of the others. With overlap
     a message is waited for only while the pipeline fills and drains (v rounds of p stages, less one), or where there is
     no slack for it: messages longer than the work beside them, and, with v = 1, a round trip through p stages that has
-    only p microbatches under way.
+    only p microbatches under way. Exact with three stages and two chunks or more and messages shorter than the output
+    layer; else within some percent of the events.
     """
     pair, output, hop = cost.forward + cost.backward, sum(cost.output), cost.hop
     slots = 2 * (m * v + p - 1)
