@@ -5,7 +5,8 @@
 Fits six constants to the runs at 256-1,024 GPUs and to the ablation (at 256), writes them to
 ``methods/estimates/megascale/data/fitted.json``, and predicts what the fit was not shown: the runs at 3,072-12,288 GPUs, the
 530B model, and the runs of Korthikanti et al. (arXiv 2205.05198, Table 5). ``source`` of a record: published, simulated,
-line (seconds = a m + b through a system's four small runs), measured. Everything but the start of groups on a real
+line (seconds = a m + b through a system's four small runs), calculon (its own prediction, which fits nothing, from
+tests/golden), measured. Everything but the start of groups on a real
 store and the speed of the event core is SIMULATED or published.
 """
 
@@ -51,6 +52,8 @@ TRANSFER = {
     "turing-530b": (Execution(280, 8, 35, 1, 280, 1, 3), 49.05, 37.83),
     "megatron-1t": (Execution(512, 8, 64, 1, 512, 1), 94.42, 71.49),
 }
+#: what calculon's own code gave
+CALCULON = Path(__file__).parent.parent / "tests" / "golden" / "calculon_official.json"
 
 
 class Tables:
@@ -87,22 +90,22 @@ def utilisation(tables: Tables) -> None:
 
 
 def scaling(tables: Tables, fits: dict[str, Calibration]) -> None:
-    """Every published row, predicted by each fit and by the line; the mean over the large runs that no fit saw."""
+    """Every published row, predicted by each fit, by the line and by calculon; the mean over the runs that no fit saw."""
+    peer = {(row["system"], row["gpus"]): row["seconds"] for row in json.loads(CALCULON.read_text())["megascale"]}
     for run in cal.runs():
         where = {"gpus": run.gpus, "batch": run.batch, "shown": run.small}
         tables.add(run.system, "seconds", run.seconds, "s", source="published", **where)
         predictions = {name: cal.predicted(run, c, name != "no-stragglers") for name, c in fits.items()}
-        predictions["line"] = cal.on_line(run)
+        predictions |= {"line": cal.on_line(run), "calculon": peer[run.system, run.gpus]}
         for name, seconds in predictions.items():
-            source = "line" if name == "line" else "simulated"
+            source = name if name in ("line", "calculon") else "simulated"
             error = round(100 * (seconds / run.seconds - 1), 2)
             tables.add(run.system, "seconds", seconds, "s", source=source, fit=name, error=error, **where)
-    for system in ("megatron", "megascale"):
-        for name in (*fits, "line"):
-            found = {
-                run: cal.on_line(run) if name == "line" else cal.predicted(run, fits[name], name != "no-stragglers")
-                for run in cal.runs()
-            }
+    for name in (*fits, "line", "calculon"):
+        found = {run: cal.on_line(run) if name == "line" else peer[run.system, run.gpus] for run in cal.runs()}
+        if name in fits:
+            found = {run: cal.predicted(run, fits[name], name != "no-stragglers") for run in cal.runs()}
+        for system in ("megatron", "megascale"):
             mean, worst = cal.held_out(found, system)
             tables.add(system, "held_out_error", mean, "%", source="simulated", fit=name, worst=round(worst, 2), n=4)
 
