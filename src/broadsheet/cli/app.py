@@ -17,6 +17,7 @@ from .ingest import ingest
 from .instinct import instinct
 from .serve import serve
 from .study import study
+from .train_sim import train_sim
 from .weights import bitstack, dfloat11
 from .worker import worker
 
@@ -346,6 +347,7 @@ app.command(name="serve-model")(serve_model)
 app.command()(instinct)
 app.command(name="measure-hardware")(measure_hardware)
 app.command()(hardware)
+app.command(name="train-sim")(train_sim)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")
