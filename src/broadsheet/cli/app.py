@@ -238,7 +238,8 @@ def run(
 
     family = family_of(slug)
     if family == "estimates":
-        _estimate(slug, options_of(option), {"model": model, **({"hardware": hardware} if hardware else {})}, out, as_json)
+        given = {"model": model if model != "pocket-2m" else "", "hardware": hardware}  # else each method's own default
+        _estimate(slug, options_of(option), {name: value for name, value in given.items() if value}, out, as_json)
         return
     if hardware:
         raise ValueError(f"--hardware is for estimates; {slug} runs on --device")

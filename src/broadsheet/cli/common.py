@@ -67,6 +67,13 @@ def print_tables(tables: "Sequence[Table]") -> None:
         console.print()
 
 
+def _cell(value: Any) -> str:
+    """Four significant digits are what an estimate is good for."""
+    if isinstance(value, float):
+        return f"{float(f'{value:.4g}'):,.12g}"
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
 @contextmanager
 def working() -> "Iterator[Progress]":
     """Progress bars on standard error, which go when the work is done."""
