@@ -3,8 +3,11 @@
     hang      20 random hangs (SIGSTOP, or a main thread that waits) among TP2 x PP2 x DP2 = 8 gloo ranks, and 20 clean runs:
               ``named`` by the hang view; ``blamed`` in clean runs, in which all ranks are asked twice while they train
     stall     seconds that training waits for a checkpoint: two stages against a synchronous save, fsync to a real disk
-    collector step time with Python's garbage collector as it is, and frozen and switched off, with a heap as a framework has
-    parity    final loss on the same tokens: serial block, parallel block, sliding window, LAMB with a batch four times larger
+    collector step time with Python's garbage collector as it is, and frozen and switched off, beside a large heap
+    parity    final loss on the same tokens: serial and parallel block, sliding window, LAMB with a batch four times larger
+
+    peers     the same job under torchrun (torchelastic) and under this driver, both starting interpreters: a killed
+              and a stopped rank; ``recover_s`` from the fault to the next step's end, missing where none came in time
 
 Each part's records replace those of an earlier run; the others stay.
 """
@@ -12,12 +15,15 @@ Each part's records replace those of an earlier run; the others stay.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,11 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from broadsheet.core.records import Record, now, provenance, read_json, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.estimates.megascale import grid_job, hang
+from broadsheet.methods.estimates.megascale import job as jobs
 from broadsheet.methods.estimates.megascale.checkpoint import Checkpointer
 from broadsheet.methods.estimates.megascale.driver import Driver, LocalNodes
 from broadsheet.methods.estimates.megascale.inject import Fault, plan
@@ -135,7 +143,7 @@ def stalls(scratch: Path) -> list[Record]:
         ("larger", TinyModel(hidden=192, layers=4, feedforward=768, vocabulary=1024)),
     ):
         model = shape.build()
-        state = {key: value for key, value in model.state_dict().items()}
+        state = dict(model.state_dict())
         for copy in ("exp_avg", "exp_avg_sq"):  # as Adam holds them
             state |= {f"{copy}.{key}": torch.zeros_like(value) for key, value in model.state_dict().items()}
         size = sum(value.nbytes for value in state.values())
@@ -163,8 +171,8 @@ def stalls(scratch: Path) -> list[Record]:
 
 
 def collector(scratch: Path) -> list[Record]:
-    """Steps of the tiny model in one process whose heap holds 300,000 nested objects, as a framework's does; alternating blocks of
-    steps with the collector as it is and with it frozen."""
+    """Steps of the tiny model in one process whose heap holds 300,000 nested objects, as a framework's does;
+    alternating blocks of steps with the collector as it is and with it frozen."""
     heap = [[{"name": str(i), "value": (i, [i])}] for i in range(300_000)]  # lives as long as this function
     shape = TinyModel()
     model, mask, corpus = shape.build(), shape.mask(), Corpus(shape.vocabulary, shape.tokens)
@@ -260,7 +268,66 @@ def parity(scratch: Path) -> list[Record]:
     return found
 
 
-PARTS: dict[str, Callable[[Path], list[Record]]] = {"hang": hangs, "stall": stalls, "collector": collector, "parity": parity}
+# --- peers ----------------------------------------------------------------------------------------------------------------
+
+
+def peers(scratch: Path) -> list[Record]:
+    """One kill and one SIGSTOP each; a run is given ``LIMIT`` seconds from the fault."""
+    limit, found = 60.0, []
+    for kind in ("kill", "stop"):
+        for way in ("torchrun", "robust-run"):
+            folder = scratch / f"{way}-{kind}"
+            plan(folder, [Fault(kind, 2, 25)])
+            job = jobs.Job(str(folder), steps=60)
+            (folder / "job.json").write_text(json.dumps(job.to_json()), encoding="utf-8")
+            module = ["-m", jobs.__name__, str(folder / "job.json")]
+            if way == "torchrun":
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+                           "--max-restarts=2", *module]  # fmt: skip
+            else:
+                command = [sys.executable, "-c", "from broadsheet.cli import main; main()", "robust-run", "--folder",
+                           str(folder), "-o", "heartbeat=0.3", "--", "python", *module]  # fmt: skip
+            seconds = _until_recovered(command, folder, limit)
+            what = "recovered" if seconds is not None else f"no step within {limit:g} s"
+            print(f"{way} {kind}: {what}", flush=True)
+            found.append(record("recovered", [float(seconds is not None)], part="peers", way=way, fault=kind, limit_s=limit))
+            if seconds is not None:
+                found.append(record("recover_s", [seconds], "s", part="peers", way=way, fault=kind))
+    return found
+
+
+def _until_recovered(command: list[str], folder: Path, limit: float) -> float | None:
+    """Seconds from the fault to the end of the first step of the second attempt."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    injected, start = folder / "injected.jsonl", time.time()
+    try:
+        while time.time() - start < 300:
+            time.sleep(0.05)
+            if not injected.exists() or not injected.read_text(encoding="utf-8"):
+                continue
+            at = json.loads(injected.read_text(encoding="utf-8").splitlines()[0])["time"]
+            files = list((folder / "timers").glob("timers-1-*.jsonl"))
+            if len(files) == 4 and all(len(file.read_text(encoding="utf-8").splitlines()) > 1 for file in files):
+                return time.time() - at
+            if time.time() - at > limit:
+                return None
+        raise SystemExit(f"{' '.join(command)} did not come to its fault within 300 s")
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
+        process.wait()
+
+
+PARTS: dict[str, Callable[[Path], list[Record]]] = {
+    "hang": hangs,
+    "stall": stalls,
+    "peers": peers,
+    "collector": collector,
+    "parity": parity,
+}
 
 
 def main() -> None:

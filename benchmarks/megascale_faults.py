@@ -2,15 +2,17 @@
 
     nice python benchmarks/megascale_faults.py [--work DIR] [--only KIND ...]
 
-Four gloo ranks (one thread each) on two nodes of this machine, with two spare nodes, train the tiny Llama for 100 steps with a
-checkpoint every 10. Each fault is a run of its own with a random rank, step and phase; "clean" runs have none. Finished runs are
-kept in DIR, so ctrl-C loses the one under way. Executors and ranks are forked from this process, which has torch loaded: starting
-interpreters would measure imports. Link faults run in network namespaces with veth links on a bridge (`ip link set eth0 down`).
+Four gloo ranks (one thread each) on two nodes of this machine, with two spare nodes, train the tiny Llama for 100
+steps with a checkpoint every 10. Each fault is a run of its own with a random rank, step and phase; "clean" runs have
+none. Finished runs are kept in DIR, so ctrl-C loses the one under way. Executors and ranks are forked from this
+process, which has torch loaded: starting interpreters would measure imports. Link faults run in network namespaces
+with veth links on a bridge (`ip link set eth0 down`).
 
-``detect_s``: from the injection to the alarm; ``recover_s``: from the alarm to the end of the first step of the next attempt;
-``steps_lost``: steps done twice; ``named``: the rank (the node for heartbeat and link) was named, and nobody else; ``identical``:
-the losses of all ranks at all steps and the final parameters equal the unbroken run's, to the bit; ``automatic``: the run ended
-without a person. "silent" faults are expected to go unseen: they say where the method ends.
+``detect_s``: from the injection to the alarm; ``recover_s``: from the alarm to the end of the first step of the next
+attempt; ``steps_lost``: steps done twice; ``named``: the rank (the node for heartbeat and link) was named, and nobody
+else; ``identical``: the losses of all ranks at all steps and the final parameters equal the unbroken run's, to the
+bit; ``automatic``: the run ended without a person. "silent" faults are expected to go unseen: they say where the
+method ends.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +153,7 @@ def reference_run(folder: Path) -> dict[str, Any]:
     if not outcome.finished or outcome.incidents:
         raise SystemExit(f"the unbroken run was broken: {outcome}")
     starts = [e.start for e in read_traces(folder / "timers")[0].events if e.name == "data"]
-    step = statistics.median(b - a for a, b in zip(starts, starts[1:])) / 1e9
+    step = statistics.median(b - a for a, b in pairwise(starts)) / 1e9
     losses = {str(rank): {str(s): v for s, v in one.items()} for rank, one in jobs.losses_of(folder).items()}
     return {"losses": losses, "parameters": _parameters(folder), "step_s": step}
 
@@ -168,8 +171,8 @@ def records_of(rows: Sequence[dict[str, Any]], step_s: float) -> list[Record]:
                 paper="megascale", method="robust-run", bench="megascale-faults", metric=metric, unit=unit,
                 value=statistics.fmean(values), ci=interval, n=len(values), model="tiny-llama",
                 parameters={
-                    "heartbeat": RULES.heartbeat, "missing": RULES.missing, "patience": RULES.patience, "ranks": 4, "nodes": 2,
-                    "steps": STEPS, "checkpoint_every": EVERY, "link": "network namespaces, veth, bridge",
+                    "heartbeat": RULES.heartbeat, "missing": RULES.missing, "patience": RULES.patience, "ranks": 4,
+                    "nodes": 2, "steps": STEPS, "checkpoint_every": EVERY, "link": "network namespaces, veth, bridge",
                 },
                 setting={"kind": kind, **setting}, time=now(), **provenance(),
             )

@@ -2,13 +2,14 @@
 
     nice python benchmarks/megascale_goodput.py [--intervals 4 8 ...] [--work DIR]
 
-Four gloo ranks train; a process kills a random rank at exponential times (memoryless, so also during recovery), the same for every
-interval of a seed. Saves are synchronous with a slow storage (``--delay`` seconds on top), so that the interval matters. Goodput is
-useful steps times the step time, over the time from the first step's start to the last one's end.
+Four gloo ranks train; a process kills a random rank at exponential times (memoryless, so also during recovery), the
+same for every interval of a seed. Saves are synchronous with a slow storage (``--delay`` seconds on top), so that the
+interval matters. Goodput is useful steps times the step time, over the time from the first step's start to the last
+one's end.
 
-``goodput``: measured. ``replayed``: an event simulation that is given the measured step, save and recovery times and the same
-moments of failure. ``expected``: the closed form of `faults.FaultModel` at the mean of the failures. ``young``: sqrt(2 C MTBF) in
-steps. Finished runs are kept in DIR.
+``goodput``: measured. ``replayed``: an event simulation that is given the measured step, save and recovery times and
+the same moments of failure. ``expected``: the closed form of `faults.FaultModel` at the mean of the failures.
+``young``: sqrt(2 C MTBF) in steps. Finished runs are kept in DIR.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def measured(folder: Path, incidents: int, steps: int, interval: int) -> dict[st
     durations = []
     for rows in attempts:
         starts = [(s, i) for i, (name, s, _) in enumerate(rows) if name == "data"]
-        for (a, i), (b, k) in zip(starts, starts[1:]):
+        for (a, i), (b, k) in pairwise(starts):
             if not any(name == "checkpoint" for name, *_ in rows[i:k]):
                 durations.append(b - a)
     # From a failure to the next attempt's first step, for failures that no other one followed before it.
@@ -109,8 +111,8 @@ def measured(folder: Path, incidents: int, steps: int, interval: int) -> dict[st
     step = statistics.fmean(durations)
     return {
         "interval": interval, "steps": steps, "seconds": end - begin, "step": step, "save": statistics.fmean(saves),
-        "recovery": statistics.fmean(recoveries) if recoveries else None, "kills": kills, "goodput": steps * step / (end - begin),
-        "load": os.getloadavg()[0],
+        "recovery": statistics.fmean(recoveries) if recoveries else None, "kills": kills,
+        "goodput": steps * step / (end - begin), "load": os.getloadavg()[0],
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import options_of
+from .common import options_of, print_tables
 
 
 def robust_run(
@@ -28,9 +28,9 @@ def robust_run(
 ) -> None:
     """Run a training script and keep it running: kills, hangs, lost and slow nodes are found, named and replaced.
 
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, as torchrun does. The script must go on from its own last
-    checkpoint when it is started again. Exits, log lines and lost nodes are seen for any script; progress, hangs and slow ranks
-    for one that times itself (broadsheet.methods.estimates.megascale.timer). Where to keep checkpoints: BROADSHEET_RUN.
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, as torchrun does. The script must go on from its
+    own last checkpoint when it is started again. Exits, log lines and lost nodes are seen for any script; progress,
+    hangs and slow ranks for one that times itself (broadsheet.methods.estimates.megascale.timer).
 
     Examples:
 
@@ -129,15 +129,7 @@ def diagnose(
     if as_json:
         write_text(json.dumps(report.to_json(), indent=1), as_json)
     if as_json != "-":
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console()
-        for table in report.tables():
-            shown = Table(*table.columns, title=table.title, caption=table.note or None)
-            for row in table.rows:
-                shown.add_row(*("–" if cell is None else str(cell) for cell in row))
-            console.print(shown)
+        print_tables(report.tables())
     if out:
         for path in report.save(out):
             typer.echo(str(path), err=True)

@@ -1,15 +1,16 @@
 """Two-stage checkpoints (MegaScale section 4.4): a copy in memory while training waits, then a write in the background.
 
-Stage 1 copies this rank's part of the state (pinned memory for CUDA tensors); training goes on when it returns. Stage 2 writes
-the copy in a thread: temporary file, fsync, rename, fsync of the folder. The shard's name holds its SHA-256, so a shard is whole
-or it does not count, and one rename commits it: there is no manifest to go stale. It holds the attempt too (how often the run was
-restarted), because shards of two attempts may differ in the last bit and must not be mixed.
+Stage 1 copies this rank's part of the state (pinned memory for CUDA tensors); training goes on when it returns. Stage
+2 writes the copy in a thread: temporary file, fsync, rename, fsync of the folder. The shard's name holds its SHA-256,
+so a shard is whole or it does not count, and one rename commits it: there is no manifest to go stale. It holds the
+attempt too (how often the run was restarted), because shards of two attempts may differ in the last bit and must not
+be mixed.
 
     folder/step-000120/shard-0-of-4.attempt-0.<sha256>.safetensors
 
-A checkpoint is good when all shards of one attempt are there and match their names. Older ones are removed only once ``keep`` newer ones
-are complete. To restore, one rank of the group reads the newest good checkpoint and broadcasts it, so shared storage is read once
-a group instead of once a rank.
+A checkpoint is good when all shards of one attempt are there and match their names. Older ones are removed only once
+``keep`` newer ones are complete. To restore, one rank of the group reads the newest good checkpoint and broadcasts
+it, so shared storage is read once a group instead of once a rank.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ class Checkpointer:
     ``keep``: good checkpoints that stay. ``background=False`` is the synchronous save that the two stages are compared with.
     ``midway``: called with the step when half of a shard's bytes are written, to try what happens then.
 
-    Raises ValueError for ``keep`` below 1; a failed write is in `error` (and raised by a synchronous save), and what was good
-    before stays.
+    Raises ValueError for ``keep`` below 1; a failed write is in `error` (and raised by a synchronous save), and what
+    was good before stays.
     """
 
     folder: Path
@@ -145,9 +146,9 @@ class Checkpointer:
     def save(self, step: int, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], facts: Mapping[str, Any]) -> float:
         """Checkpoints ``step``; returns the seconds that training waited.
 
-        ``shared``: tensors equal on all ranks, of which this rank writes its part; ``own``: this rank's alone (random states);
-        ``facts``: JSON-able, for example the data position. If the write before is still under way, it is waited for: two
-        would race for the same memory and disk.
+        ``shared``: tensors equal on all ranks, of which this rank writes its part; ``own``: this rank's alone (random
+        states); ``facts``: JSON-able, for example the data position. If the write before is still under way, it is
+        waited for: two would race for the same memory and disk.
         """
         start = time.perf_counter()
         self.wait()
@@ -160,7 +161,7 @@ class Checkpointer:
             kept.copy_(tensor.detach(), non_blocking=False)
         meta = {"facts": json.dumps(dict(facts)), "step": str(step)}
         if self.background:
-            # One thread for all saves: to start a new one each time hands it the interpreter's lock, and training waits for it.
+            # One thread for all saves: starting a new one hands it the interpreter's lock, and training waits for it.
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, daemon=True, name="checkpoint")
                 self._thread.start()

@@ -1,13 +1,14 @@
 """Slow machines (MegaScale section 5.1): the heat map of ranks and phases, and who is an outlier for long.
 
-The signal is CPU time, not wall time: here ranks share cores, so wall time says who had to wait for a core. On machines of their
-own the two agree (``signal="wall"``). Time inside communication is left out: there the fast wait for the slow, and the slow rank is
-the one that waits least.
+The signal is CPU time, not wall time: here ranks share cores, so wall time says who had to wait for a core. On
+machines of their own the two agree (``signal="wall"``). Time inside communication is left out: there the fast wait
+for the slow, and the slow rank is the one that waits least.
 
-In each window of steps a rank's value is its mean over the window, as in the paper. Its robust z is (value - median over ranks) over
-max(1.4826 MAD, floor x median): with few ranks the MAD is close to zero by chance, and the floor is what a healthy rank may differ
-by. A rank is flagged when z > threshold in ``sustained`` windows in a row. Window and floor were chosen on 24 runs of four ranks
-that shared two busy cores, 12 of them with a rank 10 % slow; the campaign's runs are others.
+In each window of steps a rank's value is its mean over the window, as in the paper. Its robust z is (value - median
+over ranks) over max(1.4826 MAD, floor x median): with few ranks the MAD is close to zero by chance, and the floor is
+what a healthy rank may differ by. A rank is flagged when z > threshold in ``sustained`` windows in a row. Window and
+floor were chosen on 24 runs of four ranks that shared two busy cores, 12 of them with a rank 10 % slow; the
+campaign's runs are others.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Phase = str
 
 @dataclass(frozen=True)
 class HeatMap:
-    """``z`` [windows, ranks, phases] and ``values`` (ms) of the same shape; ``flagged``: rank -> phases in which it is slow for
-    long; ``found``: rank -> the last step of the window that completed the proof."""
+    """``z`` [windows, ranks, phases] and ``values`` (ms) of the same shape; ``flagged``: rank -> phases in which it
+    is slow for long; ``found``: rank -> the last step of the window that completed the proof."""
 
     ranks: tuple[int, ...]
     phases: tuple[Phase, ...]
@@ -106,7 +107,8 @@ class Stragglers:
         return (event.cpu if self.signal == "cpu" else event.end - event.start) / 1e6
 
     def heat_map(self, traces: Sequence[Trace]) -> HeatMap:
-        """The map of one attempt's traces. Raises ValueError when there is no whole window of steps that all ranks finished."""
+        """The map of one attempt's traces. Raises ValueError when there is no whole window of steps that all ranks
+        finished."""
         times = {trace.rank: self.times(trace.events) for trace in traces}
         return self.judge(times)
 

@@ -1,12 +1,12 @@
 """The robust training driver (MegaScale section 4): keeps a job running on nodes that fail.
 
-It asks a resource manager for nodes, has their executors start the job, and watches heartbeats (`rules`). On an alarm it asks
-the ranks where they are, suspends all of them, checks every node (`selfcheck`), blocks those that fail or that the alarm proves
-bad, takes spare ones, and starts the job again, which goes on from its last good checkpoint. Every incident is on disk before
-recovery begins, so ctrl-C loses nothing: the same command goes on.
+It asks a resource manager for nodes, has their executors start the job, and watches heartbeats (`rules`). On an alarm
+it asks the ranks where they are, suspends all of them, checks every node (`selfcheck`), blocks those that fail or
+that the alarm proves bad, takes spare ones, and starts the job again, which goes on from its last good checkpoint.
+Every incident is on disk before recovery begins, so ctrl-C loses nothing: the same command goes on.
 
-A command is any torchrun-style script: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. Progress is watched
-if it shows it through a `timer.Beacon`; without one the driver still sees exits, log lines and lost nodes.
+A command is any torchrun-style script: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. Progress is
+watched if it shows it through a `timer.Beacon`; without one the driver still sees exits, log lines and lost nodes.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Manager(Protocol):
 
 @dataclass
 class LocalNodes:
-    """Nodes that are processes of this machine. ``warm``: executors are forked from this process, which has loaded the modules
-    of ``preload``, and Python commands from them; a restart then takes milliseconds instead of an import of torch a rank."""
+    """Nodes that are processes of this machine. ``warm``: executors are forked from this process, which has loaded
+    the modules of ``preload``, and Python commands from them; a restart then takes milliseconds instead of an import
+    of torch a rank."""
 
     count: int
     warm: bool = False
@@ -155,9 +156,9 @@ class _Node:
 
 @dataclass
 class Driver:
-    """``nodes`` x ``ranks_per_node`` ranks run ``command``; at most ``max_restarts`` times again. A node that is named twice is
-    blocked even if its self-check finds nothing (``strikes``). A job that fails ``hopeless`` times in a row at the same step for the
-    same reason is not restarted: that is a bug, not a node.
+    """``nodes`` x ``ranks_per_node`` ranks run ``command``; at most ``max_restarts`` times again. A node that is
+    named twice is blocked even if its self-check finds nothing (``strikes``). A job that fails ``hopeless`` times in
+    a row at the same step for the same reason is not restarted: that is a bug, not a node.
 
     Raises ValueError for a geometry that cannot be; an alarm that cannot be recovered from is in the `Outcome`.
     """

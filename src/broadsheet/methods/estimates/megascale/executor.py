@@ -1,14 +1,16 @@
 """The daemon of a node (MegaScale section 4.1): starts the node's training processes, and tells the driver how they are.
 
-One process, one thread, one loop: a daemon that can be starved by its own threads is no witness. It speaks JSON lines with the
-driver over a local socket. Every ``heartbeat`` seconds, and at once when a process ends, it sends
+One process, one thread, one loop: a daemon that can be starved by its own threads is no witness. It speaks JSON lines
+with the driver over a local socket. Every ``heartbeat`` seconds, and at once when a process ends, it sends
 
-    {"type": "heartbeat", "node", "host", "attempt", "ranks": [{"rank", "pid", "code", "first", "step", "event", "bytes", "loss", ...}],
-     "lines": [[rank, text], ...], "links": changes of a network link's carrier since the start}
+    {"type": "heartbeat", "node", "host", "attempt", "ranks": [{"rank", "pid", "code", "first", "step", "event",
+    "bytes", "loss", ...}], "lines": [[rank, text], ...], "links": changes of a network link's carrier since the
+    start}
 
-``lines`` are what the ranks print, filtered by the driver's keyword lists. It obeys start, stop, ask (where are your ranks?),
-check (`selfcheck`) and quit. If the driver is silent for ``lease`` seconds the ranks are killed: a node that was cut off must
-not go on writing checkpoints beside its replacement. The ranks die with the executor, whatever kills it.
+``lines`` are what the ranks print, filtered by the driver's keyword lists. It obeys start, stop, ask (where are your
+ranks?), check (`selfcheck`) and quit. If the driver is silent for ``lease`` seconds the ranks are killed: a node that
+was cut off must not go on writing checkpoints beside its replacement. The ranks die with the executor, whatever kills
+it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """What an executor has to know. ``live``: a folder for sockets and beacons, in memory if possible; ``warm``: fork Python
-    commands from this process, which has their libraries loaded, instead of starting an interpreter; ``namespace``: a network
-    namespace to live in."""
+    """What an executor has to know. ``live``: a folder for sockets and beacons, in memory if possible; ``warm``: fork
+    Python commands from this process, which has their libraries loaded, instead of starting an interpreter;
+    ``namespace``: a network namespace to live in."""
 
     name: str
     driver: str
@@ -166,8 +168,8 @@ class Executor:
     # --- processes --------------------------------------------------------------------------------------------------
 
     def start(
-        self, ranks: Sequence[int], command: Sequence[str], env: dict[str, str], attempt: int, logs: str, keywords: Sequence[str]
-    ) -> None:  # fmt: skip
+        self, ranks: Sequence[int], command: Sequence[str], env: dict[str, str], attempt: int, logs: str, keywords:
+        Sequence[str] ) -> None:  # fmt: skip
         """Starts the ranks' processes; a command that does not exist shows as an exit with code 127."""
         self.attempt, self.keywords = attempt, tuple(word.lower() for word in keywords)
         for rank in ranks:

@@ -1,8 +1,9 @@
 """A job in three dimensions, for diagnosis: an MLP that is really split over tensor, pipeline and data parallelism on gloo.
 
-Every stage is a residual block y = x + gelu(x W1) W2. Tensor parallelism splits W1 by columns and W2 by rows, with one all-reduce
-in the forward and one in the backward pass (Megatron-LM's f and g); stages send activations forward and gradients backward for
-each microbatch (GPipe order); replicas average gradients. Losses equal those of one process to rounding.
+Every stage is a residual block y = x + gelu(x W1) W2. Tensor parallelism splits W1 by columns and W2 by rows, with
+one all-reduce in the forward and one in the backward pass (Megatron-LM's f and g); stages send activations forward
+and gradients backward for each microbatch (GPipe order); replicas average gradients. Losses equal those of one
+process to rounding.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The three-dimensional hang view (MegaScale section 5.2): who keeps everybody waiting.
 
-When a run stands still every rank is asked for its current event. A rank inside a communication waits for those members of the
-communicator that have not entered the same call; following these edges through the tp, pp and dp communicators ends at the
-culprits: ranks that did not answer at all, or that are in code of their own. If all members have entered and still wait, no rank
-is to blame but what lies between them.
+When a run stands still every rank is asked for its current event. A rank inside a communication waits for those
+members of the communicator that have not entered the same call; following these edges through the tp, pp and dp
+communicators ends at the culprits: ranks that did not answer at all, or that are in code of their own. If all members
+have entered and still wait, no rank is to blame but what lies between them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HangView:
-    """``culprits``: ranks, none when nothing hangs or nobody can be blamed; ``waits``: rank -> ranks it waits for; ``events``:
-    rank -> what it is in, "silent" when it did not answer."""
+    """``culprits``: ranks, none when nothing hangs or nobody can be blamed; ``waits``: rank -> ranks it waits for;
+    ``events``: rank -> what it is in, "silent" when it did not answer."""
 
     culprits: tuple[int, ...]
     reason: str
@@ -26,7 +26,8 @@ class HangView:
 
 
 def hang_view(answers: Sequence[Mapping[str, Any]], world: int, before: Sequence[Mapping[str, Any]] = ()) -> HangView:
-    """The view of one round of `Timer.answer`s; ``before``: an earlier round, so that what still moves is not called hung."""
+    """The view of one round of `Timer.answer`s; ``before``: an earlier round, so that what still moves is not called
+    hung."""
     told = {answer["rank"]: answer for answer in answers}
     events = {rank: _label(told[rank]) if rank in told else "silent" for rank in range(world)}
     then = {answer["rank"]: answer for answer in before}

@@ -1,8 +1,9 @@
 """Faults for the training job, so that what the driver claims can be tried.
 
-``folder/faults.json`` lists faults; each fires at its step on its rank, and tells ``folder/injected.jsonl`` when it did. Only the
-campaign reads that file: the driver never sees either. A fault that belongs to a process fires once, also across restarts; one
-that belongs to a node (slow, disk) fires whenever the rank runs there, so it goes away only with the node.
+``folder/faults.json`` lists faults; each fires at its step on its rank, and tells ``folder/injected.jsonl`` when it
+did. Only the campaign reads that file: the driver never sees either. A fault that belongs to a process fires once,
+also across restarts; one that belongs to a node (slow, disk) fires whenever the rank runs there, so it goes away only
+with the node.
 """
 
 from __future__ import annotations

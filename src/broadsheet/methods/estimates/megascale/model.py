@@ -1,8 +1,9 @@
 """MegaScale's algorithmic levers as real modules on a tiny Llama: parallel block, sliding window, LAMB (section 3.1).
 
-The parallel block is y = x + MLP(N(x)) + Attn(N(x)) with one norm N, in place of two residual steps. The sliding window lets a
-token attend to itself and the ``window - 1`` tokens before it. LAMB (You et al., ICLR 2020, algorithm 2) scales Adam's direction
-by |w| / |direction| for each tensor, which is what lets the paper raise the batch four times.
+The parallel block is y = x + MLP(N(x)) + Attn(N(x)) with one norm N, in place of two residual steps. The sliding
+window lets a token attend to itself and the ``window - 1`` tokens before it. LAMB (You et al., ICLR 2020, algorithm
+2) scales Adam's direction by |w| / |direction| for each tensor, which is what lets the paper raise the batch four
+times.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     namespace bs0 [eth0 10.77.0.1] ── bridge bsbr ── [eth0 10.77.0.2] namespace bs1
 
-Needs root and ``ip``; `available` says whether it can be had. Control traffic between driver and executors goes over local sockets,
-the management network that a cluster has beside its data network.
+Needs root and ``ip``; `available` says whether it can be had. Control traffic between driver and executors goes over
+local sockets, the management network that a cluster has beside its data network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What `broadsheet diagnose` says about a run's folder: slow ranks, who waits for whom, hangs, incidents; tables and pictures."""
+"""What `broadsheet diagnose` says about a run's folder: slow ranks, who waits for whom, hangs, incidents; tables and
+pictures."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def _svg(width: int, height: int, rows: Sequence[str]) -> str:
 
 
 def ring(heat: HeatMap, waits: Mapping[int, float]) -> str:
-    """The ranks on a ring, as an all-reduce goes round: colour is how slow a rank computes (z), its size what others wait for it."""
+    """The ranks on a ring, as an all-reduce goes round: colour is how slow a rank computes (z), its size what others
+    wait for it."""
     count, radius, middle = len(heat.ranks), 130, 190
     column = heat.phases.index("compute")
     longest = max([*waits.values(), 1e-9])
@@ -167,8 +169,8 @@ def ring(heat: HeatMap, waits: Mapping[int, float]) -> str:
 
 
 def hang_svg(view: HangView, grid: Grid) -> str:
-    """Pipeline stages across, replicas down, tensor-parallel ranks shifted within a cell; culprits red, arrows to whom a rank
-    waits for."""
+    """Pipeline stages across, replicas down, tensor-parallel ranks shifted within a cell; culprits red, arrows to
+    whom a rank waits for."""
     wide, high, left, top = 190, 46 * grid.tp + 24, 20, 40
     spot = {}
     rows = [

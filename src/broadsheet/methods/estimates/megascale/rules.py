@@ -44,8 +44,8 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Rules:
-    """Thresholds. ``heartbeat``: seconds between two; ``startup``: seconds that an attempt may take to its first step, and that
-    first step may take."""
+    """Thresholds. ``heartbeat``: seconds between two; ``startup``: seconds that an attempt may take to its first
+    step, and that first step may take."""
 
     heartbeat: float = 0.5
     missing: float = 4.0
@@ -215,7 +215,8 @@ class Watch:
         return None
 
     def _exit(self, failed: dict[int, _Seen], first: float) -> Alarm:
-        """Who failed first in cause, not in time: a signal, then an error that is not about other ranks, then the earliest."""
+        """Who failed first in cause, not in time: a signal, then an error that is not about other ranks, then the
+        earliest."""
 
         def secondary(one: _Seen) -> bool:
             return any(word in text.lower() for text in one.lines[-3:] for word in SECONDARY)

@@ -1,8 +1,8 @@
 """All ranks on one clock (MegaScale section 5.1): a Chrome trace with arrows from those who send to those who wait.
 
-Ranks of different machines have different clocks. A collective ends for all its members at nearly the same moment, so the offset
-of two ranks is the median, over the collectives they share, of the difference of their ends; ranks that share none are joined
-through others. The residual spread is the error that remains, and is reported.
+Ranks of different machines have different clocks. A collective ends for all its members at nearly the same moment, so
+the offset of two ranks is the median, over the collectives they share, of the difference of their ends; ranks that
+share none are joined through others. The residual spread is the error that remains, and is reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _Call = tuple[str, int]
 
 @dataclass(frozen=True)
 class Alignment:
-    """``offsets``: rank -> ns to take from its times; ``residual``: median absolute ns that is left between ends of a call."""
+    """``offsets``: rank -> ns to take from its times; ``residual``: median absolute ns that is left between ends of a
+    call."""
 
     offsets: Mapping[int, int]
     residual: float
@@ -72,8 +73,8 @@ def late(traces: Sequence[Trace], alignment: Alignment | None = None) -> dict[in
 
 
 def chrome_trace(traces: Sequence[Trace], alignment: Alignment | None = None) -> str:
-    """JSON for chrome://tracing or Perfetto: a row a rank, times in microseconds from the first event; an arrow leads from a send
-    to its receive, and from the last rank that entered a collective to those that waited for it."""
+    """JSON for chrome://tracing or Perfetto: a row a rank, times in microseconds from the first event; an arrow leads
+    from a send to its receive, and from the last rank that entered a collective to those that waited for it."""
     offsets = (alignment or align(traces)).offsets
     origin = min((e.start - offsets[t.rank] for t in traces for e in t.events), default=0)
     rows: list[dict[str, Any]] = []
@@ -93,7 +94,8 @@ def chrome_trace(traces: Sequence[Trace], alignment: Alignment | None = None) ->
             rows.append(
                 {
                     "ph": "X", "name": event.name, "cat": "communication" if event.channel else "compute", "pid": 0,
-                    "tid": trace.rank, "ts": at(trace.rank, event.start), "dur": (event.end - event.start) / 1e3, "args": args,
+                    "tid": trace.rank, "ts": at(trace.rank, event.start), "dur": (event.end - event.start) / 1e3,
+                    "args": args,
                 }
             )  # fmt: skip
     arrow = 0

@@ -1,13 +1,15 @@
-"""What a training process tells about itself (MegaScale section 5, items 12 and 16): its current event, and how long each took.
+"""What a training process tells about itself (MegaScale section 5, items 12 and 16): its current event, and how long
+each took.
 
 Three channels, none of which waits for anybody:
 
-- a `Beacon`, a few bytes of shared memory that the node's executor reads with every heartbeat: step, current event, bytes sent,
-  loss. A stopped process keeps its sockets open, so a heartbeat without the step counter would prove nothing.
-- a `Timer` file, one line a step: every event's start, end and CPU time. On a CPU an event ends when its code does; nothing is
-  synchronised for the sake of the clock.
-- an `Answerer`, a thread that says on request where the main thread is. A process that cannot run its threads does not answer,
-  which names it.
+- a `Beacon`, a few bytes of shared memory that the node's executor reads with every heartbeat: step, current event,
+  bytes sent, loss. A stopped process keeps its sockets open, so a heartbeat without the step counter would prove
+  nothing.
+- a `Timer` file, one line a step: every event's start, end and CPU time. On a CPU an event ends when its code does;
+  nothing is synchronised for the sake of the clock.
+- an `Answerer`, a thread that says on request where the main thread is. A process that cannot run its threads does
+  not answer, which names it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ _LAYOUT = struct.Struct("<qqqqqqdd48s")
 
 @dataclass(frozen=True)
 class Status:
-    """What a beacon holds. ``first``: the step that this attempt began with; ``step``: the one under way; ``done``: steps that
-    ended in this attempt; ``bytes``: sent to other ranks since the start; ``loss``: of the last step that ended; ``time``:
-    seconds since the epoch of the last change."""
+    """What a beacon holds. ``first``: the step that this attempt began with; ``step``: the one under way; ``done``:
+    steps that ended in this attempt; ``bytes``: sent to other ranks since the start; ``loss``: of the last step that
+    ended; ``time``: seconds since the epoch of the last change."""
 
     pid: int
     first: int
@@ -74,8 +76,8 @@ class Beacon:
     def show(self, event: str) -> None:
         self.sequence += 1
         self._map[:] = _LAYOUT.pack(
-            os.getpid(), self.first, self.step, self.done, self.sequence, self.bytes, self.loss, time.time(), event.encode()[:48]
-        )  # fmt: skip
+            os.getpid(), self.first, self.step, self.done, self.sequence, self.bytes, self.loss, time.time(),
+            event.encode()[:48] )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,8 @@ class Timer:
 
 @dataclass(frozen=True)
 class Trace:
-    """A timer file: of which rank, its channels, and its events in order of their ends. ``clock``: seconds since the epoch when
-    the events' clock was 0, by this rank's own clock."""
+    """A timer file: of which rank, its channels, and its events in order of their ends. ``clock``: seconds since the
+    epoch when the events' clock was 0, by this rank's own clock."""
 
     rank: int
     node: str
@@ -240,7 +242,8 @@ class Answerer:
 
 
 def ask(paths: dict[int, str | Path], reply: str | Path, timeout: float = 1.0) -> dict[int, dict[str, Any]]:
-    """Asks the answerers of ranks where they are; those that say nothing within ``timeout`` seconds are missing from the result.
+    """Asks the answerers of ranks where they are; those that say nothing within ``timeout`` seconds are missing from
+    the result.
 
     ``reply``: a free path for the socket that gets the answers.
     """
