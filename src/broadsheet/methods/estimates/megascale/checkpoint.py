@@ -16,6 +16,7 @@ it, so shared storage is read once a group instead of once a rank.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -79,7 +80,7 @@ def damage(folder: str | Path, step: int) -> str:
 
 def last_good(folder: str | Path) -> tuple[int | None, list[str]]:
     """The newest good step (None: there is none) and what was wrong with newer ones."""
-    reasons = []
+    reasons: list[str] = []
     for step in steps_of(folder):
         reason = damage(folder, step)
         if not reason:
@@ -189,7 +190,7 @@ class Checkpointer:
             data = save(tensors, meta)
             digest = hashlib.sha256(data).hexdigest()
             name = f"shard-{self.rank}-of-{self.world}.attempt-{self.attempt}.{digest}.safetensors"
-            _write(folder / name, data, (lambda: self.midway(step)) if self.midway else None)
+            _write(folder / name, data, functools.partial(self.midway, step) if self.midway else None)
             for old in folder.glob(f"shard-{self.rank}-of-*"):  # of an attempt that came to this step before
                 if old.name != name:
                     old.unlink()

@@ -19,6 +19,7 @@ import selectors
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -306,9 +307,9 @@ class Driver:
                 break
         return found
 
-    def _check(self) -> dict[str, dict[str, Any]]:
-        """The self-check of every node; one that does not end within 20 s counts as failed."""
-        names = sorted(self._all)
+    def _check(self, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+        """The self-check of these nodes (of all); one that does not end within 20 s counts as failed."""
+        names = names or sorted(self._all)
         for name in names:
             self._all[name].send(
                 type="check", processes=self.ranks_per_node, folder=str(self.folder / "checkpoints"),
@@ -387,9 +388,9 @@ class Driver:
                 return None
             if now - looked > 2 * self.rules.heartbeat:
                 looked = now
-                found = tail.read()
-                for rank in found.flagged if found else ():
-                    watch.slow(rank, slowdown(found, rank), now)
+                if heat := tail.read():
+                    for rank in heat.flagged:
+                        watch.slow(rank, slowdown(heat, rank), now)
             if alarm := watch.error(now, self.world):
                 return alarm
 
@@ -443,11 +444,28 @@ class Driver:
                 self._drop(name)
         incident.blocked, incident.reasons = tuple(sorted(bad)), tuple(bad[name] for name in sorted(bad))
         while len(self._all) < self.nodes:
-            name = self._take()
-            if name is None:
+            if not self._enlist():
                 return f"no spare node is left to replace {', '.join(incident.blocked)} ({'; '.join(incident.reasons)})"
-            self.baseline |= {name: {}}
         return ""
+
+    def _enlist(self) -> bool:
+        """Takes the next spare that passes a self-check beside what nodes could do when the run began."""
+        while fresh := self._take():
+            check = self._check([fresh])[fresh]
+            if not failures(check, self._usual()):
+                self.baseline[fresh] = check
+                return True
+            self._drop(fresh)
+        return False
+
+    def _usual(self) -> dict[str, float]:
+        """The median of each measure over the nodes that the run began with."""
+        values: dict[str, list[float]] = {}
+        for check in self.baseline.values():
+            for name, value in check.items():
+                if isinstance(value, int | float):
+                    values.setdefault(name, []).append(value)
+        return {name: statistics.median(some) for name, some in values.items()}
 
     def _drop(self, name: str) -> None:
         node = self._all.pop(name)

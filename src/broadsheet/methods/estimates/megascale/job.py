@@ -1,12 +1,14 @@
 """The training job that the driver keeps alive: a tiny Llama under DistributedDataParallel on gloo, fp32, one thread a rank.
 
-It is started like any torchrun script (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and does all that MegaScale asks of a job:
-events are timed (`timer`), checkpoints have two stages (`checkpoint`), batches are a function of (seed, step, rank), random
-states are in the checkpoint. A run that was restarted any number of times ends in the same bits as one that never was.
+It is started like any torchrun script (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and does all that MegaScale asks
+of a job: events are timed (`timer`), checkpoints have two stages (`checkpoint`), batches are a function of (seed,
+step, rank), random states are in the checkpoint. A run that was restarted any number of times ends in the same bits
+as one that never was.
 
-For that the gradient's sum must not depend on how it was cut: DDP moves parameters between buckets after its first step, so after
-a restart the buckets differ, and a ring sums the elements of a bucket in an order that depends on where they stand. `ordered_mean`
-exchanges pieces and adds them in order of rank, which costs the bytes of a ring and no order.
+For that the gradient's sum must not depend on how it was cut: DDP moves parameters between buckets after its first
+step, so after a restart the buckets differ, and a ring sums the elements of a bucket in an order that depends on
+where they stand. `ordered_mean` exchanges pieces and adds them in order of rank, which costs the bytes of a ring and
+no order.
 """
 
 # Annotations are not postponed here: DistributedDataParallel compares those of a communication hook.
@@ -38,8 +40,9 @@ from .timer import Answerer, Beacon, Timer
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained and how. ``batch``: rows a rank; ``checkpoint_every``: steps, 0 for never; ``checkpoint``: "two-stage" or
-    "sync"; ``storage_delay``: seconds that a write takes on top, for a slow shared filesystem; ``collector``: "auto" leaves Python's garbage collector alone, "frozen" freezes what is there after the first step
+    """What is trained and how. ``batch``: rows a rank; ``checkpoint_every``: steps, 0 for never; ``checkpoint``:
+    "two-stage" or "sync"; ``storage_delay``: seconds that a write takes on top, for a slow shared filesystem;
+    ``collector``: "auto" leaves Python's garbage collector alone, "frozen" freezes what is there after the first step
     and switches it off, collecting by hand with each checkpoint."""
 
     folder: str
@@ -286,10 +289,9 @@ def run(path: str | Path) -> None:
         raise ValueError(f"{path} is no job: {error}") from None
     dist.init_process_group("gloo")
     try:
-        worker = Worker(
-            job, dist.get_rank(), dist.get_world_size(), int(os.environ.get("BROADSHEET_ATTEMPT", 0)),
-            os.environ.get("BROADSHEET_NODE", "node0"),
-        )  # fmt: skip
+        env = os.environ
+        attempt = int(env.get("BROADSHEET_ATTEMPT", env.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        worker = Worker(job, dist.get_rank(), dist.get_world_size(), attempt, env.get("BROADSHEET_NODE", "node0"))
         worker.train()
     finally:
         # A destroy that waits for dead ranks would hide the exception for minutes.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from broadsheet.core.records import JsonLines
-from broadsheet.methods.estimates.base import Report, Table
+from broadsheet.methods.estimates.base import Cell, Report, Table
 
 from .diagnosis import HeatMap, Stragglers, colour, slowdown
 from .hang import Grid, HangView, hang_view
@@ -40,6 +40,7 @@ class Diagnosis(Report):
 
     def tables(self) -> list[Table]:
         found = []
+        rows: tuple[tuple[Cell, ...], ...]
         nodes = {trace.rank: trace.node for trace in self.traces}
         if self.heat:
             heat = self.heat

@@ -1,11 +1,11 @@
 """The self-check of a node (MegaScale section 4.2), with sockets and memory in place of NICs and GPUs.
 
-Measured: memory copy (the paper's loopback from NIC to memory), a stream through the loopback interface (NIC to NIC inside the
-host), all-to-all among as many processes as the node has ranks, and whether the checkpoint folder takes a file. Each is the best
-of three, in GB/s (10^9). Last, the driver's own address on the data network must be reached (the paper's neighbours under one
-switch). A node fails when something cannot be done, or is below ``floor`` times what it was when the run began:
-its own baseline, because healthy nodes of another kind would be no measure. Bandwidth on a busy machine is noisy, so the driver
-blocks a node for it only when three checks in a row agree.
+Measured: memory copy (the paper's loopback from NIC to memory), a stream through the loopback interface (NIC to NIC
+inside the host), all-to-all among as many processes as the node has ranks, and whether the checkpoint folder takes a
+file. Each is the best of three, in GB/s (10^9). Last, the driver's own address on the data network must be reached
+(the paper's neighbours under one switch). A node fails when something cannot be done, or is below ``floor`` times
+what it was when the run began: its own baseline, because healthy nodes of another kind would be no measure. Bandwidth
+on a busy machine is noisy, so the driver blocks a node for it only when three checks in a row agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def examine(processes: int, folder: str | Path, neighbour: tuple[str, int] | Non
     """What this node can do: metric -> GB/s (connections a second for the network), or why it could not be measured."""
     found: dict[str, Any] = {}
     measures: dict[str, Callable[[], float]] = {
-        "memory": _memory, "loopback": _loopback, "all_to_all": lambda: _all_to_all(processes), "disk": lambda: _disk(Path(folder)),
+        "memory": _memory, "loopback": _loopback, "all_to_all": lambda: _all_to_all(processes),
+        "disk": lambda: _disk(Path(folder)),
     }  # fmt: skip
     if neighbour:
         measures["network"] = lambda: _reach(*neighbour)

@@ -59,8 +59,9 @@ def read_status(path: str | Path) -> Status | None:
         return None
     if len(raw) < _LAYOUT.size:
         return None
-    *numbers, name = _LAYOUT.unpack(raw[: _LAYOUT.size])
-    return Status(*numbers, name.rstrip(b"\0").decode()) if numbers[0] else None
+    pid, first, step, done, sequence, sent, loss, when, name = _LAYOUT.unpack(raw[: _LAYOUT.size])
+    event = name.rstrip(b"\0").decode()
+    return Status(pid, first, step, done, sequence, sent, loss, when, event) if pid else None
 
 
 class Beacon:
