@@ -217,6 +217,20 @@ def test_clocks_join_through_a_rank_that_both_know():
         align([one, two, far])
 
 
+def test_stages_that_only_send_to_each_other_are_aligned_as_clocks_are_in_a_network():
+    ms, offset, draw = 10**6, 3_000_000_000, random.Random(0)
+    first, second = [], []
+    for step in range(40):
+        start, delay = 50 * ms * step, [draw.randrange(1 * ms, 9 * ms) for _ in range(2)]
+        first.append(Event("send", step, start, start + 1000, 0, "pp.forward", step + 1))
+        second.append(Event("recv", step, start + offset, start + delay[0] + offset, 0, "pp.forward", step + 1))
+        back = start + 20 * ms
+        second.append(Event("send", step, back + offset, back + 1000 + offset, 0, "pp.backward", step + 1))
+        first.append(Event("recv", step, start, back + delay[1], 0, "pp.backward", step + 1))
+    traces = [Trace(0, "", 0, {}, tuple(first)), Trace(1, "", 0, {}, tuple(second))]
+    assert align(traces).offsets[1] == pytest.approx(offset, abs=0.5 * ms)
+
+
 def test_the_chrome_trace_has_rows_and_arrows():
     rows = json.loads(chrome_trace(skewed((0, 10**9, 0), calls=2)))["traceEvents"]
     spans = [row for row in rows if row["ph"] == "X"]

@@ -68,6 +68,8 @@ class LocalNodes:
     _given: int = 0
 
     def __post_init__(self) -> None:
+        if sys.platform != "linux":
+            raise ValueError(f"nodes of this machine need Linux (process death signals), this is {sys.platform}")
         if self.warm:
             for name in self.preload:
                 importlib.import_module(name)

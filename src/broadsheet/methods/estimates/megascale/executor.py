@@ -82,7 +82,7 @@ class Executor:
         self._rest, self._heard = b"", time.monotonic()
         self._loop = selectors.DefaultSelector()
         self._loop.register(self._driver, selectors.EVENT_READ, self._command)
-        with contextlib.suppress(OSError):  # needs no rights; not everywhere there is one
+        with contextlib.suppress(OSError):  # needs no rights, but a container may forbid it
             self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
             self._netlink.bind((0, 1))  # RTMGRP_LINK
             self._loop.register(self._netlink, selectors.EVENT_READ, self._link)

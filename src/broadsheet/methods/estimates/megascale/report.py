@@ -172,7 +172,7 @@ def ring(heat: HeatMap, waits: Mapping[int, float]) -> str:
 def hang_svg(view: HangView, grid: Grid) -> str:
     """Pipeline stages across, replicas down, tensor-parallel ranks shifted within a cell; culprits red, arrows to
     whom a rank waits for."""
-    wide, high, left, top = 190, 46 * grid.tp + 24, 20, 40
+    wide, high, left, top = 260, 46 * grid.tp + 24, 20, 40
     spot = {}
     rows = [
         '<defs><marker id="a" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
@@ -190,7 +190,7 @@ def hang_svg(view: HangView, grid: Grid) -> str:
         for other in others:
             (x, y), (u, v) = spot[rank], spot[other]
             rows.append(
-                f'<line x1="{x + 70}" y1="{y + 17}" x2="{u + 70}" y2="{v + 17}" stroke="#555" marker-end="url(#a)"/>'
+                f'<line x1="{x + 190}" y1="{y + 17}" x2="{u + 190}" y2="{v + 17}" stroke="#555" marker-end="url(#a)"/>'
             )
     for pp in range(grid.pp):
         rows.append(f'<text x="{left + wide * pp}" y="20">stage {pp}</text>')

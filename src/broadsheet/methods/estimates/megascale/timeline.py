@@ -1,8 +1,9 @@
 """All ranks on one clock (MegaScale section 5.1): a Chrome trace with arrows from those who send to those who wait.
 
 Ranks of different machines have different clocks. A collective ends for all its members at nearly the same moment, so
-the offset of two ranks is the median, over the collectives they share, of the difference of their ends; ranks that
-share none are joined through others. The residual spread is the error that remains, and is reported.
+the offset of two ranks is the median, over the collectives they share, of the difference of their ends. Pipeline stages
+share none; there messages go both ways, and the offset is half the difference of the shortest times each way, as in NTP.
+Ranks that share neither are joined through others. The residual spread is the error that remains, and is reported.
 """
 
 from __future__ import annotations
@@ -33,11 +34,24 @@ def _collectives(trace: Trace) -> dict[_Call, Event]:
     return {(e.channel, e.sequence): e for e in trace.events if e.channel and e.name not in ("send", "recv")}
 
 
+def _messages(traces: Sequence[Trace]) -> dict[tuple[int, int], int]:
+    """(sender, receiver) -> the shortest ns from a send's start to its receive's end, each on its own clock."""
+    sends = {(e.channel, e.sequence): (t.rank, e.start) for t in traces for e in t.events if e.name == "send"}
+    shortest: dict[tuple[int, int], int] = {}
+    for trace in traces:
+        for event in trace.events:
+            if event.name == "recv" and (sent := sends.get((event.channel, event.sequence))):
+                pair, taken = (sent[0], trace.rank), event.end - sent[1]
+                shortest[pair] = min(taken, shortest.get(pair, taken))
+    return shortest
+
+
 def align(traces: Sequence[Trace]) -> Alignment:
-    """Offsets to the lowest rank's clock. Raises ValueError when ranks share no collective, directly or through others."""
+    """Offsets to the lowest rank's clock. Raises ValueError when ranks are joined by no communication."""
     if not traces:
         raise ValueError("there are no traces to align")
     ends = {trace.rank: {call: event.end for call, event in _collectives(trace).items()} for trace in traces}
+    messages = _messages(traces)
     first = min(ends)
     offsets, waiting = {first: 0}, deque([first])
     while waiting:
@@ -47,8 +61,11 @@ def align(traces: Sequence[Trace]) -> Alignment:
             if shared:
                 offsets[other] = offsets[known] + int(statistics.median(ends[other][c] - ends[known][c] for c in shared))
                 waiting.append(other)
+            elif (known, other) in messages and (other, known) in messages:
+                offsets[other] = offsets[known] + (messages[known, other] - messages[other, known]) // 2
+                waiting.append(other)
     if lost := sorted(set(ends) - set(offsets)):
-        raise ValueError(f"clocks cannot be joined: no collective links rank {', '.join(map(str, lost))} to the others")
+        raise ValueError(f"clocks cannot be joined: no communication links rank {', '.join(map(str, lost))} to the others")
     calls: dict[_Call, list[int]] = {}
     for rank, found in ends.items():
         for call, end in found.items():
