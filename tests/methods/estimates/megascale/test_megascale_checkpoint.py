@@ -107,7 +107,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_there(tmp_path):
     one.wait()
     assert one.error.errno == 28
     assert last_good(tmp_path)[0] == 10
-    assert not [path for path in (tmp_path / "step-000020").iterdir()], "a half-written file stayed"
+    assert not list((tmp_path / "step-000020").iterdir()), "a half-written file stayed"
     with pytest.raises(OSError, match="No space"):
         Checkpointer(tmp_path, background=False, midway=full).save(20, STATE, {}, {})
 

@@ -74,8 +74,11 @@ def test_too_short_or_too_few():
 
 
 def pipeline(grid, stuck, silent=False, steps=3):
-    """Answers of a grid whose rank ``stuck`` never leaves its forward pass of the last step: a walk of all ranks until none can
-    move. Each rank receives, reduces over tp, sends, reduces over dp; a call goes on when all its members have entered."""
+    """Answers of a grid whose rank ``stuck`` never leaves its forward pass of the last step.
+
+    A walk of all ranks until none can move. Each rank receives, reduces over tp, sends, reduces over dp; a call goes on
+    when all its members have entered.
+    """
     channels = grid.channels()
     programs = {}
     for rank in range(grid.world):
@@ -86,7 +89,7 @@ def pipeline(grid, stuck, silent=False, steps=3):
         one += ["", f"tp.{pp}.{dp}"]
         if pp < grid.pp - 1:
             one.append(f"pp.{tp}.{dp}.{pp}.forward")
-        programs[rank] = (one + [f"dp.{tp}.{pp}"]) * steps
+        programs[rank] = [*one, f"dp.{tp}.{pp}"] * steps
     place = dict.fromkeys(programs, 0)
     entered = {rank: {name: 0 for name, members in channels.items() if rank in members} for rank in programs}
     inside = dict.fromkeys(programs, False)

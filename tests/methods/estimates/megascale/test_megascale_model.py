@@ -1,5 +1,7 @@
 """The levers as modules: parallel block, sliding window, LAMB."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_batches_depend_on_step_and_rank_alone():
     assert torch.equal(corpus.batch(3, 1, 4), Corpus(64, 16).batch(3, 1, 4))
     assert not torch.equal(corpus.batch(3, 1, 4), corpus.batch(3, 2, 4))
     assert not torch.equal(corpus.batch(3, 1, 4), corpus.batch(4, 1, 4))
-    follows = {(a, b) for row in corpus.batch(0, 0, 200).tolist() for a, b in zip(row, row[1:])}
+    follows = {(a, b) for row in corpus.batch(0, 0, 200).tolist() for a, b in pairwise(row)}
     assert all(b in corpus.next[a].tolist() for a, b in follows)
 
 

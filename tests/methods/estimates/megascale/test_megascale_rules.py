@@ -9,7 +9,8 @@ from broadsheet.methods.estimates.megascale.selfcheck import examine, failures
 def beat(node, ranks, step=1, codes=None, lines=(), links=0, loss=1.0, sent=1000, first=0):
     rows = [
         {
-            "rank": rank, "pid": 1, "code": (codes or {}).get(rank), "lines": 0, "first": first, "step": step, "event": "step",
+            "rank": rank, "pid": 1, "code": (codes or {}).get(rank), "lines": 0, "first": first, "step": step,
+            "event": "step",
             "bytes": sent * step, "loss": loss,
         }
         for rank in ranks
