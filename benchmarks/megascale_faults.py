@@ -190,6 +190,8 @@ def records_of(rows: Sequence[dict[str, Any]], step_s: float) -> list[Record]:
             values = [value for row in some for value in row[metric] if value is not None]
             name = {"detect": "detect_s", "recover": "recover_s", "lost": "steps_lost"}.get(metric, metric)
             add(kind, name, values, unit, **({"most": max(values)} if values else {}))
+    healthy = [row for row in rows if row["kind"] != "slow"]
+    add("all but slow", "stragglers", [float(len(row["stragglers"])) for row in healthy], "a run")
     real = [row for row in rows if row["kind"] not in ("clean", "silent")]
     add("all but silent", "named", [float(row["named"]) for row in real])
     add("all but silent", "identical", [float(row["identical"]) for row in real])
