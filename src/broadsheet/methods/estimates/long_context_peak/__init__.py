@@ -83,8 +83,8 @@ class LongContextPeak:
             way = f"tp={need} holds one" if need else "no 64 devices hold one"
             size, room = peak.cache_bytes(context) / 1e9, peak.room() / 1e9
             raise ValueError(
-                f"no user of {context} tokens fits: a cache takes {size:.1f} GB of {room:.1f} that the weights leave; {way}, "
-                "or reduce=4-bit cache, or a shorter context"
+                f"no user of {context} tokens fits: a cache takes {size:.1f} GB of {room:.1f} that the weights leave; {way},"
+                " or reduce=4-bit cache, or a shorter context"
             )
         measured = tuple(measured_reductions(committed()))
         return PeakReport(self, peak, context, users, tuple(self._what_if(model, context)), measured)
@@ -234,8 +234,8 @@ class PeakReport(Report):
         seconds, way = self.model.swap_s(self.context)
         faster = "swapping a user back in" if way == "swap" else "prefilling a user anew"
         note = (
-            f"{self.peak.rounds} rounds, {self.peak.think_s:g} s of reading each, policy {self.peak.policy}; {faster} is the "
-            f"faster way back ({seconds:.3g} s). SIMULATED event by event."
+            f"{self.peak.rounds} rounds, {self.peak.think_s:g} s of reading each, policy {self.peak.policy}; {faster} is the"
+            f" faster way back ({seconds:.3g} s). SIMULATED event by event."
         )
         return Table("sessions an hour", heads, tuple(rows), note)
 

@@ -97,7 +97,10 @@ class SimReport:
     swaps: int = 0
     recomputed: int = 0
     in_response: float = 0.0  #: the time integral of users who wait for an answer
+    warm: float = 0.0  #: when every user had its first answer, and so its prefill
+    warm_rounds: int = 0  #: answers until then
     trace: Trace = field(default_factory=Trace)
+    _begun: int = 0
 
     @property
     def sessions_per_hour(self) -> float:
@@ -106,6 +109,20 @@ class SimReport:
     @property
     def rounds_per_hour(self) -> float:
         return 3600 * self.rounds / self.seconds if self.seconds else 0.0
+
+    @property
+    def steady_rounds_per_hour(self) -> float:
+        """Answers an hour since every user had its first: documents do not arrive all at once."""
+        left = self.seconds - self.warm
+        return 3600 * (self.rounds - self.warm_rounds) / left if left > 0 else 0.0
+
+    def answered(self, users: int, first: bool, now: float) -> None:
+        """Counts an answer; ``first``: its user's."""
+        self.rounds += 1
+        if first:
+            self._begun += 1
+            if self._begun == users:
+                self.warm, self.warm_rounds = now, self.rounds
 
     @property
     def shares(self) -> dict[str, float]:
@@ -132,6 +149,7 @@ class _User:
     reading: bool = False
     since: float = 0.0
     left: int = 0
+    served: bool = False
     done: Event | None = None
 
 
@@ -293,7 +311,8 @@ class _Machine:
             self.report.per_token.append(each)
             self.report.responses.append(now - asked)
             self.count(-1)
-            self.report.rounds += 1
+            self.report.answered(len(self.users), not user.served, now)
+            user.served = True
             user.reading, user.since = True, now
             self.gave_room()
             yield think()
@@ -316,9 +335,10 @@ def simulate(
     random_think: bool = True,
     seed: int = 0,
     trace: bool = False,
+    seconds: float | None = None,
 ) -> SimReport:
     """Runs a closed system (a `Session` that each of ``users`` repeats, until together they have had ``repeats`` times
-    ``users`` of them) or a trace of arriving sessions.
+    ``users`` of them, or for so many ``seconds``) or a trace of arriving sessions.
 
     policy: "lru" swaps the longest reader's cache to the host, "recompute" drops it, "none" lets nobody in until a session
     ends. overlap: transfers go on beside compute. random_think: reading times are exponential, else all the mean. The same
@@ -346,15 +366,16 @@ def simulate(
         yield session.arrival
         while True:
             yield from machine.attend(user, think(session))
-            if machine.report.sessions >= goal and not over.fired:
+            enough = seconds is None and machine.report.sessions >= goal
+            if enough and not over.fired:
                 over.fire()
-            if not closed or machine.report.sessions >= goal:
+            if not closed or enough:
                 machine.users.remove(user)
                 return
 
     for number, session in enumerate(every):
         machine.simulation.process(live(number, session), f"user {number + 1}")
-    machine.simulation.run(until=over)
+    machine.simulation.run(until=over if seconds is None else seconds)
     machine.count(0)
     machine.report.seconds = machine.simulation.now
     return machine.report
