@@ -15,7 +15,7 @@ from broadsheet.methods.estimates.megascale.groups import Topology, messages, ru
 JOB = FaultModel(64, 64 * 3600.0, 1.0, interval=250, save=10, write=0, detect=10, diagnose=10, restart=10, automatic=1.0)
 
 
-# --- failures ---------------------------------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------------------------
 
 
 def test_without_failures_only_saving_costs():
@@ -106,7 +106,7 @@ def test_bad_traces_are_refused_in_one_line(tmp_path):
             report_of(incidents, seconds, 1.0)
 
 
-# --- groups -------------------------------------------------------------------------------------------------------------------
+# --- groups -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_rank_is_in_one_group_of_each_dimension():
@@ -156,7 +156,7 @@ def test_naive_grows_with_the_square_and_ordered_with_the_size():
         Topology(0, 1, 1)
 
 
-# --- flows --------------------------------------------------------------------------------------------------------------------
+# --- flows --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("flows", "uplinks"), [(2, 4), (5, 32), (8, 32)])
