@@ -64,6 +64,21 @@ def test_the_same_seed_gives_the_same_run():
     assert JOB.run(DAY, 5) == JOB.run(DAY, 5) != JOB.run(DAY, 6)
 
 
+def test_known_failures_are_played_by_hand():
+    """100 steps of 1 s, then 10 s of saving; failures at 300 and 1000 s, each followed by 30 s of recovery."""
+    job = replace(JOB, interval=100)
+    run = job.run(1500.0, failures=[1000.0, 300.0])
+    first, second = run.incidents
+    # saved at 110 and 220 s
+    assert (first.failed_at, first.detected_at, first.resumed_at, first.lost_steps) == (300, 310, 330, 80)
+    # from 330 on saved at 440, 550 ... 990 s
+    assert (second.failed_at, second.lost_steps) == (1000, 10)
+    # two segments, six, and from 1030 to 1500 four and 30 s
+    assert run.steps == 200 + 600 + 400 + 30
+    with pytest.raises(ValueError, match="before the run begins"):
+        job.run(10.0, failures=[-1.0])
+
+
 def test_bad_jobs_are_refused():
     for change, message in (({"nodes": 0}, "nodes"), ({"save": -1}, "save"), ({"automatic": 2}, "automatic")):
         with pytest.raises(ValueError, match=message):
