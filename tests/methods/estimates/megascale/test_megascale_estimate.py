@@ -23,7 +23,7 @@ def test_the_largest_run_is_near_the_papers(report):
 
 def test_the_report_says_what_is_simulated(report):
     tables = {table.title: table for table in report.tables()}
-    assert list(tables)[0] == "One step"
+    assert next(iter(tables)) == "One step"
     for title in ("One step", "Levers, one after the other", "Slow machines", "Failures"):
         assert "SIMULATED" in tables[title].note, title
     step = {row["part"]: row["seconds"] for row in tables["One step"].records()}

@@ -146,8 +146,8 @@ class FaultModel:
     def run(self, seconds: float, seed: int = 0, failures: Sequence[float] | None = None) -> FaultReport:
         """Plays so many seconds: whole steps, saves every ``interval``, failures whenever they come.
 
-        ``failures``: their times, where they are known: a real run's, to see what other settings would have made of it. Raises
-        ValueError.
+        ``failures``: their times, where they are known: a real run's, to see what other settings would have made of it.
+        Raises ValueError.
         """
         if not seconds > 0:
             raise ValueError(f"faults: a run needs a length above 0, not {seconds}")
