@@ -72,6 +72,8 @@ def test_bad_input_is_told_in_one_line():
         ({"levers": "fast"}, {}, "unknown lever 'fast'"),
         ({"node_mtbf_days": 0}, {}, "node_mtbf_days"),
         ({"gpus": 100}, {}, "100 processors"),
+        ({"gpus": "many"}, {}, "gpus must be a number above 0, not 'many'"),
+        ({"window": -1}, {}, "window is a number of tokens"),
         ({"gpus": 192, "batch": 768, "pipeline_par": 3, "interleaving": 1, "levers": "none"}, {}, "GiB a processor"),
         ({}, {"days": "long"}, "days must be a number"),
         ({}, {"faults": "nowhere.csv"}, "cannot read the fault trace"),
