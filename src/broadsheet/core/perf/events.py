@@ -90,6 +90,12 @@ class Simulation:
         self.call(delay, lambda: event.fire(value))
         return event
 
+    @property
+    def settled(self) -> bool:
+        """Nothing else happens at this time. A scheduler that yields 0 until then decides when all who come now are there;
+        only one process may wait so."""
+        return not self._agenda or self._agenda[0][0] > self.now
+
     def run(self, until: float | Event | None = None) -> Any:
         """Runs until a time, an event (returns its value), or until nothing is left to happen.
 
@@ -315,6 +321,8 @@ class Resource:
                     if not isinstance(cause, Preemption) or cause.by.resource is not self or turn.state != "gone":
                         raise
                     left -= self.simulation.now - cause.since
+                    if left <= 0:  # it was just done
+                        return
 
     def _victim(self) -> Request | None:
         """The holder with the worst priority, the latest of several; only processes can be interrupted."""

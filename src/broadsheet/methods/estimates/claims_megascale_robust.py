@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from broadsheet.core.records import Record
 from broadsheet.core.verdicts import Verdict, find, graded
 
-from . import claims_megascale
+from . import claims_megascale_sim
 
 BENCH = "megascale-faults"
 #: faults that the paper's list has as well; "silent" is our own negative control
@@ -46,7 +46,7 @@ def automatic_recovery(records: Sequence[Record]) -> Verdict:
 
 def stragglers(records: Sequence[Record]) -> Verdict:
     """A rank that is 10 % slow is named within 50 steps and at most 1 % of others; what removing them gains is simulated."""
-    simulated = claims_megascale.stragglers(records)
+    simulated = claims_megascale_sim.straggler_gain(records)
     named, steps = _value(records, "named", "slow"), _value(records, "detect_steps", "slow")
     clean = _value(records, "stragglers", "all but slow")
     if simulated is None or named is None or steps is None or clean is None:
