@@ -35,7 +35,7 @@ KINDS = {
     "checkpoint": "a byte of the newest checkpoint is flipped, then SIGKILL",
     "gradient": "an exponent bit of the rank's gradient is flipped before the sum",
     "replica": "a mantissa bit of the rank's weights is flipped",
-    "silent": "a low mantissa bit of the rank's gradient is flipped before the sum",
+    "silent": "a mantissa bit of the rank's gradient is flipped before the sum (its largest element, below 1 %)",
     "nan": "the loss is not a number",
     "disk": "files of the node cannot grow beyond ``amount`` bytes",
     "link": "the node's network link goes down for ``amount`` seconds, five times",
@@ -162,7 +162,7 @@ class Injector:
         """Before the sum over ranks."""
         for fault in self._due(step, "gradient", "silent"):
             place = int(gradient.abs().argmax())
-            gradient[place] = flip(float(gradient[place]), 30 if fault.kind == "gradient" else 2)
+            gradient[place] = flip(float(gradient[place]), 30 if fault.kind == "gradient" else 16)
 
     @torch.no_grad()
     def weights(self, step: int, module: nn.Module) -> None:
