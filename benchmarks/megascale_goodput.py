@@ -68,10 +68,10 @@ def run(folder: Path, steps: int, interval: int, delay: float, mtbf: float, seed
     job = jobs.Job(str(folder), steps, checkpoint_every=interval, checkpoint="sync", storage_delay=delay)
     (folder / "job.json").write_text(json.dumps(job.to_json()), encoding="utf-8")
     command = ["python", "-m", jobs.__name__, str(folder / "job.json")]
-    rules = Rules(heartbeat=0.3)
     driver = Driver(
-        command, folder, LocalNodes(NODES, warm=True), NODES, PER_NODE, rules, 1000, strikes=10**6, hopeless=10**6
-    )
+        command, folder, LocalNodes(NODES, warm=True), NODES, PER_NODE, Rules(heartbeat=0.3), max_restarts=1000,
+        strikes=10**6, hopeless=10**6,
+    )  # fmt: skip
     me = os.getpid()
     pid = os.fork()
     if pid == 0:

@@ -42,7 +42,7 @@ class TinyModel:
 
     def build(self) -> LlamaForCausalLM:
         """The model, fp32, initialised from torch's generator as it stands."""
-        config = LlamaConfig(
+        config = LlamaConfig(  # type: ignore[call-arg]  # takes attn_implementation, which its signature hides
             hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
             num_key_value_heads=self.heads, intermediate_size=self.feedforward, vocab_size=self.vocabulary,
             max_position_embeddings=self.tokens, attention_dropout=self.dropout, use_cache=False,
