@@ -234,16 +234,20 @@ def collector(scratch: Path) -> list[Record]:
 
 
 def parity(scratch: Path) -> list[Record]:
-    """Same tokens for all: 240 batches of 8 rows, or 60 of 32 (the four times larger batch). Held-out loss in nats."""
+    """Same tokens for all: 240 batches of 8 rows, or 60 of 32 (the four times larger batch). Held-out loss in nats.
+
+    Learning rates are the best of two or three for each optimiser and batch, on another seed. The text is a chain of order
+    one: that a window loses nothing on it says that training with one works, not that long contexts survive it.
+    """
     base = TinyModel(dropout=0.0)
     rows: dict[str, tuple[TinyModel, str, int, float]] = {
-        "serial, AdamW": (base, "adamw", 1, 3e-3),
-        "parallel block": (TinyModel(dropout=0.0, parallel_block=True), "adamw", 1, 3e-3),
-        "window 8": (TinyModel(dropout=0.0, window=8), "adamw", 1, 3e-3),
+        "serial, AdamW": (base, "adamw", 1, 1e-2),
+        "parallel block": (TinyModel(dropout=0.0, parallel_block=True), "adamw", 1, 1e-2),
+        "window 8": (TinyModel(dropout=0.0, window=8), "adamw", 1, 1e-2),
         "LAMB": (base, "lamb", 1, 2e-2),
-        "AdamW, batch x4": (base, "adamw", 4, 3e-3),
-        "LAMB, batch x4": (base, "lamb", 4, 2e-2),
-        "all three": (TinyModel(dropout=0.0, parallel_block=True, window=8), "lamb", 4, 2e-2),
+        "AdamW, batch x4": (base, "adamw", 4, 1e-2),
+        "LAMB, batch x4": (base, "lamb", 4, 6e-2),
+        "all three": (TinyModel(dropout=0.0, parallel_block=True, window=8), "lamb", 4, 6e-2),
     }
     losses: dict[str, list[float]] = {name: [] for name in rows}
     for seed in range(2):
