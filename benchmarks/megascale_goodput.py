@@ -51,13 +51,14 @@ def killer(driver: int, mtbf: float, seed: int, log: Path) -> None:
         time.sleep(draw.expovariate(1 / mtbf))
         try:
             executors = [child for child in parent.children() if child.pid != os.getpid()]
-            ranks = [rank for executor in executors for rank in executor.children()]
+            # Ranks lead a session of their own; a node's self-check does not, and is left alone.
+            ranks = [rank for one in executors for rank in one.children() if os.getsid(rank.pid) == rank.pid]
             if ranks:
                 victim = draw.choice(sorted(ranks, key=lambda rank: rank.pid))
                 victim.send_signal(signal.SIGKILL)
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(f"{time.time()}\n")
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ProcessLookupError):
             continue
 
 
