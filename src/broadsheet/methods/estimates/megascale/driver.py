@@ -338,7 +338,7 @@ class Driver:
     # --- an attempt -------------------------------------------------------------------------------------------------
 
     def _start(self, attempt: int) -> Watch:
-        names = sorted(self._all, key=lambda name: int(name.removeprefix("node")))
+        names = list(self._all)  # in the order in which they were taken
         address = self.manager.address(names[0])
         with socket.socket() as probe:
             probe.bind(("", 0))
