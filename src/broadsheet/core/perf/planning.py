@@ -117,7 +117,7 @@ def exhaustive_makespan(times: Floats, sizes: Sequence[float], rooms: Sequence[f
     jobs, machines = times.shape
     order = sorted(range(jobs), key=lambda j: -times[j].min())
     kinds = [(*times[:, m], rooms[m]) for m in range(machines)]
-    loads, used, taken = np.zeros(machines), np.zeros(machines), [-1] * jobs
+    loads, used, taken = [0.0] * machines, [0.0] * machines, [-1] * jobs
     best: tuple[float, list[int]] = (float("inf"), [])
 
     def place(depth: int, makespan: float) -> None:
@@ -129,18 +129,18 @@ def exhaustive_makespan(times: Floats, sizes: Sequence[float], rooms: Sequence[f
             return
         job, tried = order[depth], set()
         for machine in range(machines):
-            if used[machine] + sizes[job] > rooms[machine] * (1 + 1e-12):
+            if used[machine] + sizes[job] > rooms[machine] * (1 + 1e-12) or not np.isfinite(times[job, machine]):
                 continue
             state = (kinds[machine], loads[machine], used[machine])
             if state in tried:
                 continue
             tried.add(state)
-            loads[machine] += times[job, machine]
+            before = loads[machine], used[machine]
+            loads[machine] += float(times[job, machine])
             used[machine] += sizes[job]
             taken[job] = machine
-            place(depth + 1, max(makespan, float(loads[machine])))
-            loads[machine] -= times[job, machine]
-            used[machine] -= sizes[job]
+            place(depth + 1, max(makespan, loads[machine]))
+            loads[machine], used[machine] = before
 
     place(0, 0.0)
     return best
