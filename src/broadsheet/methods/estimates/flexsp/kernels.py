@@ -11,46 +11,63 @@ import numpy as np
 from broadsheet.core.numerics.jit import compiled
 
 
-def _fill(times, lengths, rooms, counts, limit, loads, used, kinds, chosen):
+def _fill(times, lengths, rooms, counts, limit, loads, used, chosen):
     """Each sequence to the group whose time is the smallest with it in. Returns the longest group's time, or inf as soon as
-    that passes ``limit`` or a sequence fits nowhere."""
-    groups = 0
-    for kind in range(counts.size):
-        for _ in range(counts[kind]):
-            kinds[groups] = kind
-            loads[groups] = 0.0
-            used[groups] = 0
-            groups += 1
+    that passes ``limit`` or a sequence fits nowhere. Groups are numbered degree by degree, in the order of ``counts``."""
+    kinds = counts.size
+    first, idlest = np.zeros(kinds + 1, np.int64), np.zeros(kinds, np.int64)
+    for kind in range(kinds):
+        first[kind + 1] = first[kind] + counts[kind]
+        idlest[kind] = first[kind]
+    for group in range(first[kinds]):
+        loads[group] = 0.0
+        used[group] = 0
     makespan = 0.0
     for i in range(lengths.size):
-        best, where = np.inf, -1
-        last = -1
-        for group in range(groups):
-            kind = kinds[group]
-            if used[group] == 0:  # empty groups of one degree are alike
-                if last == kind:
+        best, where, of = np.inf, -1, -1
+        for kind in range(kinds):
+            if counts[kind] == 0 or loads[idlest[kind]] + times[i, kind] >= best:
+                continue
+            group = idlest[kind]
+            if used[group] + lengths[i] > rooms[kind]:  # full: the idlest that has room
+                group = -1
+                for other in range(first[kind], first[kind + 1]):
+                    if used[other] + lengths[i] <= rooms[kind] and (group < 0 or loads[other] < loads[group]):
+                        group = other
+                if group < 0 or loads[group] + times[i, kind] >= best:
                     continue
-                last = kind
-            then = loads[group] + times[i, kind]
-            if then < best and used[group] + lengths[i] <= rooms[kind]:
-                best, where = then, group
+            best, where, of = loads[group] + times[i, kind], group, kind
         if where < 0 or best > limit:
             return np.inf
         loads[where] = best
         used[where] += lengths[i]
         chosen[i] = where
         makespan = max(makespan, best)
+        if where == idlest[of]:
+            for other in range(first[of], first[of + 1]):
+                if loads[other] < loads[idlest[of]]:
+                    idlest[of] = other
     return makespan
 
 
-def _enumerate(times, lengths, rooms, partitions, most, slack):
+def _enumerate(times, lengths, rooms, degrees, partitions, most, slack):
     """The makespan of every partition, inf for those that are not within ``slack`` of the best so far."""
-    loads, used, kinds = np.empty(most), np.empty(most, np.int64), np.empty(most, np.int64)
+    loads, used = np.empty(most), np.empty(most, np.int64)
     chosen, found = np.empty(lengths.size, np.int64), np.empty(partitions.shape[0])
+    devices = (partitions[0] * degrees).sum()
     best = np.inf
     for p in range(partitions.shape[0]):
-        found[p] = fill(times, lengths, rooms, partitions[p], best * slack, loads, used, kinds, chosen)
-        best = min(best, found[p])
+        work = 0.0  # if every sequence ran where it costs the least: often too much already
+        for i in range(lengths.size):
+            least = np.inf
+            for kind in range(degrees.size):
+                if partitions[p, kind] > 0:
+                    least = min(least, times[i, kind] * degrees[kind])
+            work += least
+        found[p] = np.inf
+        if work <= best * slack * devices:
+            found[p] = fill(times, lengths, rooms, partitions[p], best * slack, loads, used, chosen)
+            best = min(best, found[p])
     return found
 
 

@@ -27,11 +27,14 @@ _STARTS = 4
 def in_chunks(
     problem: Problem, micro_batches: int | str, order: str, name: str, solve: Callable[[Sequence[int]], Found]
 ) -> Plan:
-    """The best number of micro-batches for ``solve``, which plans one chunk of ids."""
+    """The best number of micro-batches for ``solve``, which plans one chunk of ids. Numbers whose bound is above what is
+    found already are not tried."""
     begun = time.perf_counter()
     counts, best = problem.counts(micro_batches, order), None
     while True:
         for count in counts:
+            if best is not None and best.time <= problem.bound_of(count):
+                break  # more of them only add their beta1
             found = [solve(chunk) for chunk in problem.chunks(count, order)]
             groups = tuple(groups for groups, _ in found if groups is not None)
             if len(groups) < len(found):
@@ -44,7 +47,7 @@ def in_chunks(
             if best is None or plan.time < best.time:
                 best = plan
         if best is not None:
-            return Plan(problem, best.micro_batches, name, time.perf_counter() - begun, {**best.detail, "tried": counts})
+            return Plan(problem, best.micro_batches, name, time.perf_counter() - begun, best.detail)
         if micro_batches != "auto" or counts[-1] == len(problem.lengths):
             raise ValueError(f"no plan in {counts[-1]} micro-batches fits the memory: allow more of them")
         counts = [counts[-1] + 1]
@@ -76,7 +79,8 @@ class Greedy:
         self.partitions = _partitions(problem.devices, problem.degrees)
         if alike:
             self.partitions = self.partitions[(self.partitions > 0).sum(1) == 1]
-        self.rooms = np.array(problem.degrees, np.int64) * problem.capacity
+        self.degrees = np.array(problem.degrees, np.int64)
+        self.rooms = self.degrees * problem.capacity
         # What fills up the soonest first: its makespan cuts the others short.
         self.hint = 0
 
@@ -87,7 +91,7 @@ class Greedy:
         turns = np.r_[self.hint, : self.hint, self.hint + 1 : len(self.partitions)]
         most = int(self.partitions.sum(1).max())
         slack = 1.02 if self.search else 1.0
-        spans = enumerate_partitions(times, lengths, self.rooms, self.partitions[turns], most, slack)
+        spans = enumerate_partitions(times, lengths, self.rooms, self.degrees, self.partitions[turns], most, slack)
         places = np.argsort(spans, kind="stable")[: _STARTS if self.search else 1]
         if not np.isfinite(spans[places[0]]):
             return None, {}
@@ -96,8 +100,8 @@ class Greedy:
         for place in places[np.isfinite(spans[places])]:
             counts = self.partitions[turns[place]]
             kinds, chosen = np.repeat(np.arange(len(counts)), counts), np.empty(len(order), np.int64)
-            loads, used, scratch = np.empty(most), np.empty(most, np.int64), np.empty(most, np.int64)
-            span = fill(times, lengths, self.rooms, counts, np.inf, loads, used, scratch, chosen)
+            loads, used = np.empty(most), np.empty(most, np.int64)
+            span = fill(times, lengths, self.rooms, counts, np.inf, loads, used, chosen)
             if self.search:
                 span = improve(times, lengths, self.rooms, kinds, chosen, 10 * len(order))
             if best is None or span < best[0]:

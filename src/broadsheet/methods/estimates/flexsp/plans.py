@@ -92,7 +92,15 @@ class Problem:
         With T what a plan takes beyond a beta1 for each micro-batch: no sequence takes more than T, and the work of all
         (time x devices) is at most devices x T.
         """
-        return self.fewest * self.cost.beta1 + makespan_bound(self.times, self.degrees, self.devices)
+        return self.bound_of(self.fewest)
+
+    def bound_of(self, count: int) -> float:
+        """`bound` of plans with so many micro-batches."""
+        return count * self.cost.beta1 + self._work
+
+    @cached_property
+    def _work(self) -> float:
+        return makespan_bound(self.times, self.degrees, self.devices)
 
     def smallest_degree(self, length: int) -> int:
         """The smallest group that holds a sequence."""
