@@ -50,25 +50,82 @@ def _fill(times, lengths, rooms, counts, limit, loads, used, chosen):
     return makespan
 
 
-def _enumerate(times, lengths, rooms, degrees, partitions, most, slack):
-    """The makespan of every partition, inf for those that are not within ``slack`` of the best so far."""
+def _least_work(times, degrees, counts):
+    """Time x devices if every sequence ran in the groups of the partition in which it costs the least."""
+    work = 0.0
+    for i in range(times.shape[0]):
+        least = np.inf
+        for kind in range(degrees.size):
+            if counts[kind] > 0:
+                least = min(least, times[i, kind] * degrees[kind])
+        work += least
+    return work
+
+
+def _enumerate(times, lengths, rooms, degrees, partitions, most):
+    """The partition that `fill` is done with the soonest (-1: none), and when."""
     loads, used = np.empty(most), np.empty(most, np.int64)
-    chosen, found = np.empty(lengths.size, np.int64), np.empty(partitions.shape[0])
+    chosen, winner, best = np.empty(lengths.size, np.int64), -1, np.inf
     devices = (partitions[0] * degrees).sum()
-    best = np.inf
     for p in range(partitions.shape[0]):
-        work = 0.0  # if every sequence ran where it costs the least: often too much already
-        for i in range(lengths.size):
-            least = np.inf
-            for kind in range(degrees.size):
-                if partitions[p, kind] > 0:
-                    least = min(least, times[i, kind] * degrees[kind])
-            work += least
-        found[p] = np.inf
-        if work <= best * slack * devices:
-            found[p] = fill(times, lengths, rooms, partitions[p], best * slack, loads, used, chosen)
-            best = min(best, found[p])
-    return found
+        if least_work(times, degrees, partitions[p]) < best * devices:
+            span = fill(times, lengths, rooms, partitions[p], best, loads, used, chosen)
+            if span < best:
+                best, winner = span, p
+    return winner, best
+
+
+def _pack(times, lengths, rooms, counts, limit, loads, used, chosen):
+    """Whether all sequences can be done by ``limit``, each in the smallest group (there it costs the least) that can still
+    take it, the fullest of those. Groups are numbered as in `fill`."""
+    kinds = counts.size
+    first = np.zeros(kinds + 1, np.int64)
+    for kind in range(kinds):
+        first[kind + 1] = first[kind] + counts[kind]
+    for group in range(first[kinds]):
+        loads[group] = 0.0
+        used[group] = 0
+    for i in range(lengths.size):
+        where = -1
+        for kind in range(kinds):
+            if times[i, kind] > limit:
+                continue
+            for group in range(first[kind], first[kind + 1]):
+                if (
+                    loads[group] + times[i, kind] <= limit
+                    and used[group] + lengths[i] <= rooms[kind]
+                    and (where < 0 or loads[group] > loads[where])
+                ):
+                    where = group
+                if used[group] == 0:  # so are those behind it
+                    break
+            if where >= 0:
+                loads[where] += times[i, kind]
+                used[where] += lengths[i]
+                chosen[i] = where
+                break
+        if where < 0:
+            return False
+    return True
+
+
+def _tighten(times, lengths, rooms, degrees, partitions, most, best, bound, steps):
+    """The partition in which `pack` does everything the soonest, if sooner than ``best`` (-1: none is), and when."""
+    loads, used = np.empty(most), np.empty(most, np.int64)
+    chosen, winner = np.empty(lengths.size, np.int64), -1
+    devices = (partitions[0] * degrees).sum()
+    for p in range(partitions.shape[0]):
+        low, high = max(bound, least_work(times, degrees, partitions[p]) / devices), best * (1 - 1e-4)
+        if low > high or not pack(times, lengths, rooms, partitions[p], high, loads, used, chosen):
+            continue
+        for _ in range(steps):
+            middle = (low + high) / 2
+            if pack(times, lengths, rooms, partitions[p], middle, loads, used, chosen):
+                high = middle
+            else:
+                low = middle
+        best, winner = high, p
+    return winner, best
 
 
 def _improve(times, lengths, rooms, kinds, chosen, rounds):
@@ -126,5 +183,8 @@ def _improve(times, lengths, rooms, kinds, chosen, rounds):
 
 
 fill = compiled(_fill)
+least_work = compiled(_least_work)
 enumerate_partitions = compiled(_enumerate)
+pack = compiled(_pack)
+tighten = compiled(_tighten)
 improve = compiled(_improve)

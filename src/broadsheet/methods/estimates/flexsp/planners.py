@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from broadsheet.core.perf.planning import power_of_two_partitions
+from broadsheet.core.perf.planning import makespan_bound, power_of_two_partitions
 
-from .kernels import enumerate_partitions, fill, improve
+from .kernels import enumerate_partitions, fill, improve, pack, tighten
 from .plans import Group, Plan, Problem
 
 #: the groups of one micro-batch, or None where no plan was found, and what there is to tell of them
 Found = tuple[tuple[Group, ...] | None, dict[str, Any]]
-#: the best makespans whose groups are searched from
-_STARTS = 4
+#: halvings of the distance between a limit that holds and the bound
+_STEPS = 8
 
 
 def in_chunks(
@@ -70,8 +70,9 @@ def _partitions(devices: int, degrees: tuple[int, ...]) -> np.ndarray:
 class Greedy:
     """Tries every set of groups that uses all devices, sequences longest first, each where its group is done the soonest.
 
-    ``search``: then moves and swaps sequences out of the slowest group, from the best few sets; never worse than without.
-    ``alike``: only sets of groups of one degree (what balance alone gains, without groups of different degrees).
+    ``search``: goes on from there. Against each set of groups, sequences are packed where they cost the least, within a
+    limit that is lowered by bisection while some set holds it; sequences of the slowest group are moved and swapped. Never
+    worse than without. ``alike``: only sets of groups of one degree: what balance alone gains.
     """
 
     def __init__(self, problem: Problem, search: bool = False, alike: bool = False):
@@ -81,35 +82,39 @@ class Greedy:
             self.partitions = self.partitions[(self.partitions > 0).sum(1) == 1]
         self.degrees = np.array(problem.degrees, np.int64)
         self.rooms = self.degrees * problem.capacity
-        # What fills up the soonest first: its makespan cuts the others short.
-        self.hint = 0
 
     def __call__(self, ids: Sequence[int]) -> Found:
         problem = self.problem
         order = sorted(ids, key=lambda i: -problem.lengths[i])
         times, lengths = problem.times[order], np.array([problem.lengths[i] for i in order], np.int64)
-        turns = np.r_[self.hint, : self.hint, self.hint + 1 : len(self.partitions)]
         most = int(self.partitions.sum(1).max())
-        slack = 1.02 if self.search else 1.0
-        spans = enumerate_partitions(times, lengths, self.rooms, self.degrees, self.partitions[turns], most, slack)
-        places = np.argsort(spans, kind="stable")[: _STARTS if self.search else 1]
-        if not np.isfinite(spans[places[0]]):
+        loads, used, chosen = np.empty(most), np.empty(most, np.int64), np.empty(len(order), np.int64)
+        given = times, lengths, self.rooms, self.degrees, self.partitions, most
+        place, span = enumerate_partitions(*given)
+        if place >= 0:
+            fill(times, lengths, self.rooms, self.partitions[place], np.inf, loads, used, chosen)
+        if self.search:
+            if place >= 0:
+                span = improve(times, lengths, self.rooms, self._kinds(place), chosen, 10 * len(order))
+            else:
+                span = float(np.where(np.isfinite(times), times, 0).max(1).sum())  # no plan is as bad
+            below = makespan_bound(times, problem.degrees, problem.devices)
+            tighter, limit = tighten(*given, span, below, _STEPS)
+            if tighter >= 0:
+                place = tighter
+                pack(times, lengths, self.rooms, self.partitions[place], limit, loads, used, chosen)
+                improve(times, lengths, self.rooms, self._kinds(place), chosen, 10 * len(order))
+        if place < 0:
             return None, {}
-        self.hint = int(turns[places[0]])
-        best: tuple[float, np.ndarray, np.ndarray] | None = None
-        for place in places[np.isfinite(spans[places])]:
-            counts = self.partitions[turns[place]]
-            kinds, chosen = np.repeat(np.arange(len(counts)), counts), np.empty(len(order), np.int64)
-            loads, used = np.empty(most), np.empty(most, np.int64)
-            span = fill(times, lengths, self.rooms, counts, np.inf, loads, used, chosen)
-            if self.search:
-                span = improve(times, lengths, self.rooms, kinds, chosen, 10 * len(order))
-            if best is None or span < best[0]:
-                best = float(span), kinds, chosen
-        assert best is not None
-        _, kinds, chosen = best
-        groups = [Group(problem.degrees[kind], tuple(np.array(order)[chosen == g].tolist())) for g, kind in enumerate(kinds)]
+        groups = [
+            Group(problem.degrees[kind], tuple(np.array(order)[chosen == group].tolist()))
+            for group, kind in enumerate(self._kinds(place))
+        ]
         return tuple(group for group in groups if group.sequences), {}
+
+    def _kinds(self, place: int) -> np.ndarray:
+        """Which degree each group of a partition has."""
+        return np.repeat(np.arange(len(self.degrees)), self.partitions[place])
 
 
 # --- the authors' baselines ---
