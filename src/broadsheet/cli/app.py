@@ -12,6 +12,7 @@ from .chat import ledger, serve_model
 from .common import asked, options_of, split, with_progress
 from .crash import crash
 from .digest import digest
+from .flexsp import flexsp
 from .ingest import ingest
 from .instinct import instinct
 from .serve import serve
@@ -328,6 +329,7 @@ app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command()(flexsp)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")

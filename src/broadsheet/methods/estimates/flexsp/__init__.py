@@ -184,31 +184,33 @@ class FlexSPReport(Report):
         rows = []
         for row in self.rows:
             ratios = self.speedups(base.planner, row.planner)
-            low, high = bootstrap_ci(ratios) if len(ratios) > 1 else (None, None)
+            low, high = bootstrap_ci(ratios) if len(ratios) > 1 else (ratios[0], ratios[0])
+
+            def mean(what: str, plans: tuple[Plan, ...] = row.plans) -> float:
+                return round(statistics.fmean(getattr(plan, what) for plan in plans), 3)
+
             rows.append(
                 (
-                    row.planner, round(row.mean, 3), round(statistics.fmean(ratios), 3), _rounded(low), _rounded(high),
-                    round(min(ratios), 3), round(statistics.fmean(plan.gap for plan in row.plans), 3),
-                    round(statistics.fmean(plan.all_to_all for plan in row.plans), 3),
-                    round(statistics.fmean(plan.idle for plan in row.plans), 3),
+                    row.planner, round(row.mean, 3), round(statistics.fmean(ratios), 3), f"{low:.3f} to {high:.3f}",
+                    round(min(ratios), 3), mean("gap"), mean("all_to_all"), mean("idle"),
                     round(statistics.fmean(len(plan.micro_batches) for plan in row.plans), 1),
                     round(statistics.median(plan.seconds for plan in row.plans), 3),
                 )
             )  # fmt: skip
-        first = self.rows[0].plans[0]
+        first = self.rows[0].plans[0].problem
         bound = statistics.fmean(plan.bound for plan in self.rows[0].plans) / 1000
         left_out = f"; {self.skipped} longer sequences left out" if self.skipped else ""
         return [
             Table(
-                f"{len(base.plans)} batches of {self.source} on {first.problem.devices} devices (simulated)",
+                f"{len(base.plans)} batches of {self.source} on {first.devices} devices (simulated)",
                 (
-                    "planner", "step s", f"speedup over {base.planner}", "low", "high", "worst batch", "gap", "all-to-all",
-                    "idle", "micro-batches", "planning s",
+                    "planner", "step s", "speedup", "95 %", "worst", "gap", "all to all", "idle", "micro batches",
+                    "planning s",
                 ),
                 tuple(rows),
-                "simulated: all times of steps are the cost model's. low, high: 95 % over batches. gap: share of the time "
-                f"above a lower bound, {bound:.3f} s on average. all-to-all, idle: shares of device time. planning s: "
-                f"median, measured here. Capacity {first.problem.capacity:,} tokens a device{left_out}.",
+                f"simulated: all times of steps are the cost model's. speedup: over {base.planner}, mean, its interval and the "
+                f"worst batch. gap: share of the time above a lower bound, {bound:.3f} s on average. all to all, idle: shares "
+                f"of device time. planning s: median, measured here. Capacity {first.capacity:,} tokens a device{left_out}.",
             ),
             _groups(self.rows[-1].plans[0]),
         ]  # fmt: skip
@@ -220,10 +222,6 @@ class FlexSPReport(Report):
             "simulated": True,
             "planners": {row.planner: [plan.to_json() for plan in row.plans] for row in self.rows},
         }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
 
 
 def _groups(plan: Plan) -> Table:

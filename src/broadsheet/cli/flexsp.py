@@ -1,0 +1,79 @@
+"""`broadsheet flexsp`: plans of sequence parallelism for one's own sequence lengths (FlexSP)."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import options_of, split, working
+
+if TYPE_CHECKING:
+    from broadsheet.methods.estimates.base import Table
+
+
+def flexsp(
+    lengths: Annotated[
+        str, typer.Argument(help="A file with one sequence length a line, or wikipedia: lengths drawn like those.")
+    ],
+    devices: Annotated[int, typer.Option(min=1, help="How many devices; a power of two.")] = 64,
+    memory: Annotated[float, typer.Option(help="GiB of memory a device.")] = 30.0,
+    cost: Annotated[
+        str, typer.Option(help="gpt-7b-a100, gpt-13b-a100, gpt-30b-a100, or the JSON file of a fitted cost model.")
+    ] = "gpt-7b-a100",
+    context: Annotated[int, typer.Option(min=1, help="The longest sequence that the run accepts, in tokens.")] = 192_000,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a global batch.")] = 512,
+    batches: Annotated[int, typer.Option(min=1, help="How many batches to plan.")] = 5,
+    planners: Annotated[
+        str, typer.Option(help="Compare with: static, adaptive, balanced, greedy, milp.")
+    ] = "static,adaptive,balanced,greedy",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("-o", metavar="NAME=VALUE", help="A parameter of FlexSP, such as smallest=2 or time_limit=10."),
+    ] = None,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write all plans as JSON to FILE; - is standard output.")
+    ] = None,
+) -> None:
+    """Plan which devices compute which sequences together, and what a training step would take.
+
+    Every planner gets the same batches; the last one in the table is ours. Times of steps are predicted by the cost model
+    (simulated), those of planning are measured. A plan's gap says how far a lower bound is below it.
+
+    Examples:
+
+      broadsheet flexsp lengths.txt --devices 64
+
+      broadsheet flexsp lengths.txt --cost mine.json --devices 32 --memory 70 --planners adaptive,milp --json plans.json
+    """
+    from broadsheet.core.records import write_text
+    from broadsheet.lab.run import configured
+    from broadsheet.methods.estimates.flexsp import FlexSP
+
+    given = {"devices": devices, "memory_gb": memory, "cost": cost, "context": context} | options_of(option)
+    method = configured("flexsp", FlexSP(), given)
+    with working() as bar:
+        line = bar.add_task("batches", total=None)
+
+        def tick(planner: str, done: int, of: int) -> None:
+            bar.update(line, description=planner, completed=done, total=of)
+
+        report = method.estimate(lengths, batch, batches, split(planners), tick)
+    if as_json:
+        write_text(json.dumps(report.to_json()), as_json)
+    if as_json != "-":
+        for table in report.tables():
+            _print(table)
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=table.title, title_justify="left", header_style="bold", box=None, padding=(0, 1))
+    for place, name in enumerate(table.columns):
+        shown.add_column(name, justify="right" if place else "left", no_wrap=not place)
+    for row in table.rows:
+        shown.add_row(*("–" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    console = Console()
+    console.print(shown)
+    console.print(table.note + "\n", highlight=False)
