@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,10 +212,16 @@ def test_check7_on_the_public_lengths():
 
 
 def test_check8_planning_takes_less_than_half_a_second():
+    """Of one core: other processes may steal wall-clock time."""
     problems = paper_batches(6)
     for name in ("greedy", "search"):
         planned(problems[0], name)  # compiles
-        assert sorted(planned(problem, name).seconds for problem in problems)[3] < 0.5
+        taken = []
+        for problem in problems:
+            begun = time.process_time()
+            planned(problem, name)
+            taken.append(time.process_time() - begun)
+        assert np.median(taken) < 0.5
 
 
 def test_check10_uniform_short_lengths_gain_next_to_nothing():

@@ -191,7 +191,7 @@ class FlexSPReport(Report):
 
             rows.append(
                 (
-                    row.planner, round(row.mean, 3), round(statistics.fmean(ratios), 3), f"{low:.3f} to {high:.3f}",
+                    row.planner, round(row.mean, 3), round(statistics.fmean(ratios), 3), f"{low:.2f}-{high:.2f}",
                     round(min(ratios), 3), mean("gap"), mean("all_to_all"), mean("idle"),
                     round(statistics.fmean(len(plan.micro_batches) for plan in row.plans), 1),
                     round(statistics.median(plan.seconds for plan in row.plans), 3),
@@ -208,9 +208,10 @@ class FlexSPReport(Report):
                     "planning s",
                 ),
                 tuple(rows),
-                f"simulated: all times of steps are the cost model's. speedup: over {base.planner}, mean, its interval and the "
-                f"worst batch. gap: share of the time above a lower bound, {bound:.3f} s on average. all to all, idle: shares "
-                f"of device time. planning s: median, measured here. Capacity {first.capacity:,} tokens a device{left_out}.",
+                f"simulated: all times of steps are the cost model's. speedup: over {base.planner}, mean, its interval and "
+                f"the worst batch. gap: share of the time above a lower bound, {bound:.3f} s on average. all to all, idle: "
+                f"shares of device time. planning s: median, measured here. Capacity {first.capacity:,} tokens a device"
+                f"{left_out}.",
             ),
             _groups(self.rows[-1].plans[0]),
         ]  # fmt: skip
