@@ -210,7 +210,8 @@ class FlexSPReport(Report):
                 tuple(rows),
                 f"simulated: all times of steps are the cost model's. speedup: over {base.planner}, mean, its interval and "
                 f"the worst batch. gap: share of the time above a lower bound, {bound:.3f} s on average. all to all, idle: "
-                f"shares of device time. planning s: median, measured here. Capacity {first.capacity:,} tokens a device"
+                "shares of device time. planning s: of a processor, median, measured here. Capacity "
+                f"{first.capacity:,} tokens a device"
                 f"{left_out}.",
             ),
             _groups(self.rows[-1].plans[0]),

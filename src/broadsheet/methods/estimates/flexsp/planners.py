@@ -29,7 +29,7 @@ def in_chunks(
 ) -> Plan:
     """The best number of micro-batches for ``solve``, which plans one chunk of ids. Numbers whose bound is above what is
     found already are not tried."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     counts, best = problem.counts(micro_batches, order), None
     while True:
         for count in counts:
@@ -47,7 +47,7 @@ def in_chunks(
             if best is None or plan.time < best.time:
                 best = plan
         if best is not None:
-            return Plan(problem, best.micro_batches, name, time.perf_counter() - begun, best.detail)
+            return Plan(problem, best.micro_batches, name, time.thread_time() - begun, best.detail)
         if micro_batches != "auto" or counts[-1] == len(problem.lengths):
             raise ValueError(f"no plan in {counts[-1]} micro-batches fits the memory: allow more of them")
         counts = [counts[-1] + 1]
@@ -175,19 +175,19 @@ def _even_out(bins: list[list[int]], lengths: Sequence[int], room: float) -> Non
 
 def static(problem: Problem, degree: int | None = None) -> Plan:
     """One degree for the whole run: by default the smallest that holds the longest sequence of this batch."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     degree = degree or problem.smallest_degree(max(problem.lengths))
     if degree not in problem.degrees:
         raise ValueError(f"groups are of {', '.join(map(str, problem.degrees))} devices, not {degree}")
     groups = best_fit(problem, degree)
     if groups is None:
         raise ValueError(f"groups of {degree} cannot hold the longest sequence, of {max(problem.lengths):,} tokens")
-    return Plan(problem, groups, "static", time.perf_counter() - begun, {"degree": degree})
+    return Plan(problem, groups, "static", time.thread_time() - begun, {"degree": degree})
 
 
 def adaptive(problem: Problem) -> Plan:
     """The best single degree for this batch (FlexSP-BatchAda)."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     plans = [static(problem, d) for d in problem.degrees if max(problem.lengths) <= problem.capacity * d]
     best = min(plans, key=lambda plan: plan.time)
-    return Plan(problem, best.micro_batches, "adaptive", time.perf_counter() - begun, best.detail)
+    return Plan(problem, best.micro_batches, "adaptive", time.thread_time() - begun, best.detail)

@@ -143,7 +143,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Micro-batches of groups. ``seconds``: what planning took; ``detail``: what else the planner tells (gaps, degrees)."""
+    """Micro-batches of groups. ``seconds``: processor time of planning; ``detail``: what else the planner tells."""
 
     problem: Problem
     micro_batches: tuple[tuple[Group, ...], ...]
