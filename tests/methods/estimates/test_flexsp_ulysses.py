@@ -54,7 +54,7 @@ def alone(kv_heads):
     for ids in map(torch.tensor, sequences()):
         loss = F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="sum") / predicted
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {name: p.grad for name, p in model.named_parameters()}
 
 

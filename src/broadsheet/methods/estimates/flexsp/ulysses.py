@@ -67,8 +67,9 @@ class Shard:
         """Block i of [degree, ...] goes to the i-th rank of the group; what the others had for this one comes back."""
         if self.degree == 1:
             return blocks
+        blocks = blocks.contiguous()  # gradients may come in any layout
         out = torch.empty_like(blocks)
-        dist.all_to_all_single(out, blocks.contiguous(), group=self.process_group)
+        dist.all_to_all_single(out, blocks, group=self.process_group)
         size, mine = blocks.numel() * blocks.element_size(), dist.get_rank()
         self.traffic.buffers += size
         self.traffic.sent += size // self.degree * (self.degree - 1)
@@ -145,17 +146,23 @@ ALL_ATTENTION_FUNCTIONS.register("ulysses", ulysses_attention)
 
 @dataclass
 class Groups:
-    """The groups of this process, made when first needed. Call after `torch.distributed.init_process_group`."""
+    """Process groups, made when a plan first needs them, and this rank's traffic. Aligned groups of powers of two are fewer
+    than twice the ranks."""
 
     link: Link | None = None
     traffic: Traffic = field(default_factory=Traffic)
     made: dict[range, Any] = field(default_factory=dict)
 
+    def make(self, plan: Plan) -> None:
+        """Those of a plan. Every rank calls this with the same plans: a process group is made by all ranks together (gloo
+        hangs where only its members make it)."""
+        for number in range(len(plan.micro_batches)):
+            for ranks, _ in plan.ranks(number):
+                if len(ranks) > 1 and ranks not in self.made:
+                    self.made[ranks] = dist.new_group(list(ranks))
+
     def shard(self, ranks: range, bounds: Sequence[int]) -> Shard:
-        if ranks not in self.made:
-            alone = len(ranks) == 1
-            self.made[ranks] = None if alone else dist.new_group(list(ranks), use_local_synchronization=True)
-        return Shard(ranks, self.made[ranks], tuple(bounds), self.traffic, self.link)
+        return Shard(ranks, self.made.get(ranks), tuple(bounds), self.traffic, self.link)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ class Slice:
 
 def pack(sequences: Sequence[Sequence[int]], degree: int, place: int) -> Slice:
     """The ``place``-th of ``degree`` equal slices of the sequences one after the other. Labels are shifted before slicing,
-    as the next token may be another rank's. What is missing to a multiple of ``degree`` is a last sequence without labels."""
+    as the next token may be another rank's. What a multiple of ``degree`` lacks is a last sequence without labels."""
     ids: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
@@ -217,6 +224,7 @@ def train_step(model: Any, plan: Plan, sequences: Sequence[Sequence[int]], group
     if not predicted:
         raise ValueError("no sequence has two tokens: there is nothing to predict")
     total = torch.zeros((), device=device)
+    groups.make(plan)
     for number in range(len(plan.micro_batches)):
         for ranks, group in plan.ranks(number):
             if rank in ranks:
@@ -250,42 +258,42 @@ def launch(ranks: int, work: Callable[..., Any], *arguments: Any, timeout: float
     """``work(rank, *arguments)`` in ``ranks`` processes joined by gloo; what each returned. For tests and experiments: real
     runs start with torchrun. ``work`` must be a function of a module. Raises RuntimeError when one fails."""
     import multiprocessing
-    import tempfile
     from queue import Empty
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [__name__, "transformers.models.llama.modeling_llama"]
-    )  # imported once, not by every rank
+    # imported once, not by every rank
+    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
     results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        given = [(rank, ranks, f"file://{folder}/store", timeout, results, work, arguments) for rank in range(ranks)]
-        processes = [context.Process(target=_join, args=some, daemon=True) for some in given]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = [(rank, ranks, store.port, timeout, results, work, arguments) for rank in range(ranks)]
+    processes = [context.Process(target=_join, args=some, daemon=True) for some in given]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        while len(found) < ranks:
+            rank, value, error = results.get(timeout=timeout)
+            if error:
+                raise RuntimeError(f"rank {rank} failed: {error}")
+            found[rank] = value
+    except Empty:
+        raise RuntimeError(f"only {len(found)} of {ranks} ranks answered within {timeout:g} s") from None
+    finally:
         for process in processes:
-            process.start()
-        found: dict[int, Any] = {}
-        try:
-            while len(found) < ranks:
-                rank, value, error = results.get(timeout=timeout)
-                if error:
-                    raise RuntimeError(f"rank {rank} failed: {error}")
-                found[rank] = value
-        except Empty:
-            raise RuntimeError(f"only {len(found)} of {ranks} ranks answered within {timeout:g} s") from None
-        finally:
-            for process in processes:
-                process.join(5 if len(found) == ranks else 0)
-                if process.is_alive():
-                    process.terminate()
+            process.join(5 if len(found) == ranks else 0)
+            if process.is_alive():
+                process.terminate()
     return [found[rank] for rank in range(ranks)]
 
 
-def _join(rank: int, ranks: int, store: str, timeout: float, results: Any, work: Callable[..., Any], given: Any) -> None:
+def _join(rank: int, ranks: int, port: int, timeout: float, results: Any, work: Callable[..., Any], given: Any) -> None:
     from datetime import timedelta
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
         results.put((rank, work(rank, *given), ""))
         dist.barrier()
         dist.destroy_process_group()
