@@ -399,3 +399,56 @@ def test_a_trainer_gets_rows_and_plans_of_every_batch():
     for rows, found in steps:
         found.check()
         assert found.problem.lengths == tuple(len(dataset[row]["input_ids"]) for row in rows)
+
+
+# --- the authors' code on the same batches ---
+
+
+def official():
+    row = json.loads((Path(__file__).parents[2] / "golden" / "flexsp_official.json").read_text())
+    for batch in row["batches"]:
+        yield batch, Problem.of([128 * n for n in batch["lengths"]], 64, 30, COST, 192_000, smallest=2)
+
+
+def test_one_degree_plans_are_the_authors():
+    for batch, problem in official():
+        for degree, times in batch["one_degree"].items():
+            assert static(problem, int(degree)).times == pytest.approx(times), degree
+        best = min(sum(times) for times in batch["one_degree"].values())
+        assert plan_of(problem, "adaptive").time == pytest.approx(best)
+        assert all(static_fails(problem, d) for d in problem.degrees if str(d) not in batch["one_degree"])
+
+
+def static_fails(problem, degree):
+    try:
+        static(problem, degree)
+    except ValueError:
+        return True
+    return False
+
+
+def test_chunks_and_buckets_are_as_good_as_the_authors():
+    """Where several cuts are the best, ours and theirs may differ; their largest sums and their padding may not."""
+    for batch, problem in official():
+        assert problem.counts("auto") == [int(count) for count in batch["chunk_tokens"]]
+        for count, tokens in batch["chunk_tokens"].items():
+            ours = [sum(problem.lengths[i] for i in chunk) for chunk in problem.chunks(int(count))]
+            assert max(ours) == max(tokens)
+        first = batch["fewest"]
+        same = [sum(problem.lengths[i] for i in chunk) for chunk in problem.chunks(first)]
+        if same != batch["chunk_tokens"][str(first)]:
+            continue
+        for chunk, theirs in zip(problem.chunks(first), batch["buckets"], strict=True):
+            found = buckets_of(problem, chunk)
+            padding = sum(bound * len(m) - sum(problem.lengths[i] for i in m) for bound, m in found)
+            assert padding == theirs["padding"]
+            assert len(found) == len(theirs["bounds"])
+
+
+def test_ours_is_faster_than_what_the_authors_program_found():
+    """Their mixed-integer program in SCIP, 5 s a micro-batch, with its first solutions: the best of five chunkings."""
+    for batch, problem in official():
+        if "scip" in batch:
+            theirs = min(sum(times) for times in batch["scip"].values())
+            assert plan_of(problem, "greedy").time < theirs
+            assert plan_of(problem, "search").time < theirs
