@@ -1,14 +1,11 @@
 """`broadsheet flexsp`: plans of sequence parallelism for one's own sequence lengths (FlexSP)."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .common import options_of, split, working
-
-if TYPE_CHECKING:
-    from broadsheet.methods.estimates.base import Table
+from .common import options_of, print_tables, split, working
 
 
 def flexsp(
@@ -61,19 +58,4 @@ def flexsp(
     if as_json:
         write_text(json.dumps(report.to_json()), as_json)
     if as_json != "-":
-        for table in report.tables():
-            _print(table)
-
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    shown = RichTable(title=table.title, title_justify="left", header_style="bold", box=None, padding=(0, 1))
-    for place, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if place else "left", no_wrap=not place)
-    for row in table.rows:
-        shown.add_row(*("–" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    console = Console()
-    console.print(shown)
-    console.print(table.note + "\n", highlight=False)
+        print_tables(report.tables())
