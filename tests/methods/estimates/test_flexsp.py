@@ -266,6 +266,16 @@ def test_wide_groups_start_at_multiples_of_their_size():
         assert max(taken) < 32
 
 
+@pytest.mark.parametrize(("devices", "heads"), [(256, 64), (128, 8)])
+def test_more_devices_than_can_be_enumerated(devices, heads):
+    lengths = corpus("wikipedia").draw(512, longest=30_000)
+    problem = Problem.of(lengths, devices, 30, replace(COST, heads=heads))
+    found = plan_of(problem, "search")
+    assert found.time <= plan_of(problem, "adaptive").time
+    assert found.gap < 0.25
+    assert max(group.degree for groups in found.micro_batches for group in groups) <= heads
+
+
 # --- plans ---
 
 

@@ -56,14 +56,30 @@ def in_chunks(
 # --- ours ---
 
 
+#: devices up to which every set of groups is tried
+_ALL = 64
+
+
 @cache
 def _partitions(devices: int, degrees: tuple[int, ...]) -> np.ndarray:
-    """How many groups of each degree, for every way to use all devices: [partitions, degrees]."""
-    rows = [
-        [parts.count(degree) for degree in degrees]
-        for parts in power_of_two_partitions(devices, degrees[0])
-        if parts[0] <= degrees[-1]
-    ]
+    """How many groups of each degree, for every way to use all devices: [partitions, degrees].
+
+    Beyond 64 devices there are too many (692,004 for 256): those whose groups have at least devices/64, and the same with all
+    of the smallest of these cut into halves, quarters and so on.
+    """
+    unit = max(degrees[0], devices // _ALL)
+    rows = []
+    for parts in power_of_two_partitions(devices, min(unit, degrees[-1])):
+        if parts[0] > degrees[-1]:
+            continue
+        counts = [parts.count(degree) for degree in degrees]
+        rows.append(counts)
+        at = degrees.index(min(unit, degrees[-1]))
+        for finer in range(at):
+            if counts[at]:
+                cut = list(counts)
+                cut[at], cut[finer] = 0, counts[at] * degrees[at] // degrees[finer]
+                rows.append(cut)
     return np.array(rows, np.int64)
 
 
