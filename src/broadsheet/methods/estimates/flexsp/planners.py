@@ -64,8 +64,8 @@ _ALL = 64
 def _partitions(devices: int, degrees: tuple[int, ...]) -> np.ndarray:
     """How many groups of each degree, for every way to use all devices: [partitions, degrees].
 
-    Beyond 64 devices there are too many (692,004 for 256): those whose groups have at least devices/64, and the same with all
-    of the smallest of these cut into halves, quarters and so on.
+    Beyond 64 devices there are too many (692,004 for 256): those whose groups have at least devices/64, and the same with
+    all of the smallest of these cut into halves, quarters and so on.
     """
     unit = max(degrees[0], devices // _ALL)
     rows = []
