@@ -90,6 +90,12 @@ class Simulation:
         self.call(delay, lambda: event.fire(value))
         return event
 
+    @property
+    def settled(self) -> bool:
+        """Nothing else happens at this time. A scheduler that yields 0 until then decides when all who come now are there;
+        only one process may wait so."""
+        return not self._agenda or self._agenda[0][0] > self.now
+
     def run(self, until: float | Event | None = None) -> Any:
         """Runs until a time, an event (returns its value), or until nothing is left to happen.
 
