@@ -1,6 +1,7 @@
 """`broadsheet flexsp`: table, JSON, one-line errors."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 from command import broadsheet
@@ -28,6 +29,16 @@ def test_a_table_of_planners_and_of_the_first_plan(lengths):
         "micro-batch",
     ):
         assert word in done.stdout, word
+
+
+def test_a_picture_of_the_plans(lengths, tmp_path):
+    done = broadsheet("flexsp", lengths, *QUICK, "--planners", "adaptive", "--out", str(tmp_path / "out"))
+    assert "plans.svg" in done.stdout
+    root = ElementTree.parse(tmp_path / "out" / "plans.svg").getroot()
+    assert root.tag.endswith("svg")
+    written = (tmp_path / "out" / "plans.svg").read_text()
+    assert "adaptive" in written
+    assert "simulated" in written
 
 
 def test_json_has_plans_that_check(lengths, tmp_path):

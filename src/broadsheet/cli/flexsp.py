@@ -27,6 +27,7 @@ def flexsp(
         list[str] | None,
         typer.Option("-o", metavar="NAME=VALUE", help="A parameter of FlexSP, such as smallest=2 or time_limit=10."),
     ] = None,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Keep a picture of the first batch's plans in DIR.")] = "",
     as_json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write all plans as JSON to FILE; - is standard output.")
     ] = None,
@@ -59,3 +60,5 @@ def flexsp(
         write_text(json.dumps(report.to_json()), as_json)
     if as_json != "-":
         print_tables(report.tables())
+    if out:
+        typer.echo(f"wrote {', '.join(str(path) for path in report.save(out))}", err=as_json == "-")

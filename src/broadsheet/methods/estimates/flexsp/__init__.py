@@ -29,6 +29,7 @@ from broadsheet.core.stats import bootstrap_ci
 from ..base import Report, Table
 from .cost import Fit, Sample, SPCostModel
 from .lengths import corpora, corpus, padded, read_lengths
+from .picture import picture
 from .planners import Greedy, adaptive, in_chunks, static
 from .plans import Group, Plan, Problem
 from .program import Exhaustive, Milp
@@ -216,6 +217,10 @@ class FlexSPReport(Report):
             ),
             _groups(self.rows[-1].plans[0]),
         ]  # fmt: skip
+
+    def files(self) -> dict[str, str]:
+        """``plans.svg``: the first batch by every planner, devices against time."""
+        return {"plans.svg": picture([row.plans[0] for row in self.rows])}
 
     def to_json(self) -> dict[str, Any]:
         return {
