@@ -266,8 +266,10 @@ class FlexSP:
     def __post_init__(self) -> None:
         if self.planner not in PLANNERS:
             raise ValueError(f"no planner '{self.planner}'; there are {', '.join(PLANNERS)}")
-        if self.context < 1:
-            raise ValueError(f"context is the longest sequence in tokens, not {self.context}")
+        if self.context < 2 * self.devices:
+            raise ValueError(
+                f"a context of {self.context} tokens is too short: lengths are padded to multiples of {2 * self.devices} tokens"
+            )
         self.model.degrees(self.devices, self.smallest)
 
     @property
@@ -282,8 +284,8 @@ class FlexSP:
         if batch < 1 or batches < 1:
             raise ValueError(f"batch and batches are 1 or more, not {batch} and {batches}")
         if isinstance(lengths, str) and lengths in corpora():
-            # padding rounds up: what would pass the context is drawn again
-            given = corpus(lengths).draw(batch * batches, self.seed, self.context - 2 * self.devices)
+            # padding rounds up: what would pass the context then is drawn again
+            given = corpus(lengths).draw(batch * batches, self.seed, self.context - self.context % (2 * self.devices))
             source = f"{batch} lengths like {lengths}'s"
         else:
             given = read_lengths(lengths) if isinstance(lengths, str) else list(lengths)

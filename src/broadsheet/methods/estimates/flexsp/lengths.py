@@ -77,7 +77,10 @@ class LengthMixture:
         return float((1 - self.tail) * body + self.tail * self.start * self.shape / (self.shape - 1))
 
     def draw(self, count: int, seed: int = 0, longest: int | None = None) -> list[int]:
-        """``count`` lengths of at most ``longest`` tokens; longer ones are left out, not cut."""
+        """``count`` lengths of at most ``longest`` tokens; longer ones are left out, not cut. Raises ValueError where hardly
+        any are so short."""
+        if longest is not None and self.cdf(max(longest, 1)) < 0.01:
+            raise ValueError(f"less than 1 % of sequences have at most {longest} tokens: allow longer ones")
         rng, found = np.random.default_rng(seed), np.empty(0, np.int64)
         while len(found) < count:
             body = np.exp(rng.normal(self.mu, self.sigma, count))
