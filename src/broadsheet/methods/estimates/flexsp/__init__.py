@@ -268,7 +268,8 @@ class FlexSP:
             raise ValueError(f"no planner '{self.planner}'; there are {', '.join(PLANNERS)}")
         if self.context < 2 * self.devices:
             raise ValueError(
-                f"a context of {self.context} tokens is too short: lengths are padded to multiples of {2 * self.devices} tokens"
+                f"a context of {self.context} tokens is too short: lengths are padded to multiples of {2 * self.devices} "
+                "tokens"
             )
         self.model.degrees(self.devices, self.smallest)
 
