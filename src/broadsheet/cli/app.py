@@ -12,6 +12,7 @@ from .chat import ledger, serve_model
 from .common import asked, options_of, print_tables, split, with_progress
 from .crash import crash
 from .digest import digest
+from .flexsp import flexsp
 from .hardware import hardware, measure_hardware
 from .ingest import ingest
 from .instinct import instinct
@@ -346,6 +347,7 @@ app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command()(flexsp)
 app.command(name="measure-hardware")(measure_hardware)
 app.command()(hardware)
 app.command(name="train-sim")(train_sim)
