@@ -164,8 +164,8 @@ def _rate(tokens: int, seconds: float) -> float | None:
 class Energy:
     """What a turn took, in mWh and mAh. ``prefill`` and ``decode`` are parts of ``total``; ``net``: above idle power.
 
-    ``per_token`` is the authors' ``energy_pt``: all of the turn's energy over its output tokens. ``decode_per_token`` charges
-    the decoding alone. None where there is no output token or no current.
+    ``per_token`` is the authors' ``energy_pt``: all of the turn's energy over its output tokens. ``decode_per_token``
+    charges the decoding alone. None where there is no output token or no current.
     """
 
     total: float
@@ -182,7 +182,10 @@ class Energy:
         """``idle_power`` in mW, measured before the run. Raises ValueError when the trace does not cover the turn."""
         parts = [trace.energy(window.start, window.end) for window in (turn.whole, turn.prefill, turn.decode)]
         discharge, tokens = trace.discharge(turn.whole.start, turn.whole.end), turn.output_tokens
-        each = (lambda value: value / tokens if tokens and value is not None else None)  # fmt: skip
+
+        def each(value: float | None) -> float | None:
+            return value / tokens if tokens and value is not None else None
+
         net = None if idle_power is None else parts[0] - idle_power * turn.whole.seconds / HOUR
         return cls(parts[0], parts[1], parts[2], discharge, each(parts[0]), each(parts[2]), each(discharge), net)
 

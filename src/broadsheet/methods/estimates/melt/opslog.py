@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -168,18 +168,16 @@ def _llama(path: Path, lines: list[str]) -> OpsLog:
 
 
 def _named(nodes: list[Node]) -> Iterator[Node]:
-    """Modules from the count of RMS norms so far: a block begins with one, its MLP with the next, the output with the last."""
-    last = {node.evaluation: node.module for node in nodes}  # the norms of an evaluation
+    """Modules from the count of RMS norms so far: a block begins with one, its MLP with the next, the output with the last.
+
+    Until then ``module`` holds that count.
+    """
+    last = {node.evaluation: node.module for node in nodes}
     for node in nodes:
-        norms = int(node.module)
-        name = (
-            "embedding"
-            if norms == 0
-            else "output"
-            if node.module == last[node.evaluation]
-            else ("mlp", "attention")[norms % 2]
-        )
-        yield Node(node.evaluation, node.number, node.op, node.shape, node.count, node.cpu_ms, node.wall_ms, name)
+        module = ("mlp", "attention")[int(node.module) % 2]
+        if node.module in ("0", last[node.evaluation]):
+            module = "embedding" if node.module == "0" else "output"
+        yield replace(node, module=module)
 
 
 def _mlc(path: Path, lines: list[str]) -> OpsLog:
