@@ -147,18 +147,9 @@ def _llama(path: Path, lines: list[str]) -> OpsLog:
                 if not node or int(node["number"]) != number:
                     raise ValueError(f"{path}, line {place + 1}: node {number} of {count} is missing; the log is cut")
                 norms += node["op"] == "RMS_NORM"
-                nodes.append(
-                    Node(
-                        evaluation,
-                        number,
-                        node["op"],
-                        "x".join(map(str, _numbers(node["dims"]))),
-                        int(node["runs"]),
-                        float(node["cpu"]),
-                        float(node["wall"]),
-                        str(norms),
-                    )  # fmt: skip
-                )
+                shape = "x".join(map(str, _numbers(node["dims"])))
+                cpu, wall = float(node["cpu"]), float(node["wall"])
+                nodes.append(Node(evaluation, number, node["op"], shape, int(node["runs"]), cpu, wall, str(norms)))
         elif found := _SUM.match(line):
             if not _SUM.match(lines[place - 1]):
                 sums.append({})
@@ -199,18 +190,9 @@ def _mlc(path: Path, lines: list[str]) -> OpsLog:
             calls = json.loads(text)["calls"]
             for number, call in enumerate(calls):
                 plain = {key.replace(" ", ""): value for key, value in call.items()}
-                nodes.append(
-                    Node(
-                        evaluation,
-                        number,
-                        plain["Name"]["string"],
-                        plain["ArgumentShapes"]["string"],
-                        plain["Count"]["count"],
-                        None,
-                        plain["Duration(us)"]["microseconds"] / 1000,
-                        found["name"],
-                    )  # fmt: skip
-                )
+                name, shapes = plain["Name"]["string"], plain["ArgumentShapes"]["string"]
+                count, wall = plain["Count"]["count"], plain["Duration(us)"]["microseconds"] / 1000
+                nodes.append(Node(evaluation, number, name, shapes, count, None, wall, found["name"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {place + 2}: not a profiler report ({error!r}); the log is cut") from None
         evaluation += 1
