@@ -12,7 +12,6 @@ import csv
 import ctypes
 import re
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,33 +35,24 @@ _DEFAULT = {"current": "ma", "voltage": "v", "power": "mw", "energy": "mwh", "ti
 _COLUMN = re.compile(r"\s*(timestamp|time|current|voltage|power|energy)\s*(?:[(\[]\s*(\S+?)\s*[)\]])?\s*", re.I)
 
 
-class Meter(ABC):
-    """Started before the idle stage, stopped after the tail."""
+class Meter:
+    """No meter, and the base of all: started before the idle stage, stopped after the tail."""
 
-    source: str
+    source: str = "none"
     simulated: bool = False
 
     def start(self, clock: Clock) -> None:
-        """Begins to sample."""
+        """Begins to sample. Raises ValueError where it cannot."""
 
     def stop(self) -> None:
         """Ends it."""
 
-    @abstractmethod
     def trace(self) -> PowerTrace | None:
-        """What was seen; None for a meter that sees nothing, or (`model:`) nothing before the run is over."""
+        """What was seen; None for a meter that sees nothing."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         return {"source": self.source, "simulated": self.simulated}
-
-
-class NoMeter(Meter):
-    """Energy is not measured."""
-
-    source = "none"
-
-    def trace(self) -> None:
-        return None
 
 
 @dataclass
@@ -230,7 +220,7 @@ def meter(text: str) -> Meter:
     """By name: none, rapl, nvml, nvml:INDEX, csv:PATH, model:DEVICE. Raises ValueError."""
     kind, _, rest = text.partition(":")
     if kind == "none":
-        return NoMeter()
+        return Meter()
     if kind == "rapl":
         return rapl()
     if kind == "nvml" and (not rest or rest.isdigit()):

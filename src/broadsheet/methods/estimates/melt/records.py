@@ -1,7 +1,7 @@
 """A run's folder, in the authors' layout.
 
     configuration.json                                    how it was run, with the versions of everything
-    measurements_power.csv                                timestamp (s), current (mA), voltage (V); or timestamp, energy (mWh)
+    measurements_power.csv                                timestamp (s), current (mA), voltage (V); or energy (mWh)
     measurements_ts.csv                                   stages: idle, run, tail
     melt_measurements/measurements_iter{i}.json           a conversation a row: modelLoadTime, questionRecords
     melt_measurements/measurements_iter{i}_conv{j}.csv    events: prefill.p.start ..., nanoseconds
