@@ -129,7 +129,9 @@ class RunSettings:
 
     ``context``: tokens that the cache holds. ``max_gen``: tokens of a reply at most; with ``ignore_eos`` every reply has
     as many. ``conversations``: the first so many. ``keep_cache``: a turn prefills only what is new. ``idle`` and ``tail``:
-    seconds measured before and after, in which nothing runs.
+    seconds measured before and after, in which nothing runs. ``warmup``: turns before that, which are not counted. ``cold``:
+    the kernel forgets the model's files before every load. ``max_busy``: the run is refused when other processes take more
+    than this share of the CPUs.
     """
 
     context: int = 2048
@@ -142,6 +144,9 @@ class RunSettings:
     keep_cache: bool = True
     idle: float = 60.0
     tail: float = 10.0
+    warmup: int = 1
+    cold: bool = False
+    max_busy: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("max_gen", "repetitions", "conversations", "threads"):
@@ -149,8 +154,8 @@ class RunSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.context < 2:
             raise ValueError(f"a context of {self.context} tokens has no room for a prompt and a reply")
-        if min(self.idle, self.tail) < 0:
-            raise ValueError("idle and tail are seconds, at least 0")
+        if min(self.idle, self.tail, self.warmup) < 0 or not 0 <= self.max_busy <= 1:
+            raise ValueError("idle and tail (seconds) and warmup (turns) are at least 0, max_busy is a share from 0 to 1")
 
 
 def llama_flags(config: ModelConfig, settings: RunSettings) -> list[str]:

@@ -66,6 +66,22 @@ class PowerTrace:
         """From seconds and a counter in J."""
         return cls(np.asarray(time, float), None, None, np.asarray(joules, float) / 3.6, source)
 
+    def joined(self, later: PowerTrace) -> PowerTrace:
+        """This and what the same meter saw later; what lies between was not measured."""
+
+        def both(mine: NDArray[np.float64] | None, theirs: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+            if mine is None or theirs is None:
+                return None
+            return np.concatenate([mine, theirs])
+
+        counter = (
+            None if later.counter is None or self.counter is None else later.counter - later.counter[0] + self.counter[-1]
+        )
+        times = both(self.time, later.time)
+        assert times is not None
+        parts = (both(self.power, later.power), both(self.current, later.current), both(self.counter, counter))
+        return PowerTrace(times, *parts, self.source, self.simulated)
+
     def energy(self, start: float, end: float) -> float:
         """mWh between two times. Raises ValueError when the samples do not cover them."""
         if self.counter is not None:

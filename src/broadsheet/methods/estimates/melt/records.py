@@ -190,7 +190,7 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder} holds no finished iteration; run it again, it goes on where it stopped")
     meter = configuration.get("meter")
     meter = meter if isinstance(meter, dict) else {}
-    return Run(folder, configuration, tuple(turns), tuple(loads), _stages(folder), read_power(folder, meter))
+    return Run(folder, configuration, tuple(turns), tuple(loads), tuple(stages_of(folder)), read_power(folder, meter))
 
 
 def _iteration(path: Path) -> int:
@@ -243,13 +243,13 @@ def _time(value: Any) -> float:
     return float(value)
 
 
-def _stages(folder: Path) -> tuple[Stage, ...]:
+def stages_of(folder: Path) -> list[Stage]:
     path = folder / "measurements_ts.csv"
     if not path.is_file():
-        return ()
+        return []
     with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return tuple(Stage(row["stage"], Window(float(row["time_start"]), float(row["time_end"]))) for row in rows)
+    return [Stage(row["stage"], Window(float(row["time_start"]), float(row["time_end"]))) for row in rows]
 
 
 def read_power(folder: Path, meter: Mapping[str, Any] | None = None) -> PowerTrace | None:
