@@ -1,14 +1,13 @@
 """A device as a model: roofline, power, heat, throttling, battery. Stands in for phones that are not here.
 
-- A step of ``flops`` and ``bytes`` takes max(flops / (peak x compute), bytes / (bandwidth x memory)) + overhead, where the
-  two factors are the shares of the datasheet's peaks that a real runtime reaches; a throttled device has a share of both.
+- Time and traffic of a pass come from the core's operator tables and roofline (`core.perf`).
 - Power is P = idle + e_flop x FLOP/s + e_byte x byte/s.
 - One thermal node: C dT/dt = P - (T - T_ambient) / R, solved exactly between two times of constant power.
-- Above ``throttle_at`` the device steps down in its table of frequencies, ``hysteresis`` below it up again.
+- Above ``throttle_at`` the device steps down in its table of levels (shares of its peaks), ``hysteresis`` below it up again.
 - The battery is a store of energy, of constant voltage.
 
-Every parameter of a device is in a data file with its provenance: measured, datasheet or assumed. **Every number that comes
-out of this module is simulated.**
+Every parameter is in a data file (``devices/*.json``, the core's format with a ``power`` part) with its origin: measured,
+datasheet or assumed. **Every number that comes out of this module is simulated.**
 """
 
 from __future__ import annotations
@@ -16,33 +15,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+
+from broadsheet.core.perf import hardware
+from broadsheet.core.perf.architecture import Architecture, architecture
+from broadsheet.core.perf.hardware import ORIGINS, Origin
+from broadsheet.core.perf.ops import Setting, operators
 
 from .meters import Meter
 from .metrics import HOUR, PowerTrace
 from .records import Run
 
-Provenance = Literal["measured", "datasheet", "assumed"]
 FOLDER = Path(__file__).parent / "devices"
+#: bits a weight and the weights that share a 16-bit scale, by format
+BITS: dict[str, tuple[float, int | None]] = {
+    "fp32": (32, None), "fp16": (16, None), "bf16": (16, None), "f32": (32, None), "f16": (16, None),
+    "int8": (8, 64), "int4": (4, 64), "int3": (3, 64), "int2": (2, 64),  # groups of 128 with a scale and a zero
+    "q8_0": (8, 32), "q4_0": (4, 32), "q4_1": (4, 16), "q5_0": (5, 32), "q5_1": (5, 16),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Device:
-    """``peak``: FLOP/s, ``bandwidth``: byte/s, and the shares of both that are reached; ``overhead``: seconds a step.
-    ``idle``: W; ``e_flop``, ``e_byte``: J. ``capacity``: J/K, ``resistance``: K/W, temperatures: °C.
-    ``levels``: the shares of the peaks, from full speed down. ``battery_mah`` (0: none) at ``battery_v``.
-    ``provenance``: of every parameter."""
+class Power:
+    """``idle``: W; ``e_flop``, ``e_byte``: J. ``capacity``: J/K, ``resistance``: K/W, temperatures: °C. ``levels``: shares of
+    the peaks, from 1 down. ``battery_mah`` (0: none) at ``battery_v``. ``origins``: of every number, with its source.
 
-    name: str
-    peak: float
-    bandwidth: float
-    compute_share: float
-    memory_share: float
-    overhead: float
+    Raises ValueError for numbers that no device has.
+    """
+
     idle: float
     e_flop: float
     e_byte: float
@@ -54,46 +58,61 @@ class Device:
     levels: tuple[float, ...]
     battery_mah: float
     battery_v: float
-    provenance: Mapping[str, Provenance] = field(default_factory=dict)
+    origins: Mapping[str, tuple[Origin, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        positive = ("peak", "bandwidth", "compute_share", "memory_share", "capacity", "resistance", "battery_v")
-        if bad := [name for name in positive if not getattr(self, name) > 0]:
-            raise ValueError(f"device {self.name}: {', '.join(bad)} must be above 0")
-        if min(self.idle, self.e_flop, self.e_byte, self.overhead, self.hysteresis, self.battery_mah) < 0:
-            raise ValueError(f"device {self.name}: powers, energies, overhead, hysteresis and battery are at least 0")
-        if not self.levels or self.levels[0] != 1 or any(b >= a or b <= 0 for a, b in zip(self.levels, self.levels[1:])):
-            raise ValueError(f"device {self.name}: levels begin with 1 and fall, all above 0")
-
-    def seconds(self, flops: float, nbytes: float, level: int = 0) -> float:
-        """Of one step."""
-        speed = self.levels[level]
-        compute = flops / (self.peak * self.compute_share * speed)
-        return max(compute, nbytes / (self.bandwidth * self.memory_share * speed)) + self.overhead
+        if bad := [name for name in ("capacity", "resistance", "battery_v") if not getattr(self, name) > 0]:
+            raise ValueError(f"power: {', '.join(bad)} must be above 0")
+        if min(self.idle, self.e_flop, self.e_byte, self.hysteresis, self.battery_mah) < 0:
+            raise ValueError("power: idle, energies, hysteresis and battery are at least 0")
+        if not self.levels or self.levels[0] != 1 or any(not 0 < b < a for a, b in zip(self.levels, self.levels[1:])):
+            raise ValueError("power: levels begin with 1 and fall, all above 0")
 
     def watts(self, flops_rate: float, bytes_rate: float) -> float:
         return self.idle + self.e_flop * flops_rate + self.e_byte * bytes_rate
 
 
-def device(name: str) -> Device:
+@dataclass(frozen=True)
+class Device:
+    """A device of the core, with its power."""
+
+    chip: hardware.Device
+    power: Power
+
+    @property
+    def name(self) -> str:
+        return self.chip.name
+
+    def at(self, level: int) -> hardware.Device:
+        """The chip at a level of its table."""
+        share = self.power.levels[level]
+        peaks = {dtype: peak * share for dtype, peak in self.chip.peaks.items()}
+        return replace(self.chip, peaks=peaks, bandwidth=self.chip.bandwidth * share)
+
+
+def device(name: str | Device) -> Device:
     """By the name of a data file, or the path of one of your own. Raises ValueError."""
+    if isinstance(name, Device):
+        return name
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         raise ValueError(
-            f"no device '{name}'; there are {', '.join(devices())}, or give the path of a JSON file like theirs"
+            f"no device '{name}' with a power model; there are {', '.join(devices())}, or give a JSON file like them"
         )
-    try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-        values = {key: row[key]["value"] for key in (f.name for f in fields(Device)) if key not in ("name", "provenance")}
-        provenance = {key: row[key]["provenance"] for key in values}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no device ({error!r}): every parameter is a value with its provenance") from None
-    if wrong := sorted(set(provenance.values()) - {"measured", "datasheet", "assumed"}):
-        raise ValueError(f"{path}: provenance is measured, datasheet or assumed, not {', '.join(wrong)}")
-    return Device(row.get("name", path.stem), **{**values, "levels": tuple(values["levels"])}, provenance=provenance)
+    chip = hardware.read_device(path)
+    part = json.loads(path.read_text(encoding="utf-8")).get("power")
+    names = [one.name for one in fields(Power) if one.name != "origins"]
+    values, origins = {}, {}
+    for name in names:
+        entry = part.get(name) if isinstance(part, dict) else None
+        if not isinstance(entry, dict) or "value" not in entry or entry.get("origin") not in ORIGINS:
+            raise ValueError(f'{path}: power.{name} is {{"value": ..., "origin": {" or ".join(ORIGINS)}, "source": ...}}')
+        values[name], origins[name] = entry["value"], (entry["origin"], str(entry.get("source", "")))
+    return Device(chip, Power(**{**values, "levels": tuple(values["levels"])}, origins=origins))
 
 
 def devices() -> list[str]:
+    """Those that ship."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
@@ -101,37 +120,26 @@ def devices() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a language model takes: ``flops`` of the linear layers a token (2 a weight), ``weight_bytes`` read a pass,
-    ``cache_bytes`` and ``cache_flops`` of attention for every token that the cache holds."""
+class Work:
+    """Operations, bytes and, on a chip, seconds of a pass."""
 
-    flops: float
-    weight_bytes: float
-    cache_bytes: float
-    cache_flops: float
+    operations: float
+    nbytes: float
+    seconds: float = 0.0
 
-    @classmethod
-    def of(cls, config: Any, weight_bytes: float, cache_element: int = 2) -> Load:
-        """Of a transformers config with dense decoder blocks; ``cache_element``: bytes of a cached number."""
-        c = config.get_text_config()
-        heads, hidden = c.num_attention_heads, c.hidden_size
-        dim = getattr(c, "head_dim", None) or hidden // heads
-        kv = getattr(c, "num_key_value_heads", heads)
-        block = hidden * dim * (2 * heads + 2 * kv) + 3 * hidden * c.intermediate_size
-        weights = c.num_hidden_layers * block + hidden * c.vocab_size
-        return cls(
-            2.0 * weights, float(weight_bytes), 2.0 * c.num_hidden_layers * kv * dim * cache_element,
-            4.0 * c.num_hidden_layers * heads * dim,
-        )  # fmt: skip
 
-    def prefill(self, tokens: int, held: int = 0) -> tuple[float, float]:
-        """FLOPs and bytes of one pass over new tokens behind those that the cache holds."""
-        seen = tokens * held + tokens * (tokens + 1) / 2
-        return tokens * self.flops + seen * self.cache_flops, self.weight_bytes + (held + 2 * tokens) * self.cache_bytes
-
-    def decode(self, held: int) -> tuple[float, float]:
-        """Of one token."""
-        return self.prefill(1, held)
+def work(arch: Architecture, form: str, held: int, new: int = 1, chip: hardware.Device | None = None) -> Work:
+    """One pass of ``new`` tokens behind ``held`` cached ones. Raises ValueError for an unknown format."""
+    if form.lower() not in BITS:
+        raise ValueError(f"unknown quantisation '{form}'; known: {', '.join(BITS)}")
+    bits, group = BITS[form.lower()]
+    head = 16 if bits <= 16 else 32
+    setting = Setting(1, held + new, new, weight_bits=bits, weight_group=group, head_bits=head, activation_bits=head)
+    table = operators(arch, setting)
+    return Work(
+        sum(op.operations * op.count for op in table), sum(op.nbytes * op.count for op in table),
+        sum(op.seconds(chip) * op.count for op in table) if chip else 0.0,
+    )  # fmt: skip
 
 
 # --- heat ---------------------------------------------------------------------------------------------------------------
@@ -180,6 +188,7 @@ class Sustained:
     device: str
     points: tuple[Point, ...]
     tokens: float
+    seconds: float
     heat_in: float
     heat_out: float
     energy_mwh: float
@@ -193,8 +202,7 @@ class Sustained:
     @property
     def steady(self) -> float:
         """Of the last third."""
-        last = self.points[-1].time
-        return _mean_rate([point for point in self.points if point.time >= 2 * last / 3])
+        return _mean_rate([point for point in self.points if point.time >= 2 * self.seconds / 3])
 
     @property
     def throttled_after(self) -> float | None:
@@ -215,29 +223,31 @@ def _mean_rate(points: Sequence[Point]) -> float:
     return float(np.mean([point.rate for point in points])) if points else math.nan
 
 
-def sustain(of: Device, load: Load, held: int = 1024, seconds: float = 1800.0, step: float = 1.0) -> Sustained:
+def sustain(of: Device, model: Any, form: str, held: int = 1024, seconds: float = 1800.0, step: float = 1.0) -> Sustained:
     """Decodes behind ``held`` cached tokens without a pause. Raises ValueError for times that are not above 0."""
     if not (seconds > 0 and step > 0 and held >= 0):
         raise ValueError("seconds and step are above 0, held at least 0")
-    node = Thermal(of.capacity, of.resistance, of.ambient, of.ambient)
-    store = of.battery_mah * of.battery_v / 1000 * HOUR  # J
+    arch, power = architecture(model), of.power
+    passes = [work(arch, form, held, 1, of.at(level)) for level in range(len(power.levels))]
+    node = Thermal(power.capacity, power.resistance, power.ambient, power.ambient)
+    store = power.battery_mah * power.battery_v / 1000 * HOUR  # J
     level, used, tokens, points = 0, 0.0, 0.0, list[Point]()
-    flops, nbytes = load.decode(held)
     time, emptied = 0.0, False
     while time < seconds and not emptied:
-        rate = 1 / of.seconds(flops, nbytes, level)
-        watts = of.watts(flops * rate, nbytes * rate)
+        one = passes[level]
+        rate = 1 / one.seconds
+        watts = power.watts(one.operations * rate, one.nbytes * rate)
         span = min(step, seconds - time)
         if store and used + watts * span >= store:
             span, emptied = (store - used) / watts, True
         points.append(Point(time, rate, watts, node.temperature, level, 1 - used / store if store else math.nan))
         node.step(watts, span)
         used, tokens, time = used + watts * span, tokens + rate * span, time + span
-        if node.temperature > of.throttle_at:
-            level = min(level + 1, len(of.levels) - 1)
-        elif node.temperature < of.throttle_at - of.hysteresis:
+        if node.temperature > power.throttle_at:
+            level = min(level + 1, len(power.levels) - 1)
+        elif node.temperature < power.throttle_at - power.hysteresis:
             level = max(level - 1, 0)
-    return Sustained(of.name, tuple(points), tokens, node.heat_in, node.heat_out, used / 3.6, emptied)
+    return Sustained(of.name, tuple(points), tokens, time, node.heat_in, node.heat_out, used / 3.6, emptied)
 
 
 # --- a run that was measured here, as another device might have powered it --------------------------------------------
@@ -255,37 +265,36 @@ class ModelMeter(Meter):
     def source(self) -> str:  # type: ignore[override]
         return f"model:{self.of.name}"
 
-    def of_run(self, run: Run) -> PowerTrace:
-        """Simulated: idle power, and in each prefill and decode the energy of its FLOPs and bytes, spread evenly."""
-        from broadsheet.core.models import load_config
+    def of_run(self, run: Run, model: Any = None) -> PowerTrace:
+        """Simulated: idle power, and in each prefill and decode the energy of its operations and bytes, spread evenly.
 
-        load = Load.of(load_config(str(run.configuration["model"])), float(run.configuration["pass_bytes"]), 4)
+        ``model``: whose operators are counted, where the run's own name is none that `architecture` takes.
+        """
+        arch, form = architecture(model or run.configuration["model"]), str(run.configuration["format"])
         edges: list[tuple[float, float]] = []
         for turn in run.turns:
-            flops, nbytes = load.prefill(turn.input_tokens, turn.session_tokens)
-            edges += self._busy(turn.prefill.start, turn.prefill.end, flops, nbytes)
-            held = turn.session_tokens + turn.input_tokens
-            steps = [load.decode(held + place) for place in range(turn.output_tokens)]
-            edges += self._busy(turn.decode.start, turn.decode.end, sum(s[0] for s in steps), sum(s[1] for s in steps))
+            once = work(arch, form, turn.session_tokens, turn.input_tokens)
+            edges += self._busy(turn.prefill.start, turn.prefill.end, once, 1)
+            # work grows linearly with what is held, so the middle token stands for all
+            middle = turn.session_tokens + turn.input_tokens + turn.output_tokens // 2
+            edges += self._busy(turn.decode.start, turn.decode.end, work(arch, form, middle), turn.output_tokens)
         edges.sort()
         first = min([stage.window.start for stage in run.stages] + [edges[0][0]]) - 1e-3
         last = max([stage.window.end for stage in run.stages] + [edges[-1][0]]) + 1e-3
-        # a step in power is two samples a microsecond apart
-        times, watts, level = [first], [self.of.idle], 0.0
+        # a step in power is two samples that lie close
+        times, watts, extra = [first], [self.of.power.idle], 0.0
         for time, change in edges:
-            times += [time - 1e-6, time]
-            watts += [self.of.idle + level, self.of.idle + level + change]
-            level += change
-        times.append(last)
-        watts.append(self.of.idle)
-        array = np.maximum.accumulate(np.array(times))
+            times += [time - 1e-5, time]
+            watts += [self.of.power.idle + extra, self.of.power.idle + extra + change]
+            extra += change
+        array = np.maximum.accumulate(np.array([*times, last]))
         kept = np.concatenate([[True], np.diff(array) > 0])
-        current = np.array(watts)[kept] / self.of.battery_v * 1000
-        voltage = np.full(int(kept.sum()), self.of.battery_v)
-        return PowerTrace.of_samples(array[kept], current, voltage, self.source, True)
+        power, volts = np.array([*watts, self.of.power.idle])[kept], self.of.power.battery_v
+        return PowerTrace.of_samples(array[kept], power / volts * 1000, np.full(len(power), volts), self.source, True)
 
-    def _busy(self, start: float, end: float, flops: float, nbytes: float) -> list[tuple[float, float]]:
+    def _busy(self, start: float, end: float, each: Work, times: int) -> list[tuple[float, float]]:
         if end <= start:
             return []
-        extra = (self.of.e_flop * flops + self.of.e_byte * nbytes) / (end - start)
+        power = self.of.power
+        extra = times * (power.e_flop * each.operations + power.e_byte * each.nbytes) / (end - start)
         return [(start, extra), (end, -extra)]

@@ -59,8 +59,8 @@ class Meter:
 class CounterMeter(Meter):
     """Samples a counter of energy in a thread, ``rate`` times a second. ``read`` gives joules that only ever grow."""
 
-    source: str
     read: Callable[[], float]
+    source: str = "counter"
     rate: float = 100.0
     _times: list[float] = field(default_factory=list, repr=False)
     _joules: list[float] = field(default_factory=list, repr=False)
@@ -119,7 +119,7 @@ def rapl(root: Path = POWERCAP, rate: float = 100.0) -> CounterMeter:
             last[place] = value
         return total / 1e6
 
-    return CounterMeter("rapl", joules, rate)
+    return CounterMeter(joules, "rapl", rate)
 
 
 def nvml(index: int = 0, rate: float = 50.0, library: str = "libnvidia-ml.so.1") -> CounterMeter:
@@ -141,7 +141,7 @@ def nvml(index: int = 0, rate: float = 50.0, library: str = "libnvidia-ml.so.1")
     ask("nvmlInit_v2")
     ask("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
     joules()
-    return CounterMeter(f"nvml:{index}", joules, rate)
+    return CounterMeter(joules, f"nvml:{index}", rate)
 
 
 @dataclass

@@ -130,7 +130,7 @@ def _record(turn: Turn, reply: Reply) -> dict[str, Any]:
 def write_stages(folder: Path, stages: Sequence[Stage]) -> None:
     """Traffic, which a phone counts, is 0."""
     lines = ["stage,time_start,time_end,duration,rx,tx"]
-    lines += [f"{s.name},{s.window.start:.6f},{s.window.end:.6f},{s.window.seconds:.6f},0,0" for s in stages]
+    lines += [f"{s.name},{s.window.start:.7f},{s.window.end:.7f},{s.window.seconds:.6f},0,0" for s in stages]
     _write(folder / "measurements_ts.csv", "\n".join(lines) + "\n")
 
 
@@ -144,7 +144,7 @@ def write_power(folder: Path, trace: PowerTrace) -> None:
     else:
         assert trace.power is not None
         rows, names = np.stack([trace.time, trace.power], 1), "timestamp,power"
-    lines = [",".join(f"{value:.9g}" if place else f"{value:.6f}" for place, value in enumerate(row)) for row in rows]
+    lines = [",".join(f"{value:.9g}" if place else f"{value:.7f}" for place, value in enumerate(row)) for row in rows]
     _write(folder / "measurements_power.csv", "\n".join([names, *lines]) + "\n")
 
 

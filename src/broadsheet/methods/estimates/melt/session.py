@@ -66,7 +66,7 @@ def run_session(
     done = _resumed(folder, configuration)
     todo = [iteration for iteration in range(settings.repetitions) if iteration not in done]
     if not todo:
-        return read_run(folder)
+        return _read_back(folder, meter)
     configuration["busy"] = _quiet(settings.max_busy)
     write_configuration(folder, configuration)
     log = _Log(folder / "output.txt")
@@ -95,12 +95,10 @@ def run_session(
         write_stages(folder, stages)
         _keep_power(folder, meter)
         runtime.unload()
-    if isinstance(meter, ModelMeter):
-        write_power(folder, meter.of_run(read_run(folder)))
     configuration["clock_drift"] = clock.drift
     write_configuration(folder, configuration)
     check_clocks(clock.drift, "this machine, which was set during the run,")
-    return read_run(folder)
+    return _read_back(folder, meter)
 
 
 def _resumed(folder: Path, configuration: dict[str, Any]) -> list[int]:
@@ -192,6 +190,14 @@ def _keep_power(folder: Path, meter: Meter) -> None:
     if before is not None and before.time[-1] < seen.time[0]:
         seen = before.joined(seen)
     write_power(folder, seen)
+
+
+def _read_back(folder: Path, meter: Meter) -> Run:
+    """The folder's run; a model of a device computes its power from that."""
+    if isinstance(meter, ModelMeter):
+        (folder / "measurements_power.csv").unlink(missing_ok=True)
+        write_power(folder, meter.of_run(read_run(folder)))
+    return read_run(folder)
 
 
 class _Log:
