@@ -41,8 +41,8 @@ BITS: dict[str, tuple[float, int | None]] = {
 
 @dataclass(frozen=True)
 class Power:
-    """``idle``: W; ``e_flop``, ``e_byte``: J. ``capacity``: J/K, ``resistance``: K/W, temperatures: °C. ``levels``: shares of
-    the peaks, from 1 down. ``battery_mah`` (0: none) at ``battery_v``. ``origins``: of every number, with its source.
+    """``idle``: W; ``e_flop``, ``e_byte``: J. ``capacity``: J/K, ``resistance``: K/W, temperatures: °C. ``levels``: shares
+    of the peaks, from 1 down. ``battery_mah`` (0: none) at ``battery_v``. ``origins``: of every number, with its source.
 
     Raises ValueError for numbers that no device has.
     """

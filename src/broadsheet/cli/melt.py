@@ -1,0 +1,139 @@
+"""``broadsheet melt``: measure models on this machine (MELT), read the records of runs, read logs of timed operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import options_of, working
+
+if TYPE_CHECKING:
+    from broadsheet.methods.estimates.base import Table
+
+melt = typer.Typer(help="What a model costs on a device: rates, latency, energy, memory (MELT).", no_args_is_help=True)
+
+OUT = Annotated[str, typer.Option("-o", "--out", metavar="FILE", help="Write a table: .md, .csv or .json; else it is printed.")]
+
+
+@melt.command()
+def run(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A built-in model, a folder, a hub name, a GGUF file, a server's address or a YAML model config.")
+    ] = "pocket-2m",
+    formats: Annotated[str, typer.Option(help="Formats of the weights, comma-separated: fp32, fp16, bf16, int8 to int2.")] = "fp32",
+    runtime: Annotated[str, typer.Option(help="torch, llamacpp or llama-server.")] = "torch",
+    conversations: Annotated[str, typer.Option(help="A JSON file of conversations; default: the microworld's.")] = "",
+    count: Annotated[int, typer.Option(help="How many of them.")] = 5,
+    repetitions: Annotated[int, typer.Option(help="How often all of them.")] = 3,
+    context: Annotated[int, typer.Option(help="Tokens that the cache holds.")] = 2048,
+    max_gen: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    meter: Annotated[str, typer.Option(help="none, rapl, nvml, csv:PATH or model:DEVICE (simulated).")] = "none",
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, for example idle=0 or ignore_eos=true.")
+    ] = None,
+    out: Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="The runs' folder; the same command goes on in it.")] = "",
+) -> None:
+    """Run MODEL through the conversations and print what it costs.
+
+    Idle and tail are 60 and 10 seconds, as in the paper; --set idle=0 --set tail=0 where no meter reads.
+
+    Examples:
+
+      broadsheet melt run --model pocket-2m --formats fp32,int4 --set idle=0 --set tail=0
+
+      broadsheet melt run --model ./tinyllama --conversations conversations.json --meter rapl -o ./runs
+    """
+    from broadsheet.lab.run import configured
+    from broadsheet.methods.estimates.melt import MELT, read_config
+
+    config = ""
+    if model.endswith((".yaml", ".yml")):
+        config, model = model, read_config(model).model
+    parts = tuple(part.strip() for part in formats.split(",") if part.strip())
+    method = MELT(
+        parts, runtime, meter, context, max_gen, repetitions, count, threads, idle=0.0 if meter == "none" else 60.0,
+        tail=0.0 if meter == "none" else 10.0,
+    )  # fmt: skip
+    method = configured("melt", method, options_of(option))
+    with working() as bar:
+        line = bar.add_task(model, total=None)
+        report = method.estimate(
+            model, config, conversations, out, lambda done, total: bar.update(line, completed=done, total=total)
+        )
+    for table in report.tables():
+        _print(table)
+    typer.echo("runs: " + ", ".join(str(one.folder) for one in report.runs))
+
+
+@melt.command()
+def report(
+    folders: Annotated[list[str], typer.Argument(help="Folders of runs, ours or the authors'.")],
+    out: OUT = "",
+    turns: Annotated[bool, typer.Option("--turns", help="A row a turn instead of a row a run.")] = False,
+) -> None:
+    """Compute what runs cost from their records.
+
+    A .json file gets llama-bench's rows.
+
+    Example: broadsheet melt report ./runs -o runs.md
+    """
+    from broadsheet.core.records import write_text
+    from broadsheet.methods.estimates.melt import read_report
+    from broadsheet.methods.estimates.melt.report import as_csv, markdown
+
+    found = read_report(folders)
+    tables = [found.turns()] if turns else found.tables()
+    kind = Path(out).suffix
+    if kind == ".md":
+        write_text("\n".join(markdown(table) for table in tables).rstrip(), out)
+    elif kind == ".csv":
+        write_text(as_csv(tables[0]).rstrip(), out)
+    elif kind == ".json":
+        write_text(found.files()["llama-bench.json"], out)
+    elif out:
+        raise ValueError(f"--out is a .md, .csv or .json file, got '{out}'")
+    else:
+        for table in tables:
+            _print(table)
+
+
+@melt.command(name="parse-ops")
+def parse_ops(
+    log: Annotated[str, typer.Argument(help="A log of llama.cpp or MLC, built to time operators.")],
+    merge: Annotated[str, typer.Option(help="per_op, per_module or per_node.")] = "per_op",
+    out: OUT = "",
+) -> None:
+    """Where the time goes: operators, or the modules they belong to, from a runtime's log.
+
+    Example: broadsheet melt parse-ops dummy_file.llamacpp.log --merge per_op
+    """
+    from broadsheet.core.records import write_text
+    from broadsheet.methods.estimates.melt.opslog import parse_ops as parse
+    from broadsheet.methods.estimates.melt.report import as_csv, markdown
+
+    table = parse(log).table(merge)  # type: ignore[arg-type]  # it is checked
+    if out.endswith(".md"):
+        write_text(markdown(table).rstrip(), out)
+    elif out.endswith(".csv"):
+        write_text(as_csv(table).rstrip(), out)
+    elif out:
+        raise ValueError(f"--out is a .md or .csv file, got '{out}'")
+    else:
+        _print(table)
+
+
+def _print(table: Table) -> None:
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table as Rich
+
+    from broadsheet.methods.estimates.melt.report import _text
+
+    shown = Rich(*table.columns, title=table.title, caption=table.note or None, caption_justify="left")
+    for row in table.rows:
+        shown.add_row(*map(_text, row))
+    Console(width=None if sys.stdout.isatty() else 200).print(shown)
