@@ -20,8 +20,8 @@ SHAPES = Path(__file__).parent / "shapes.json"
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): the cache holds ``kv_rank + rope_dim`` numbers
-    a token. ``query_rank`` 0: queries are not compressed."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): the cache holds ``kv_rank + rope_dim``
+    numbers a token. ``query_rank`` 0: queries are not compressed."""
 
     kv_rank: int
     rope_dim: int
