@@ -14,6 +14,7 @@ from .crash import crash
 from .digest import digest
 from .ingest import ingest
 from .instinct import instinct
+from .melt import melt
 from .serve import serve
 from .study import study
 from .weights import bitstack, dfloat11
@@ -326,6 +327,7 @@ app.add_typer(bitstack, name="bitstack")
 app.add_typer(crash, name="crash")
 app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
+app.add_typer(melt, name="melt")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
 app.command()(worker)

@@ -14,35 +14,38 @@ if TYPE_CHECKING:
 
 melt = typer.Typer(help="What a model costs on a device: rates, latency, energy, memory (MELT).", no_args_is_help=True)
 
-OUT = Annotated[str, typer.Option("-o", "--out", metavar="FILE", help="Write a table: .md, .csv or .json; else it is printed.")]
+OUT = Annotated[str, typer.Option("-o", "--out", metavar="FILE", help="Write it to a .md, .csv or .json file.")]
 
 
 @melt.command()
 def run(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A built-in model, a folder, a hub name, a GGUF file, a server's address or a YAML model config.")
+        str,
+        typer.Option(
+            "--model", "-m", help="A built-in model, folder, hub name, GGUF file, server's address or YAML model config."
+        ),
     ] = "pocket-2m",
-    formats: Annotated[str, typer.Option(help="Formats of the weights, comma-separated: fp32, fp16, bf16, int8 to int2.")] = "fp32",
+    formats: Annotated[str, typer.Option(help="Of the weights, comma-separated: fp32, fp16, bf16, int8 to int2.")] = "fp32",
     runtime: Annotated[str, typer.Option(help="torch, llamacpp or llama-server.")] = "torch",
-    conversations: Annotated[str, typer.Option(help="A JSON file of conversations; default: the microworld's.")] = "",
-    count: Annotated[int, typer.Option(help="How many of them.")] = 5,
+    conversations: Annotated[str, typer.Option(help="A JSON file of them; default: the microworld's.")] = "",
+    count: Annotated[int, typer.Option(help="How many conversations.")] = 5,
     repetitions: Annotated[int, typer.Option(help="How often all of them.")] = 3,
     context: Annotated[int, typer.Option(help="Tokens that the cache holds.")] = 2048,
     max_gen: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     meter: Annotated[str, typer.Option(help="none, rapl, nvml, csv:PATH or model:DEVICE (simulated).")] = "none",
     option: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, for example idle=0 or ignore_eos=true.")
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, for example ignore_eos=true.")
     ] = None,
-    out: Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="The runs' folder; the same command goes on in it.")] = "",
+    out: Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="Where the runs go, and go on.")] = "",
 ) -> None:
     """Run MODEL through the conversations and print what it costs.
 
-    Idle and tail are 60 and 10 seconds, as in the paper; --set idle=0 --set tail=0 where no meter reads.
+    With a meter, 60 idle seconds are measured before a run and 10 after it, as in the paper; --set idle=10 changes that.
 
     Examples:
 
-      broadsheet melt run --model pocket-2m --formats fp32,int4 --set idle=0 --set tail=0
+      broadsheet melt run --model pocket-2m --formats fp32,int4
 
       broadsheet melt run --model ./tinyllama --conversations conversations.json --meter rapl -o ./runs
     """
@@ -53,10 +56,7 @@ def run(
     if model.endswith((".yaml", ".yml")):
         config, model = model, read_config(model).model
     parts = tuple(part.strip() for part in formats.split(",") if part.strip())
-    method = MELT(
-        parts, runtime, meter, context, max_gen, repetitions, count, threads, idle=0.0 if meter == "none" else 60.0,
-        tail=0.0 if meter == "none" else 10.0,
-    )  # fmt: skip
+    method = MELT(parts, runtime, meter, context, max_gen, repetitions, count, threads)
     method = configured("melt", method, options_of(option))
     with working() as bar:
         line = bar.add_task(model, total=None)

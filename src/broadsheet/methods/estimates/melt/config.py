@@ -129,9 +129,9 @@ class RunSettings:
 
     ``context``: tokens that the cache holds. ``max_gen``: tokens of a reply at most; with ``ignore_eos`` every reply has
     as many. ``conversations``: the first so many. ``keep_cache``: a turn prefills only what is new. ``idle`` and ``tail``:
-    seconds measured before and after, in which nothing runs. ``warmup``: turns before that, which are not counted. ``cold``:
-    the kernel forgets the model's files before every load. ``max_busy``: the run is refused when other processes take more
-    than this share of the CPUs.
+    seconds in which a meter sees nothing run, before and after. ``warmup``: turns before that, which are not counted.
+    ``cold``: the kernel forgets the model's files before every load. ``max_busy``: the run is refused when other processes
+    take more than this share of the CPUs.
     """
 
     context: int = 2048

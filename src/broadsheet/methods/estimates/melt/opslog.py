@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from broadsheet.methods.estimates.base import Table
+
 Merge = Literal["per_op", "per_module", "per_node"]
 MERGES: tuple[Merge, ...] = ("per_op", "per_module", "per_node")
 
@@ -95,6 +97,12 @@ class OpsLog:
         total = sum(sum(one.values()) for one in self.sums)
         rows = [(name, sum(one.get(name, 0.0) for one in self.sums)) for name in names]
         return sorted((Share(n, len(self.sums), None, ms, ms / total) for n, ms in rows), key=lambda share: -share.wall_ms)
+
+    def table(self, how: Merge = "per_op") -> Table:
+        """`merged`, to print."""
+        rows = tuple((s.name, s.count, s.cpu_ms, s.wall_ms, f"{100 * s.share:.2f} %") for s in self.merged(how))
+        note = f"{self.backend}: {self.evaluations} evaluations, {len(self.nodes)} operators; the share is of wall time."
+        return Table(f"Time {how.replace('_', ' ')}", ("name", "count", "CPU ms", "wall ms", "share"), rows, note)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class MeltReport(Report):
             )  # fmt: skip
             notes += _warnings(run)
         note = (
-            f"Median [quartiles] over turns. Reads along: at least {READING:g} tokens/s. Variation: standard deviation over "
-            f"mean of the repetitions' decode rates; stable below {STABLE:g}."
+            f"Medians over turns, quartiles in brackets. Reads along: at least {READING:g} tokens/s. Variation: standard "
+            f"deviation over mean of the repetitions' decode rates; stable below {STABLE:g}."
         )
         return Table("MELT", columns, tuple(rows), " ".join([note, *dict.fromkeys(notes)]))
 

@@ -125,10 +125,11 @@ class StepRuntime(Runtime):
             self.tokens = []
             self.clear()
         new = self.dialogue.opening(prompt)
-        if len(new) >= context:
+        least = most if self.settings.ignore_eos else 1
+        if len(new) + least > context:
             raise ValueError(
                 f"conversation {self.conversation}, turn {self.turn}: a prompt of {len(new)} tokens leaves no room for a "
-                f"reply in a context of {context}; set --context higher"
+                f"reply of {least} in a context of {context}; set --context higher"
             )
         return new, 0
 

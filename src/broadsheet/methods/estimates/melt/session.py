@@ -77,7 +77,8 @@ def run_session(
     turns_each = sum(len(one) for one in chosen)
     meter.start(clock)
     try:
-        stages.append(_waited("idle", settings.idle, clock.now))
+        if meter.source != "none":
+            stages.append(_waited("idle", settings.idle, clock.now))
         began = clock.now()
         for iteration in todo:
 
@@ -89,7 +90,8 @@ def run_session(
             configuration.update(facts)
             write_configuration(folder, configuration)
         stages.append(Stage("run", Window(began, clock.now())))
-        stages.append(_waited("tail", settings.tail, clock.now))
+        if meter.source != "none":
+            stages.append(_waited("tail", settings.tail, clock.now))
     finally:
         meter.stop()
         write_stages(folder, stages)
