@@ -92,10 +92,15 @@ class StepRuntime(Runtime):
 
     dialogue: Dialogue
     ends: frozenset[int]
+    vocabulary: int
 
     @abstractmethod
     def clear(self) -> None:
         """Empties the cache."""
+
+    @abstractmethod
+    def rewind(self, tokens: int) -> None:
+        """Keeps the first ``tokens`` of the cache."""
 
     @abstractmethod
     def run(self, ids: list[int]) -> Any:
@@ -111,6 +116,13 @@ class StepRuntime(Runtime):
         self.tokens: list[int] = []
         self.turn, self.conversation = 0, conversation
         self.clear()
+
+    def prefill(self, ids: list[int]) -> Any:
+        """`run`, at most ``n_batch`` tokens at once."""
+        size = self.config.sampling.n_batch
+        for first in range(0, len(ids), size):
+            logits = self.run(ids[first : first + size])
+        return logits
 
     def _enter(self, prompt: str) -> tuple[list[int], int]:
         """The tokens to prefill, and how many the cache holds before them."""
@@ -138,8 +150,7 @@ class StepRuntime(Runtime):
         start = clock()
         new, held = self._enter(prompt)
         prefill_start, cpu_start = clock(), cpu()
-        for first in range(0, len(new), self.config.sampling.n_batch):
-            logits = self.run(new[first : first + self.config.sampling.n_batch])
+        logits = self.prefill(new)
         prefill_end, cpu_middle = clock(), cpu()
         self.tokens = self.tokens[:held] + new
         room = min(self.settings.max_gen, self.settings.context - len(self.tokens))
@@ -203,6 +214,7 @@ class TorchRuntime(StepRuntime):
         found = own if isinstance(own, list) else [own, self.tokenizer.eos_token_id]
         self.ends = frozenset(token for token in found if token is not None)
         self.dialogue = Dialogue.of(self.tokenizer, self.config.prompt)
+        self.vocabulary = self.network.config.get_text_config().vocab_size
 
     def unload(self) -> None:
         self.network = self.cache = None  # type: ignore[assignment]
@@ -211,6 +223,10 @@ class TorchRuntime(StepRuntime):
         from transformers import DynamicCache
 
         self.cache = DynamicCache(config=self.network.config)
+
+    def rewind(self, tokens: int) -> None:
+        if more := self.cache.get_seq_length() - tokens:
+            self.cache.crop(-more)
 
     def run(self, ids: list[int]) -> torch.Tensor:
         import torch
