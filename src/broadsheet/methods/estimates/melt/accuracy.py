@@ -1,9 +1,10 @@
-"""What a format of weights costs in accuracy: multiple choice by log-likelihood, as lm-eval scores (section 5).
+"""What a format of weights costs in accuracy (section 5).
 
-The paper's five tasks are read from JSON lines (``{"query", "choices", "gold"}``, as lm-eval prepares them); five tasks of
-the microworld stand in for the built-in models. Every row carries its number of items and its standard error, and a
-difference below two standard errors, taken over the same items, is printed as "no difference". Compare formats within a
-runtime: servers count log-probabilities in their own ways.
+The paper's five tasks are multiple choice by log-likelihood, as lm-eval scores: they are read from JSON lines (``{"query",
+"choices", "gold"}``). For the built-in models tasks of the microworld stand in: recall as multiple choice, and arithmetic,
+lists and formats as answers that are written and checked. Every row carries its number of items and its standard error,
+and a difference below two standard errors, taken over the same items, is printed as "no difference". Compare formats
+within a runtime: servers count log-probabilities in their own ways.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .runtimes import StepRuntime
 
 #: below so many standard errors two accuracies are not told apart
 CERTAIN = 2.0
-#: tasks of the microworld whose answers are one of a few
-TASKS = ("kv", "prefix_suffix", "many_shot", "needle", "facts")
+#: tasks of the microworld: chosen among the answers to other questions, and written
+CHOSEN, WRITTEN = ("kv", "prefix_suffix", "needle"), ("arithmetic", "lists", "formats")
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,21 @@ def read_items(path: str | Path) -> list[Item]:
     return found
 
 
-def microworld_items(task: str, count: int = 200, seed: int = 0, choices: int = 4) -> list[Item]:
+def microworld_items(task: str, count: int = 200, seed: int = 0, choices: int = 8, context: int = 320) -> list[Item]:
     """Questions of a session, each with the answers to the session's other questions as wrong choices."""
     from broadsheet.core.microworld.tasks import make_sessions
 
-    if task not in TASKS:
-        raise ValueError(f"no task '{task}'; there are {', '.join(TASKS)}")
+    if task not in CHOSEN:
+        raise ValueError(f"no task '{task}'; there are {', '.join(CHOSEN)}")
     found: list[Item] = []
     number = 0
     while len(found) < count:
-        session = make_sessions(task, 1, 96, choices + 2, seed=f"melt/{seed}/{number}")[0]
+        session = make_sessions(task, 1, context, choices + 2, seed=f"melt/{seed}/{number}")[0]
         number += 1
         answers = list(dict.fromkeys(str(turn.answer) for turn in session.turns))
         turn = session.turns[0]
         answer, text = str(turn.answer), str(turn.extra.get("reference", turn.answer))
-        others = [str(one) for one in turn.extra.get("options", answers) if str(one) != answer][: choices - 1]
+        others = [one for one in answers if one != answer][: choices - 1]
         if answer not in text or not others:
             continue
         texts = [text, *(text.replace(answer, other) for other in others)]
@@ -116,6 +117,25 @@ def measure_accuracy(
         right.append(_chosen(runtime, item) == item.gold)
         if tick:
             tick(number + 1, len(items))
+    return Accuracy(task, runtime.format, tuple(right))
+
+
+def measure_written(
+    runtime: StepRuntime, task: str, count: int = 200, seed: int = 0, tick: Callable[[int, int], None] | None = None
+) -> Accuracy:
+    """Answers to a task's questions, written by the loaded runtime as its config samples, and checked."""
+    from broadsheet.core.microworld.checkers import check
+    from broadsheet.core.microworld.tasks import make_sessions
+
+    if task not in WRITTEN:
+        raise ValueError(f"no task '{task}'; there are {', '.join(WRITTEN)}")
+    right = []
+    for number, session in enumerate(make_sessions(task, count, 64, 1, seed=f"melt/{seed}")):
+        turn = session.turns[0]
+        runtime.begin(number)
+        right.append(check(runtime.answer(f"{session.context} {turn.input}".strip()).text, turn) == 1.0)
+        if tick:
+            tick(number + 1, count)
     return Accuracy(task, runtime.format, tuple(right))
 
 
