@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import options_of, working
+from .common import options_of, split, working
 
 if TYPE_CHECKING:
     from broadsheet.methods.estimates.base import Table
@@ -66,6 +66,47 @@ def run(
     for table in report.tables():
         _print(table)
     typer.echo("runs: " + ", ".join(str(one.folder) for one in report.runs))
+
+
+@melt.command()
+def phone(
+    model: Annotated[str, typer.Option("--model", "-m", help="A GGUF file.")],
+    server: Annotated[str, typer.Option(help="llama.cpp's llama-server, built for the phone.")],
+    serial: Annotated[str, typer.Option(help="The device, as 'adb devices' names it; default: the only one.")] = "",
+    config: Annotated[str, typer.Option(help="A YAML model config.")] = "",
+    conversations: Annotated[str, typer.Option(help="A JSON file of them; default: the microworld's.")] = "",
+    count: Annotated[int, typer.Option(help="How many conversations.")] = 5,
+    repetitions: Annotated[int, typer.Option(help="How often all of them.")] = 3,
+    context: Annotated[int, typer.Option(help="Tokens that the cache holds.")] = 2048,
+    max_gen: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
+    threads: Annotated[int, typer.Option(help="Threads on the phone.")] = 4,
+    meter: Annotated[str, typer.Option(help="adb (the phone's own gauge), csv:PATH or none.")] = "adb",
+    stop: Annotated[str, typer.Option(help="Packages to stop before, comma-separated.")] = "",
+    out: Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="Where the run goes, and goes on.")] = "phone-run",
+) -> None:
+    """Run the conversations on an Android phone, over adb.
+
+    Example: broadsheet melt phone -m tinyllama-q4_0.gguf --server build-android/bin/llama-server --serial 192.168.1.7:5555
+    """
+    from broadsheet.methods.estimates.melt import drawn, read_config, read_conversations
+    from broadsheet.methods.estimates.melt.adb import Adb, AdbMeter, run_phone
+    from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings
+    from broadsheet.methods.estimates.melt.meters import meter as meter_of
+    from broadsheet.methods.estimates.melt.report import MeltReport
+
+    device = Adb(serial)
+    chosen = read_config(config) if config else ModelConfig(Path(model).stem)
+    settings = RunSettings(context, max_gen, repetitions, count, threads)
+    work = read_conversations(conversations) if conversations else drawn(count)
+    with working() as bar:
+        line = bar.add_task(model, total=None)
+        found = run_phone(
+            device, Path(server), Path(model), chosen, settings, work, out,
+            AdbMeter(device) if meter == "adb" else meter_of(meter), split(stop),
+            lambda done, total: bar.update(line, completed=done, total=total),
+        )  # fmt: skip
+    for table in MeltReport((found,)).tables():
+        _print(table)
 
 
 @melt.command()

@@ -217,7 +217,7 @@ def read_csv(path: str | Path, began: float = 0.0, source: str = "", simulated: 
 
 
 def meter(text: str) -> Meter:
-    """By name: none, rapl, nvml, nvml:INDEX, csv:PATH, model:DEVICE. Raises ValueError."""
+    """By name: none, rapl, nvml, nvml:INDEX, csv:PATH, adb:SERIAL, model:DEVICE. Raises ValueError."""
     kind, _, rest = text.partition(":")
     if kind == "none":
         return Meter()
@@ -227,8 +227,12 @@ def meter(text: str) -> Meter:
         return nvml(int(rest or 0))
     if kind == "csv" and rest:
         return CsvMeter(Path(rest))
+    if kind == "adb":
+        from .adb import Adb, AdbMeter
+
+        return AdbMeter(Adb(rest))
     if kind == "model" and rest:
         from .device import ModelMeter, device
 
         return ModelMeter(device(rest))
-    raise ValueError(f"no meter '{text}'; there are none, rapl, nvml, nvml:INDEX, csv:PATH and model:DEVICE")
+    raise ValueError(f"no meter '{text}'; there are none, rapl, nvml, nvml:INDEX, csv:PATH, adb:SERIAL and model:DEVICE")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,13 @@ def run_session(
     meter: Meter,
     folder: str | Path,
     progress: Progress | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Run:
     """Runs all conversations ``settings.repetitions`` times into ``folder`` and reads them back.
 
-    ``progress(done, total)`` after every turn. An iteration is on disk when its last turn is over: a kill loses at most
-    the one under way, and the same call goes on behind the last one that is there. Raises ValueError for a busy machine, a
-    folder of another run, a prompt that does not fit, clocks that moved apart.
+    ``progress(done, total)`` after every turn; ``about`` goes into the configuration. An iteration is on disk when its last
+    turn is over: a kill loses at most the one under way, and the same call goes on behind the last one that is there.
+    Raises ValueError for a busy machine, a folder of another run, a prompt that does not fit, clocks that moved apart.
     """
     settings, folder = runtime.settings, Path(folder)
     chosen = list(conversations)[: settings.conversations]
@@ -62,6 +63,7 @@ def run_session(
         "model": runtime.model, "format": runtime.format, "runtime": runtime.name, "settings": asdict(settings),
         "config": runtime.config.to_json(), "conversations": hashlib.sha256(text).hexdigest()[:16],
         "meter": meter.to_json(), "machine": machine.describe(), **provenance(), "time": written_now(),
+        **(about or {}),
     }  # fmt: skip
     done = _resumed(folder, configuration)
     todo = [iteration for iteration in range(settings.repetitions) if iteration not in done]
