@@ -4,9 +4,9 @@
 
 - ops: shares of operators in the public llama.cpp log (needs a checkout of brave-experiments/MELT-public).
 - speed, threads: fixed-length prefill and decode of a model of 107 million random weights, whose every format exceeds the
-  caches, with one and two threads; contenders take turns. With one thread the clock is CPU time of the process, so what else runs does not count
-  (its memory traffic does); with more it is the wall clock, and ``busy`` says how much else ran. ``slope``: of log decode
-  rate over log bytes read a token.
+  caches, with one and two threads; contenders take turns. With one thread the clock is CPU time of the process, so what
+  else runs does not count (its memory traffic does); with two it is the wall clock, and ``busy`` says how much else ran.
+  ``slope``: of log decode rate over log bytes read a token.
 - memory: peak of a process of its own that loads that model and decodes.
 - turns: time to first token by turn of a conversation, with and without the prefix cache, on the built-in model; variation
   of repetitions.
@@ -277,7 +277,7 @@ def accuracy(study: Study) -> None:
     found: dict[str, list[acc.Accuracy]] = {}
     llama = [("llama.cpp", form) for form in ("q4_0", "q2_k") if has_llama()]
     for name, form in [*(("torch", form) for form in ("fp32", "int8", "int4", "int3", "int2")), *llama]:
-        running = runtime("pocket-2m", name, form, max_gen=40)
+        running = runtime("pocket-2m", name, form, max_gen=32)
         for task in (*acc.CHOSEN, *acc.WRITTEN):
             got = (
                 acc.measure_accuracy(running, task, items[task]) if task in items else acc.measure_written(running, task, n)
@@ -382,8 +382,8 @@ def simulated(study: Study) -> None:
 
 PARTS: dict[str, Callable[[Study], None]] = {
     "ops": ops, "device": simulated, "speed": lambda study: speed(study, 1, study.arguments.repeats),
-    "threads": lambda study: speed(study, 2, max(3, study.arguments.repeats // 3)), "memory": memory, "peer": peer, "turns": turns,
-    "experience": experience, "accuracy": accuracy,
+    "threads": lambda study: speed(study, 2, max(3, study.arguments.repeats // 3)), "memory": memory, "peer": peer,
+    "turns": turns, "experience": experience, "accuracy": accuracy,
 }  # fmt: skip
 
 

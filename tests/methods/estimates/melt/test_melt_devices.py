@@ -28,7 +28,7 @@ from broadsheet.methods.estimates.melt.llamacpp import LlamaServerRuntime, wait_
 from broadsheet.methods.estimates.melt.meters import Meter
 from broadsheet.methods.estimates.melt.session import run_session
 
-# --- heat, throttling, battery --------------------------------------------------------------------------------------------
+# --- heat, throttling, battery ----------------------------------------------------------------------------------------
 
 
 def test_heat_is_conserved_and_settles():
@@ -106,7 +106,7 @@ def test_bad_devices_are_refused(tmp_path):
         sustain(device("pixel-6a"), "llama-2-7b", "fp16", seconds=0)
 
 
-# --- llama-server ---------------------------------------------------------------------------------------------------------
+# --- llama-server -----------------------------------------------------------------------------------------------------
 
 
 class Server(BaseHTTPRequestHandler):
@@ -182,7 +182,7 @@ def test_servers_that_cannot(server):
         wait_for_server("http://127.0.0.1:9", 0.3)
 
 
-# --- adb ------------------------------------------------------------------------------------------------------------------
+# --- adb --------------------------------------------------------------------------------------------------------------
 # The transcript is written after Android's documentation and the authors' scripts; no phone was at hand to record one.
 
 UEVENT = "POWER_SUPPLY_STATUS=Discharging\nPOWER_SUPPLY_VOLTAGE_NOW=4000000\nPOWER_SUPPLY_CURRENT_NOW=-900000\n"

@@ -65,7 +65,7 @@ def ran(tmp_path_factory):
     return run_session(torch_runtime(), CONVERSATIONS, meter("model:galaxy-s23"), folder)
 
 
-# --- configs ------------------------------------------------------------------------------------------------------------
+# --- configs ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_public_yaml(tmp_path):
@@ -105,7 +105,7 @@ def test_bad_configs_name_the_field(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-# --- dialogue and sampling ----------------------------------------------------------------------------------------------
+# --- dialogue and sampling --------------------------------------------------------------------------------------------
 
 
 def test_tokens_are_those_of_the_whole_rendered_chat():
@@ -144,7 +144,7 @@ def test_sampler_follows_its_settings():
     assert Sampler(Sampling(), 7).draw(logits, []) == Sampler(Sampling(), 7).draw(logits, [])
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def test_prefill_decode_and_overhead_make_the_turn(ran):
@@ -250,7 +250,7 @@ def test_a_busy_machine_is_refused(tmp_path, monkeypatch):
     assert "took 60 % of the CPUs" in read_report([run.folder]).summary().note
 
 
-# --- records and reports --------------------------------------------------------------------------------------------------
+# --- records and reports ----------------------------------------------------------------------------------------------
 
 
 def test_the_folder_has_the_authors_files(ran):
@@ -352,7 +352,7 @@ def test_exports(ran):
     assert len(lines) == 1 + len(ran.turns)
 
 
-# --- meters and clocks ----------------------------------------------------------------------------------------------------
+# --- meters and clocks ------------------------------------------------------------------------------------------------
 
 
 def test_rapl_counters_turn_over(tmp_path):

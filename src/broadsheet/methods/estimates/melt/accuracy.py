@@ -1,8 +1,8 @@
 """What a format of weights costs in accuracy (section 5).
 
 The paper's five tasks are multiple choice by log-likelihood, as lm-eval scores: they are read from JSON lines (``{"query",
-"choices", "gold"}``). For the built-in models tasks of the microworld stand in: recall as multiple choice, and arithmetic,
-lists and formats as answers that are written and checked. Every row carries its number of items and its standard error,
+"choices", "gold"}``). For the built-in models tasks of the microworld stand in: recall as multiple choice, and arithmetic
+in four written steps and lists as answers that are written and checked. Every row carries its number of items and its standard error,
 and a difference below two standard errors, taken over the same items, is printed as "no difference". Compare formats
 within a runtime: servers count log-probabilities in their own ways.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .runtimes import StepRuntime
 #: below so many standard errors two accuracies are not told apart
 CERTAIN = 2.0
 #: tasks of the microworld: chosen among the answers to other questions, and written
-CHOSEN, WRITTEN = ("kv", "prefix_suffix", "needle"), ("arithmetic", "lists", "formats")
+CHOSEN, WRITTEN = ("kv", "prefix_suffix", "needle"), ("arithmetic", "lists")
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,14 @@ def measure_written(
 ) -> Accuracy:
     """Answers to a task's questions, written by the loaded runtime as its config samples, and checked."""
     from broadsheet.core.microworld.checkers import check
-    from broadsheet.core.microworld.tasks import make_sessions
+    from broadsheet.core.microworld.tasks import arithmetic, lists
 
     if task not in WRITTEN:
         raise ValueError(f"no task '{task}'; there are {', '.join(WRITTEN)}")
     right = []
-    for number, session in enumerate(make_sessions(task, count, 64, 1, seed=f"melt/{seed}")):
+    for number in range(count):
+        rng = random.Random(f"melt/{task}/{seed}/{number}")
+        session = arithmetic(rng, 64, 1, steps=4) if task == "arithmetic" else lists(rng, 64, 1)
         turn = session.turns[0]
         runtime.begin(number)
         right.append(check(runtime.answer(f"{session.context} {turn.input}".strip()).text, turn) == 1.0)
