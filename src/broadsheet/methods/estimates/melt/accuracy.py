@@ -1,10 +1,10 @@
 """What a format of weights costs in accuracy (section 5).
 
 The paper's five tasks are multiple choice by log-likelihood, as lm-eval scores: they are read from JSON lines (``{"query",
-"choices", "gold"}``). For the built-in models tasks of the microworld stand in: recall as multiple choice, and arithmetic
-in four written steps and lists as answers that are written and checked. Every row carries its number of items and its standard error,
-and a difference below two standard errors, taken over the same items, is printed as "no difference". Compare formats
-within a runtime: servers count log-probabilities in their own ways.
+"choices", "gold"}``). For the built-in models five tasks of the microworld stand in: recall as multiple choice, and
+arithmetic in four written steps and lists as answers that are written and checked. Every row carries its number of items
+and its standard error, and a difference below two standard errors, taken over the same items, is printed as "no
+difference". Compare formats within a runtime: servers count log-probabilities in their own ways.
 """
 
 from __future__ import annotations
