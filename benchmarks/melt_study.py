@@ -3,6 +3,7 @@
     python benchmarks/melt_study.py [--public MELT-public] [--llama-bench llama-bench] [--parts ops,speed,...]
 
 - ops: shares of operators in the public llama.cpp log (needs a checkout of brave-experiments/MELT-public).
+- published: the paper's own accuracies with error bars (needs the checkout too).
 - speed, threads: fixed-length prefill and decode of a model of 107 million random weights, whose every format exceeds the
   caches, with one and two threads; contenders take turns. With one thread the clock is CPU time of the process, so what
   else runs does not count (its memory traffic does); with two it is the wall clock, and ``busy`` says how much else ran.
@@ -21,6 +22,7 @@ Parts that are in the result file are not measured again (--fresh: all are); a k
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import random
@@ -152,6 +154,28 @@ def ops(study: Study) -> None:
     )
     for share in log.merged("per_module"):
         study.add("llama.cpp", "module_share", share.share, n=log.evaluations, model=model, module=share.name, clock="wall")
+
+
+def published(study: Study) -> None:
+    """The authors' own accuracies, read again with error bars: how many differences to 16 bits are below two standard errors
+    of a difference (of independent samples: theirs are of the same items, which would be narrower)."""
+    path = Path(study.arguments.public) / "src" / "model_evaluation" / "results" / "results.csv"
+    with open(path, encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["framework"] == "llamacpp"]
+    base = {(row["model"], row["dataset"]): float(row["accuracy"]) for row in rows if row["quantization"] == "None"}
+    for form in ("q4_k", "q4_0", "q3_k"):
+        gaps = [
+            (float(row["accuracy"]) - base[row["model"], row["dataset"]], math.sqrt(2) * float(row["std_err"]))
+            for row in rows
+            if row["quantization"] == form and row["std_err"] != "None" and (row["model"], row["dataset"]) in base
+        ]
+        small = [abs(gap) < 2 * error for gap, error in gaps]
+        about = {"format": form, "runtime": "llama.cpp"}
+        study.add(
+            "llama.cpp", "published_no_difference", statistics.fmean(small), n=len(small), model="the paper's", **about
+        )
+        mean = statistics.fmean(gap for gap, _ in gaps)
+        study.add("llama.cpp", "published_difference", mean, n=len(gaps), model="the paper's", **about)
 
 
 def contenders() -> list[tuple[str, str]]:
@@ -381,7 +405,7 @@ def simulated(study: Study) -> None:
 
 
 PARTS: dict[str, Callable[[Study], None]] = {
-    "ops": ops, "device": simulated, "speed": lambda study: speed(study, 1, study.arguments.repeats),
+    "ops": ops, "published": published, "device": simulated, "speed": lambda study: speed(study, 1, study.arguments.repeats),
     "threads": lambda study: speed(study, 2, max(3, study.arguments.repeats // 3)), "memory": memory, "peer": peer,
     "turns": turns, "experience": experience, "accuracy": accuracy,
 }  # fmt: skip
@@ -409,7 +433,9 @@ def main() -> None:
     for part in arguments.parts.split(","):
         if part not in PARTS:
             raise SystemExit(f"no part '{part}'; there are {', '.join(PARTS)}")
-        if (part == "ops" and not arguments.public) or (part == "peer" and not (arguments.llama_bench and has_llama())):
+        if (part in ("ops", "published") and not arguments.public) or (
+            part == "peer" and not (arguments.llama_bench and has_llama())
+        ):
             print(f"{part}: left out, its program or data was not given", flush=True)
             continue
         study.run(part, PARTS[part])
