@@ -9,14 +9,16 @@ import typer
 from broadsheet import catalogue
 
 from .chat import ledger, serve_model
-from .common import asked, options_of, split, with_progress
+from .common import asked, options_of, print_tables, split, with_progress
 from .crash import crash
 from .digest import digest
+from .hardware import hardware, measure_hardware
 from .ingest import ingest
 from .instinct import instinct
 from .melt import melt
 from .serve import serve
 from .study import study
+from .train_sim import train_sim
 from .weights import bitstack, dfloat11
 from .worker import worker
 
@@ -205,12 +207,19 @@ def run(
     chat: CHAT = "",
     model_name: MODEL_NAME = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    hardware: Annotated[str, typer.Option(help="The device that is estimated (estimates): a name or a JSON file.")] = "",
     out: Annotated[
-        str, typer.Option(metavar="DIR", help="Keeps the compressed model (weights), or transcripts and a log (evals).")
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Keeps the compressed model (weights), transcripts and a log (evals), or plots and a page (estimates).",
+        ),
     ] = "",
     as_json: JSON = None,
 ) -> None:
     """Run one paper's method beside its reference, with its own parameters.
+
+    Estimates need neither weights nor the machine: their --model is also a well-known model's shape, or a config.json.
 
     Methods of the weights family take -o size=BYTES, and --out keeps the model: a folder that
     AutoModelForCausalLM.from_pretrained loads after ``import broadsheet``.
@@ -222,11 +231,20 @@ def run(
       broadsheet run bitstack --model ./my-llama -o size=120MB -o text=wiki.txt --out ./my-llama-120MB
 
       broadsheet run decrim --chat http://localhost:8000/v1 --model-name qwen3-8b -o max_rounds=4 --out ./transcripts
+
+      broadsheet run llm-viewer --model meta-llama/Llama-3.1-70B --hardware h100 -o batch=8 -o context=32768 --out ./roofline
     """
     from broadsheet.core.records import write_json
     from broadsheet.lab.run import family_of, run_method
 
-    options, family = {**options_of(option), **asked(model, chat, model_name)}, family_of(slug)
+    family = family_of(slug)
+    if family == "estimates":
+        given = {"model": model if model != "pocket-2m" else "", "hardware": hardware}  # else each method's own default
+        _estimate(slug, options_of(option), {name: value for name, value in given.items() if value}, out, as_json)
+        return
+    if hardware:
+        raise ValueError(f"--hardware is for estimates; {slug} runs on --device")
+    options = {**options_of(option), **asked(model, chat, model_name)}
     records = with_progress(lambda progress, tick: run_method(family, slug, options, device, progress, out, tick))
     if as_json:
         write_json(records, as_json)
@@ -330,6 +348,9 @@ app.add_typer(ledger, name="ledger")
 app.add_typer(melt, name="melt")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command(name="measure-hardware")(measure_hardware)
+app.command()(hardware)
+app.command(name="train-sim")(train_sim)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")
@@ -398,6 +419,19 @@ def doctor() -> None:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _estimate(slug: str, options: dict[str, Any], usual: dict[str, Any], out: str, as_json: str | None) -> None:
+    from broadsheet.core.records import write_text
+    from broadsheet.lab.estimate import estimate
+
+    report = estimate(slug, options, usual)
+    if as_json:
+        write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False, default=str), as_json)
+    if as_json != "-":
+        print_tables(report.tables())
+        if out:
+            typer.echo(f"wrote {', '.join(str(path) for path in report.save(out))}")
 
 
 def _kept(family: str, out: str) -> str:

@@ -113,7 +113,7 @@ def _dtype(bits: float) -> str:
 
 @dataclass(frozen=True)
 class Op:
-    """One operator of one layer (``count`` layers have it), per rank.
+    """One operator of one layer, per rank; ``count`` is how often it runs (in so many layers, times so many steps).
 
     operations: multiply-adds count twice. load_weight .. store_kv: bytes. link_bytes: bytes that leave the rank.
     weight_held: bytes of all its weights (a lookup reads a few rows, a step the chosen experts). inputs: names of those it
@@ -131,7 +131,7 @@ class Op:
     link_bytes: float = 0.0
     weight_held: float = 0.0
     dtype: str = "bf16"
-    count: int = 1
+    count: float = 1
     layers: str = ""
     inputs: tuple[str, ...] = field(default=(), compare=False)
 
@@ -348,12 +348,12 @@ def _scores(heads: int, kv_heads: int, attention: Attention, setting: Setting, i
     scores, keys = met * ba, b * read * kv_heads * bk
     return [
         Op(
-            "qk_matmul", "attention", operations=2 * d * met, load_act=queries, store_act=scores, load_kv=keys * d, dtype=dtype,
-            inputs=inputs[:2],
+            "qk_matmul", "attention", operations=2 * d * met, load_act=queries, store_act=scores, load_kv=keys * d,
+            dtype=dtype, inputs=inputs[:2],
         ),
         Op(
-            "softmax", "softmax", operations=5 * met, load_act=scores, store_act=scores, load_weight=sinks, weight_held=sinks,
-            dtype=dtype, inputs=("qk_matmul",),
+            "softmax", "softmax", operations=5 * met, load_act=scores, store_act=scores, load_weight=sinks,
+            weight_held=sinks, dtype=dtype, inputs=("qk_matmul",),
         ),
         Op(
             "sv_matmul", "attention", operations=2 * v * met, load_act=scores, store_act=out, load_kv=keys * v, dtype=dtype,
