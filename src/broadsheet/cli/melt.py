@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .common import options_of, split, working
-
-if TYPE_CHECKING:
-    from broadsheet.methods.estimates.base import Table
+from .common import options_of, print_tables, split, working
 
 melt = typer.Typer(help="What a model costs on a device: rates, latency, energy, memory (MELT).", no_args_is_help=True)
 
@@ -63,8 +60,7 @@ def run(
         report = method.estimate(
             model, config, conversations, out, lambda done, total: bar.update(line, completed=done, total=total)
         )
-    for table in report.tables():
-        _print(table)
+    print_tables(report.tables())
     typer.echo("runs: " + ", ".join(str(one.folder) for one in report.runs))
 
 
@@ -105,8 +101,7 @@ def phone(
             AdbMeter(device) if meter == "adb" else meter_of(meter), split(stop),
             lambda done, total: bar.update(line, completed=done, total=total),
         )  # fmt: skip
-    for table in MeltReport((found,)).tables():
-        _print(table)
+    print_tables(MeltReport((found,)).tables())
 
 
 @melt.command()
@@ -137,8 +132,7 @@ def report(
     elif out:
         raise ValueError(f"--out is a .md, .csv or .json file, got '{out}'")
     else:
-        for table in tables:
-            _print(table)
+        print_tables(tables)
 
 
 @melt.command(name="parse-ops")
@@ -163,18 +157,4 @@ def parse_ops(
     elif out:
         raise ValueError(f"--out is a .md or .csv file, got '{out}'")
     else:
-        _print(table)
-
-
-def _print(table: Table) -> None:
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table as Rich
-
-    from broadsheet.methods.estimates.melt.report import _text
-
-    shown = Rich(*table.columns, title=table.title, caption=table.note or None, caption_justify="left")
-    for row in table.rows:
-        shown.add_row(*map(_text, row))
-    Console(width=None if sys.stdout.isatty() else 200).print(shown)
+        print_tables([table])

@@ -126,6 +126,7 @@ class AdbMeter(Meter):
     adb: Adb
     rate: float = 4.0
     _rows: list[tuple[float, float, float]] = field(default_factory=list, repr=False)
+    _failed: AdbError | None = field(default=None, repr=False)
 
     @property
     def source(self) -> str:  # type: ignore[override]
@@ -136,7 +137,7 @@ class AdbMeter(Meter):
             raise AdbError(
                 f"the device is powered by {', '.join(by)}: unplug it (adb over WiFi), or measure with a power meter"
             )
-        self._clock, self._end, self._failed = clock, threading.Event(), None
+        self._clock, self._end = clock, threading.Event()
         self._sample()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()

@@ -84,5 +84,5 @@ def experience(turns: Sequence[Turn], idle: Latency | None = None, generating: L
     waits = [turn.ttft for turn in turns if turn.ttft is not None]
     slowdown = generating.median / idle.median if idle and generating else None
     share = sum(rate >= READING for rate in rates) / len(rates)
-    quantiles = (statistics.median(waits), float(np.quantile(waits, 0.95))) if waits else (None, None)
-    return Experience(share, *quantiles, slowdown)
+    median, late = (statistics.median(waits), float(np.quantile(waits, 0.95))) if waits else (None, None)
+    return Experience(share, median, late, slowdown)

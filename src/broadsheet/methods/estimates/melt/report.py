@@ -56,7 +56,8 @@ class MeltReport(Report):
             rows.append(
                 (
                     run.label, _setting(run, "threads"), len(run.turns), shown(loads), shown(_spread(run.turns, "ttft")),
-                    shown(_spread(run.turns, "prefill_tps")), shown(decode), decode and decode.median >= READING,
+                    shown(_spread(run.turns, "prefill_tps")), shown(decode),
+                    None if decode is None else decode.median >= READING,
                     shown(spread) if repeated else None, verdict,
                 )
             )  # fmt: skip
