@@ -12,11 +12,11 @@
 - turns: time to first token by turn of a conversation, with and without the prefix cache, on the built-in model; variation
   of repetitions.
 - accuracy: of the built-in model by format, with standard errors.
-- peer: the same GGUF file through our llama.cpp runtime and through llama-bench; fastest of many short samples of each.
+- peer: the same GGUF file through our llama.cpp runtime and through llama-bench, in CPU time a token.
 - experience: latency of a small periodic job while a model writes.
 - device: SIMULATED sustained runs of models of devices.
 
-Parts that are in the result file are not measured again (--fresh: all are); a kill loses at most the part under way.
+Parts that are in the result file are not measured again (--fresh: those of --parts are); a kill loses at most the part under way.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import csv
 import json
 import math
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,9 @@ MODEL = "random-107m"
 class Study:
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.path = arguments, Path(arguments.out)
-        self.records = list(read_json(self.path)) if self.path.is_file() and not arguments.fresh else []
+        self.records = list(read_json(self.path)) if self.path.is_file() else []
+        if arguments.fresh:
+            self.records = [one for one in self.records if one.setting["part"] not in arguments.parts.split(",")]
         self.part = ""
 
     def add(
@@ -341,38 +344,38 @@ def accuracy(study: Study) -> None:
 
 
 def peer(study: Study) -> None:
-    """Fastest of many short samples: on a machine that is shared a median says how much else ran."""
+    """CPU time a token: what llama-bench takes for 144 tokens less what it takes for 16, which leaves loading and warm-up
+    out. Both have one thread and take turns."""
+
+    def theirs(path: Path, tokens: int) -> float:
+        command = [study.arguments.llama_bench, "-m", str(path), "-p", "0", "-n", str(tokens), "-r", "1", "-t", "1"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*command, "-o", "json"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
     for form in ("q4_0", "q8_0"):
         running = runtime(large(), "llama.cpp", form)
-        path = running.files()[0]
-        ours, theirs = list[float](), list[float]()
-        for _ in range(study.arguments.rounds):
-            test = run_fixed(running, n_gen=8, repetitions=10, warmup=1)
-            ours += test.rates()
-            command = [
-                study.arguments.llama_bench,
-                "-m",
-                str(path),
-                "-p",
-                "0",
-                "-n",
-                "8",
-                "-r",
-                "10",
-                "-t",
-                "1",
-                "-o",
-                "json",
-            ]
-            row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[0]
-            theirs += row["samples_ts"]
+        path, own, bench = running.files()[0], list[float](), list[float]()
+        for number in range(study.arguments.rounds):
+            own += run_fixed(running, n_gen=128, repetitions=1, warmup=int(number == 0)).rates("cpu")
+            bench.append(128 / (theirs(path, 144) - theirs(path, 16)))
         running.unload()
-        about = {"format": form, "test": "tg8", "threads": 1}
-        study.add("llama.cpp", "fastest_tps", max(ours), "tokens/s", n=len(ours), model=MODEL, **about)
-        study.add("llama-bench", "fastest_tps", max(theirs), "tokens/s", n=len(theirs), model=MODEL, **about)
-        study.add("llama.cpp", "median_tps", statistics.median(ours), "tokens/s", n=len(ours), model=MODEL, **about)
-        study.add("llama-bench", "median_tps", statistics.median(theirs), "tokens/s", n=len(theirs), model=MODEL, **about)
-        study.add("llama.cpp", "ratio_to_llama_bench", max(ours) / max(theirs), n=len(ours), model=MODEL, **about)
+        about = {"format": form, "test": "tg128", "threads": 1, "clock": "cpu"}
+        for name, rates in (("llama.cpp", own), ("llama-bench", bench)):
+            value, ci = statistics.median(rates), bootstrap_ci(rates)
+            study.add(name, "tg_tps", value, "tokens/s", ci, len(rates), MODEL, **about)
+        ratios = [a / b for a, b in zip(own, bench, strict=True)]
+        study.add(
+            "llama.cpp",
+            "ratio_to_llama_bench",
+            statistics.median(ratios),
+            "",
+            bootstrap_ci(ratios),
+            len(ratios),
+            MODEL,
+            **about,
+        )
 
 
 def experience(study: Study) -> None:

@@ -50,7 +50,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     writer = gguf.GGUFWriter(part, "llama")
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    writer.add_name(config.name_or_path.rsplit("/", 1)[-1] or "llama")
+    writer.add_name((config.name_or_path or "llama").rsplit("/", 1)[-1])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(hidden)

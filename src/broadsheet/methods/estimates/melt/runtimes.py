@@ -185,6 +185,9 @@ class TorchRuntime(StepRuntime):
     bits where it is not the embedding too. They are rounded after loading, which is not counted as loading.
     """
 
+    network: Any
+    cache: Any = None
+
     name = "torch"
     formats = ("fp32", "fp16", "bf16", "int8", "int4", "int3", "int2")
     group_size: ClassVar[int] = 128
@@ -217,7 +220,8 @@ class TorchRuntime(StepRuntime):
         self.vocabulary = self.network.config.get_text_config().vocab_size
 
     def unload(self) -> None:
-        self.network = self.cache = None  # type: ignore[assignment]
+        del self.network
+        self.cache = None
 
     def clear(self) -> None:
         from transformers import DynamicCache
