@@ -16,7 +16,8 @@
 - experience: latency of a small periodic job while a model writes.
 - device: SIMULATED sustained runs of models of devices.
 
-Parts that are in the result file are not measured again (--fresh: those of --parts are); a kill loses at most the part under way.
+Parts that are in the result file are not measured again (--fresh: those of --parts are); a kill loses at most the part
+under way.
 """
 
 from __future__ import annotations

@@ -135,6 +135,31 @@ def report(
         print_tables(tables)
 
 
+@melt.command()
+def profile(
+    model: Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder or a hub name.")] = "pocket-2m",
+    form: Annotated[str, typer.Option("--format", help="Of the weights: fp32, fp16, bf16, int8 to int2.")] = "fp32",
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    merge: Annotated[str, typer.Option(help="per_op, per_module or per_node.")] = "per_op",
+) -> None:
+    """Where a decoded token's time goes, on PyTorch.
+
+    Example: broadsheet melt profile --format int4 --merge per_module
+    """
+    from broadsheet.methods.estimates.melt.clock import Clock
+    from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings
+    from broadsheet.methods.estimates.melt.profile import profile as measure
+    from broadsheet.methods.estimates.melt.runtimes import TorchRuntime
+
+    with working() as bar:
+        bar.add_task(model, total=None)
+        runtime = TorchRuntime(model, form, ModelConfig(model), RunSettings(context=1024, threads=threads), Clock())
+        runtime.load()
+        table = measure(runtime, tokens).table(merge)  # type: ignore[arg-type]  # it is checked
+    print_tables([table])
+
+
 @melt.command(name="parse-ops")
 def parse_ops(
     log: Annotated[str, typer.Argument(help="A log of llama.cpp or MLC, built to time operators.")],

@@ -20,6 +20,7 @@ from broadsheet.methods.estimates.melt.metrics import (
     Spread,
     Turn,
     Window,
+    over_time,
     row,
     stability,
     tokens_per_battery,
@@ -121,6 +122,15 @@ def test_stability_is_of_repetitions():
     shaky = [turn(decode=2 + i, iteration=i) for i in range(3)]
     assert not stability(shaky)[1]
     assert not stability(steady[:1])[1]  # one repetition proves nothing
+
+
+def test_the_rate_over_time():
+    turns = [turn(start=start, decode=decode) for start, decode in ((0, 1.0), (10, 1.0), (61, 2.0), (200, 4.0))]
+    assert [(span.start, span.turns, span.rate) for span in over_time(turns)] == [
+        (0, 2, pytest.approx(10)), (60, 1, pytest.approx(5)), (180, 1, pytest.approx(2.5)),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="longer than 0 seconds"):
+        over_time(turns, 0)
 
 
 def test_the_drawing_rule():

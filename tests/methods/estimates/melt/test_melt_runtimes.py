@@ -13,6 +13,7 @@ from broadsheet.methods.estimates.melt.clock import Clock
 from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings, Sampling
 from broadsheet.methods.estimates.melt.fixed import Fixed, rows, run_fixed
 from broadsheet.methods.estimates.melt.gguf_file import _interleaved, write_gguf
+from broadsheet.methods.estimates.melt.profile import profile
 from broadsheet.methods.estimates.melt.qoe import Latency, experience, job_latency
 from broadsheet.methods.estimates.melt.runtimes import TorchRuntime
 
@@ -136,6 +137,21 @@ def test_fixed_lengths_are_llama_benchs(plain):
         run_fixed(plain, n_prompt=600)
     with pytest.raises(ValueError, match="at least one token"):
         run_fixed(plain)
+
+
+def test_profile_adds_up_to_the_passes(plain):
+    log = profile(plain, tokens=4, held=8)
+    assert (log.backend, log.evaluations) == ("torch", 4)
+    shares = {share.name: share for share in log.merged("per_op")}
+    assert shares["MUL_MAT"].count == 4 * (4 * 7 + 1)  # seven layers a block, and the output layer
+    assert shares["rest"].count == 4
+    assert sum(share.share for share in shares.values()) == pytest.approx(1)
+    assert {share.name for share in log.merged("per_module")} >= {"attention", "mlp", "output", "embedding", "norms"}
+    packed = {share.name: share for share in profile(torch_runtime("int8"), tokens=2, held=8).merged("per_op")}
+    assert packed["MUL_MAT"].count == 2 * (4 * 7 + 1)
+    assert not plain.network.model.layers[0].mlp.up_proj._forward_hooks  # they are gone
+    with pytest.raises(ValueError, match="do not fit a context of 512"):
+        profile(plain, tokens=600)
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

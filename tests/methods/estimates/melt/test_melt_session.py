@@ -237,9 +237,21 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     runtime = torch_runtime()
     run = run_session(runtime, CONVERSATIONS, Meter(), tmp_path)
     assert {turn.iteration for turn in run.turns} == {0, 1}
-    assert "iterations [1]" in (tmp_path / "output.txt").read_text()  # the first was kept
+    assert "1 iterations are here" in (tmp_path / "output.txt").read_text()  # the first was kept
     with pytest.raises(ValueError, match=r"holds another run \(its format differ\)"):
         run_session(torch_runtime(form="int8"), CONVERSATIONS, Meter(), tmp_path)
+
+
+def test_a_sustained_run_goes_on_until_its_time_is_over(tmp_path):
+    settings = replace(QUICK, sustain=1.0, conversations=1, repetitions=1)
+    run = run_session(torch_runtime(settings), CONVERSATIONS, Meter(), tmp_path)
+    assert len({turn.iteration for turn in run.turns}) > 1
+    began = run.stages[0].window.start
+    starts = [min(t.whole.start for t in run.turns if t.iteration == i) for i in {turn.iteration for turn in run.turns}]
+    assert max(starts) - began < 1.5
+    table = read_report([tmp_path]).sustained().records()
+    assert table[0]["of the first"] == "100 %"
+    assert sum(row["turns"] for row in table) == len(run.turns)
 
 
 def test_a_busy_machine_is_refused(tmp_path, monkeypatch):

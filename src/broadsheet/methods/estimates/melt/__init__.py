@@ -61,6 +61,7 @@ class MELT:
     warmup: int = 1
     cold: bool = False
     max_busy: float = 0.1
+    sustain: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.formats, str):  # -o formats=int4

@@ -131,7 +131,8 @@ class RunSettings:
     as many. ``conversations``: the first so many. ``keep_cache``: a turn prefills only what is new. ``idle`` and ``tail``:
     seconds in which a meter sees nothing run, before and after. ``warmup``: turns before that, which are not counted.
     ``cold``: the kernel forgets the model's files before every load. ``max_busy``: the run is refused when other processes
-    take more than this share of the CPUs.
+    take more than this share of the CPUs. ``sustain``: instead of so many repetitions, as many as begin within these
+    seconds.
     """
 
     context: int = 2048
@@ -147,6 +148,7 @@ class RunSettings:
     warmup: int = 1
     cold: bool = False
     max_busy: float = 0.1
+    sustain: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_gen", "repetitions", "conversations", "threads"):
@@ -154,8 +156,10 @@ class RunSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.context < 2:
             raise ValueError(f"a context of {self.context} tokens has no room for a prompt and a reply")
-        if min(self.idle, self.tail, self.warmup) < 0 or not 0 <= self.max_busy <= 1:
-            raise ValueError("idle and tail (seconds) and warmup (turns) are at least 0, max_busy is a share from 0 to 1")
+        if min(self.idle, self.tail, self.warmup, self.sustain) < 0 or not 0 <= self.max_busy <= 1:
+            raise ValueError(
+                "idle, tail, sustain (seconds) and warmup (turns) are at least 0, max_busy is a share from 0 to 1"
+            )
 
 
 def llama_flags(config: ModelConfig, settings: RunSettings) -> list[str]:

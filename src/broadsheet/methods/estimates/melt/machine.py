@@ -72,6 +72,17 @@ def _ticks() -> tuple[int, int] | None:
     return numbers[3] + numbers[4], sum(numbers)
 
 
+def temperature() -> float | None:
+    """°C of the hottest thermal zone; None where there is none (virtual machines)."""
+    found = []
+    for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
+        try:
+            found.append(int(path.read_text()) / 1000)
+        except (OSError, ValueError):
+            continue
+    return max(found, default=None)
+
+
 def describe() -> dict[str, Any]:
     """The CPU, its number of threads, what it can multiply with, its frequency governor and the memory (GiB)."""
     found: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}

@@ -256,6 +256,30 @@ def stability(turns: Sequence[Turn]) -> tuple[float, bool]:
     return spread, spread < STABLE
 
 
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a sustained run: seconds since its first turn, decode rate (tokens over seconds of decoding), turns."""
+
+    start: float
+    rate: float
+    turns: int
+
+
+def over_time(turns: Sequence[Turn], width: float = 60.0) -> list[Span]:
+    """The decode rate by ``width`` seconds of a run; stretches without a decoded token are left out."""
+    if width <= 0:
+        raise ValueError(f"stretches are longer than 0 seconds, got {width}")
+    first = min(turn.whole.start for turn in turns)
+    groups: dict[int, list[Turn]] = {}
+    for turn in turns:
+        if turn.decode_tps is not None:
+            groups.setdefault(int((turn.whole.start - first) // width), []).append(turn)
+    return [
+        Span(number * width, sum(t.output_tokens for t in some) / sum(t.decode.seconds for t in some), len(some))
+        for number, some in sorted(groups.items())
+    ]
+
+
 def row(turn: Turn, energy: Energy | None = None) -> dict[str, Any]:
     """A turn as the authors' report writes it (``results_model_inference_measurements.csv``), with what we add."""
     return {

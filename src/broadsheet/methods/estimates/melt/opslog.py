@@ -54,7 +54,7 @@ class OpsLog:
     """``nodes`` in the order of the log; ``sums``: one mapping operator -> ms an evaluation, as the runtime printed them
     (llama.cpp); ``weights``: name -> (format, shape)."""
 
-    backend: Literal["llama.cpp", "mlc"]
+    backend: Literal["llama.cpp", "mlc", "torch"]
     nodes: tuple[Node, ...]
     sums: tuple[dict[str, float], ...] = ()
     weights: dict[str, tuple[str, tuple[int, ...]]] | None = None

@@ -15,7 +15,7 @@ from typing import Any
 
 from broadsheet.methods.estimates.base import Cell, Report, Table
 
-from .metrics import STABLE, Energy, Spread, Turn, row, stability
+from .metrics import STABLE, Energy, Spread, Turn, over_time, row, stability
 from .records import Run
 
 SIMULATED = "simulated"
@@ -39,6 +39,7 @@ class MeltReport(Report):
 
     def tables(self) -> list[Table]:
         found = [self.summary(), self.memory(), self.by_turn()]
+        found += [self.sustained()] if any(_setting(run, "sustain") for run in self.runs) else []
         return found + ([self.energy()] if any(run.trace for run in self.runs) else [])
 
     def summary(self) -> Table:
@@ -88,6 +89,21 @@ class MeltReport(Report):
                 rows.append((run.label, prompt, len(turns), shown(held), shown(new), *times))
         columns = ("run", "turn", "n", "tokens held", "tokens prefilled", "TTFT s", "decode tokens/s")
         return Table("By turn of the conversation", columns, tuple(rows))
+
+    def sustained(self) -> Table:
+        """Does it keep its rate? By minutes, against the first."""
+        rows = list[tuple[Cell, ...]]()
+        for run in self.runs:
+            spans = over_time(run.turns)
+            heat = run.configuration.get("temperatures") or []
+            for span in spans:
+                near = [c for time, c in heat if c is not None and span.start <= time < span.start + 60]
+                share = f"{100 * span.rate / spans[0].rate:.0f} %"
+                rows.append(
+                    (run.label, round(span.start / 60), span.turns, shown(span.rate), share, max(near, default=None))
+                )
+        columns = ("run", "minute", "turns", "decode tokens/s", "of the first", "hottest °C")
+        return Table("Sustained", columns, tuple(rows), "The decode rate is all tokens over all seconds of decoding.")
 
     def energy(self) -> Table:
         columns = (

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,13 @@ def run_session(
         **(about or {}),
     }  # fmt: skip
     done = _resumed(folder, configuration)
-    todo = [iteration for iteration in range(settings.repetitions) if iteration not in done]
-    if not todo:
+    if len(done) >= (1 if settings.sustain else settings.repetitions):
         return _read_back(folder, meter)
+    todo = count() if settings.sustain else (one for one in range(settings.repetitions) if one not in done)
     configuration["busy"] = _quiet(settings.max_busy)
     write_configuration(folder, configuration)
     log = _Log(folder / "output.txt")
-    log(f"{runtime.name} {runtime.format} {runtime.model}: iterations {todo}, {len(chosen)} conversations")
+    log(f"{runtime.name} {runtime.format} {runtime.model}: {len(chosen)} conversations, {len(done)} iterations are here")
 
     _warm_up(runtime, chosen, settings.warmup)
     clock, stages = runtime.clock, stages_of(folder)
@@ -83,13 +84,12 @@ def run_session(
             stages.append(_waited("idle", settings.idle, clock.now))
         began = clock.now()
         for iteration in todo:
-
-            def tick(count: int, before: int = iteration * turns_each) -> None:
-                if progress:
-                    progress(before + count, turns_each * settings.repetitions)
-
+            if settings.sustain and iteration and clock.now() - began >= settings.sustain:
+                break
+            tick = _part(progress, turns_each, iteration, settings.repetitions)
             facts = _iteration(runtime, chosen, iteration, folder, log, tick)
             configuration.update(facts)
+            configuration.setdefault("temperatures", []).append((clock.now() - began, machine.temperature()))
             write_configuration(folder, configuration)
         stages.append(Stage("run", Window(began, clock.now())))
         if meter.source != "none":
@@ -103,6 +103,16 @@ def run_session(
     write_configuration(folder, configuration)
     check_clocks(clock.drift, "this machine, which was set during the run,")
     return _read_back(folder, meter)
+
+
+def _part(progress: Progress | None, turns: int, iteration: int, repetitions: int) -> Callable[[int], None]:
+    """Tells the turns of one iteration as turns of all."""
+
+    def tick(done: int) -> None:
+        if progress:
+            progress(iteration * turns + done, turns * max(repetitions, iteration + 1))
+
+    return tick
 
 
 def _resumed(folder: Path, configuration: dict[str, Any]) -> list[int]:
