@@ -69,6 +69,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/spar_study.py
 	$(BIN)/python benchmarks/sequential_monitors_study.py
 	$(BIN)/python benchmarks/instinct_study.py
+	$(BIN)/python benchmarks/megascale_tables.py
 	$(BIN)/python benchmarks/evals_over_http.py
 	$(BIN)/python benchmarks/web_search.py
 	$(BIN)/python benchmarks/web_faults.py

@@ -28,6 +28,7 @@ from scipy.stats import spearmanr
 from broadsheet.core.perf.events import Simulation
 from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
+from broadsheet.core.verdicts import find
 from broadsheet.methods.estimates.megascale import calibration as cal
 from broadsheet.methods.estimates.megascale.fabric import remedies
 from broadsheet.methods.estimates.megascale.faults import DAY, FaultModel
@@ -303,6 +304,44 @@ def on_real_store(topology: Topology, ordered: bool) -> tuple[int, float]:
     return sum(counts), time.perf_counter() - begun
 
 
+#: what the script writes into the documentation, between these
+MARKS = "<!-- megascale: written by benchmarks/megascale_tables.py -->\n", "<!-- end -->"
+
+
+def document(records: list[Record]) -> None:
+    """Rewrites the tables of the page that has the marks."""
+
+    def values(metric: str, **setting: Any) -> dict[Any, float]:
+        found = find(records, metric=metric, **setting)
+        return {(r.method, r.setting.get("gpus"), r.setting.get("lever")): r.value for r in found}
+
+    columns = [{"source": "published"}, {"fit": "rows+ablation"}, {"fit": "line"}, {"fit": "calculon"}]
+    seconds = [values("seconds", model="gpt-175b", **column) for column in columns]
+    lines = [
+        "| system | GPUs | fit saw it | paper, s | simulated, s | line, s | calculon, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in cal.runs():
+        paper, *rest = (column[run.system, run.gpus, None] for column in seconds)
+        cells = [f"{value:.2f} ({100 * (value / paper - 1):+.1f} %)" for value in rest]
+        seen = "yes" if run.small else "no"
+        lines.append(f"| {run.system} | {run.gpus:,} | {seen} | {paper:.2f} | {' | '.join(cells)} |")
+    for system in ("megatron", "megascale"):
+        mean = [values("held_out_error", **column)[system, None, None] for column in columns[1:]]
+        cells = [f"**{value:.1f} %**" for value in mean]
+        lines.append(f"| {system} | mean of 3,072 and more | no | | {' | '.join(cells)} |")
+    fits = {"paper": {"source": "published"}, "simulated": {"fit": "rows+ablation"}, "without the ablation": {"fit": "rows"}}
+    rungs = [values("mfu", **setting) for setting in fits.values()]
+    lines += ["", f"| lever, 256 GPUs | {' | '.join(f'{name}, MFU %' for name in fits)} |", "|---" * (1 + len(fits)) + "|"]
+    for key in rungs[0]:
+        lines.append(f"| {key[2]} | {' | '.join(f'{column[key]:.1f}' for column in rungs)} |")
+    for path in (Path(__file__).parent.parent / "docs").glob("*.md"):
+        before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+        if mark:
+            _, end, after = rest.partition(MARKS[1])
+            path.write_text(before + mark + "\n" + "\n".join(lines) + "\n\n" + end + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--days", type=float, default=28.0, help="of simulated failures (default %(default)s)")
@@ -339,6 +378,7 @@ def main() -> None:
         for metric, value in asdict(found).items():
             tables.add(name, f"flows_{metric}", value, source="simulated", n=2000)
     write_results(tables.records, tables.arguments.out)
+    document(tables.records)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,11 @@
 
 import json
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .common import options_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from broadsheet.methods.estimates.base import Cell, Table
+from .common import options_of, print_tables
 
 
 def train_sim(
@@ -66,34 +61,7 @@ def train_sim(
     if as_json:
         write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False), as_json)
     if as_json != "-":
-        echo_tables(report.tables())
+        print_tables(report.tables())
     if out:
         for path in report.save(out):
             typer.echo(f"wrote {path}", err=as_json == "-")
-
-
-def echo_tables(tables: "Iterable[Table]") -> None:
-    """Prints tables: numbers to the right, a dash for what is not known, the note below."""
-    for table in tables:
-        rows = [[_cell(cell) for cell in row] for row in table.rows]
-        widths = [max(len(text) for text in column) for column in zip(table.columns, *rows, strict=True)]
-        numeric = [all(not isinstance(row[place], str) for row in table.rows) for place in range(len(widths))]
-
-        def line(cells: Any, widths: list[int] = widths, numeric: list[bool] = numeric) -> str:
-            return "  ".join(
-                f"{text:>{width}}" if right else f"{text:<{width}}"
-                for text, width, right in zip(cells, widths, numeric, strict=True)
-            ).rstrip()
-
-        typer.echo(f"{table.title}\n{line(table.columns)}")
-        for row in rows:
-            typer.echo(line(row))
-        typer.echo(f"{table.note}\n" if table.note else "")
-
-
-def _cell(cell: "Cell") -> str:
-    if cell is None:
-        return "–"
-    if isinstance(cell, float):
-        return f"{cell:.0f}" if abs(cell) >= 10_000 else f"{cell:.4g}"
-    return str(cell)

@@ -23,7 +23,7 @@ from broadsheet.methods.estimates.base import Report, Table
 
 from .faults import DAY, FaultModel, FaultReport, read_csv, report_of, to_csv
 from .groups import Topology, messages
-from .plan import GIB, Execution, Model, System, check_memory, folder, read, split
+from .plan import GIB, Execution, Model, System, check_memory, folder, positive, read, split, whole
 from .schedule import of_costs, run_pipeline
 from .simulator import Calibration, Levers, StepReport, calibrated, costs, simulate
 from .stragglers import Slowdown, slowdown
@@ -67,9 +67,14 @@ class MegaScale:
     node_mtbf_days: float = 430.0
 
     def __post_init__(self) -> None:
+        whole(
+            "megascale", gpus=self.gpus, batch=self.batch, tensor_par=self.tensor_par, pipeline_par=self.pipeline_par,
+            interleaving=self.interleaving,
+        )  # fmt: skip
+        positive("megascale", node_mtbf_days=self.node_mtbf_days)
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
+            raise ValueError(f"megascale: window is a number of tokens, or 0 for the paper's share, not {self.window!r}")
         Levers.named(self.levers)
-        if not self.node_mtbf_days > 0:
-            raise ValueError(f"node_mtbf_days must be above 0, not {self.node_mtbf_days}")
 
     def plan(self) -> tuple[Model, System, Execution]:
         """What the names mean. Raises ValueError."""

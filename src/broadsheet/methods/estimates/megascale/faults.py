@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,18 @@ class FaultModel:
                                 method="bounded")  # fmt: skip
         return float(math.exp(found.x))
 
-    def run(self, seconds: float, seed: int = 0) -> FaultReport:
-        """Plays so many seconds: whole steps, saves every ``interval``, failures whenever they come. Raises ValueError."""
+    def run(self, seconds: float, seed: int = 0, failures: Sequence[float] | None = None) -> FaultReport:
+        """Plays so many seconds: whole steps, saves every ``interval``, failures whenever they come.
+
+        ``failures``: their times, where they are known: a real run's, to see what other settings would have made of it.
+        Raises ValueError.
+        """
         if not seconds > 0:
             raise ValueError(f"faults: a run needs a length above 0, not {seconds}")
+        if failures is not None and any(not time >= 0 for time in failures):
+            raise ValueError("faults: a failure cannot come before the run begins")
         job = replace(self, interval=self.interval or self.best_interval())
-        return _Run(job, seconds, seed).report()
+        return _Run(job, seconds, seed, failures).report()
 
     def curve(self, intervals: Iterable[float], seconds: float, seeds: int = 5) -> list[tuple[float, float, float]]:
         """(interval, simulated goodput over ``seeds`` runs, expected goodput)."""
@@ -164,8 +170,8 @@ class FaultModel:
 class _Run:
     """One run as two processes: a trainer, and failures that interrupt it, even while it recovers."""
 
-    def __init__(self, job: FaultModel, seconds: float, seed: int):
-        self.job, self.seconds = job, seconds
+    def __init__(self, job: FaultModel, seconds: float, seed: int, failures: Sequence[float] | None):
+        self.job, self.seconds, self.failures = job, seconds, failures
         self.rng = np.random.default_rng(seed)
         self.simulation = Simulation()
         self.done = 0.0  #: steps that count, up to the segment under way
@@ -188,9 +194,17 @@ class _Run:
             self.training_since = None
 
     def fail(self, trainer: Any) -> Steps:
+        for gap in self.gaps():
+            yield gap
+            trainer.interrupt("node")
+
+    def gaps(self) -> Iterator[float]:
+        """From one failure to the next."""
+        if self.failures is not None:
+            yield from np.diff(sorted(self.failures), prepend=0.0).tolist()
+            return
         while True:
             yield float(self.rng.exponential(self.job.mtbf))
-            trainer.interrupt("node")
 
     def train(self) -> Steps:
         """Segment after segment; a failure throws it back."""

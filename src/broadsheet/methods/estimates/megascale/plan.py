@@ -22,14 +22,16 @@ Recompute = Literal["none", "attn_only", "full"]
 GIB = 2**30
 
 
-def _positive(what: str, **values: float) -> None:
+def positive(what: str, **values: float) -> None:
+    """Raises ValueError for what is no number above 0."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{what}: {name} must be a number above 0, not {value!r}")
 
 
-def _whole(what: str, **values: float) -> None:
-    _positive(what, **values)
+def whole(what: str, **values: float) -> None:
+    """Raises ValueError for what is no whole number above 0."""
+    positive(what, **values)
     for name, value in values.items():
         if value != int(value):
             raise ValueError(f"{what}: {name} must be a whole number, not {value!r}")
@@ -74,7 +76,7 @@ class Model(_Json):
     name: str = "model"
 
     def __post_init__(self) -> None:
-        _whole(
+        whole(
             self.name, hidden=self.hidden, feedforward=self.feedforward, seq_size=self.seq_size,
             attn_heads=self.attn_heads, attn_size=self.attn_size, num_blocks=self.num_blocks, vocab_size=self.vocab_size,
         )  # fmt: skip
@@ -116,7 +118,7 @@ class Network(_Json):
     ignored = frozenset({"ops", "must_be_filled", "processor_usage"})
 
     def __post_init__(self) -> None:
-        _positive("network", bandwidth=self.bandwidth, size=self.size, efficiency=self.efficiency)
+        positive("network", bandwidth=self.bandwidth, size=self.size, efficiency=self.efficiency)
 
     def seconds(self, count: float, efficiency: float = 0.0) -> float:
         """Of a transfer of ``count`` bytes at the given efficiency, or its own; without the latency."""
@@ -137,7 +139,7 @@ class System(_Json):
     name: str = "system"
 
     def __post_init__(self) -> None:
-        _positive(self.name, tflops=self.tflops, memory_gib=self.memory_gib, memory_gbps=self.memory_gbps)
+        positive(self.name, tflops=self.tflops, memory_gib=self.memory_gib, memory_gbps=self.memory_gbps)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -197,7 +199,7 @@ class Execution(_Json):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        _whole(
+        whole(
             "execution", num_procs=self.num_procs, tensor_par=self.tensor_par, pipeline_par=self.pipeline_par,
             data_par=self.data_par, batch_size=self.batch_size, microbatch_size=self.microbatch_size,
             pipeline_interleaving=self.pipeline_interleaving, grad_bytes=self.grad_bytes,

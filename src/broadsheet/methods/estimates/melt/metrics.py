@@ -232,7 +232,7 @@ class Spread:
         return cls(float(median), float(low), float(high), len(known), len(values) - len(known))
 
     def __str__(self) -> str:
-        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.median:.4g}" + (f" [{self.low:.4g}, {self.high:.4g}]" if self.n > 1 else "")
 
 
 def variation(values: Sequence[float]) -> float:

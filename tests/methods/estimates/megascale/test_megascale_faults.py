@@ -15,7 +15,7 @@ from broadsheet.methods.estimates.megascale.groups import Topology, messages, ru
 JOB = FaultModel(64, 64 * 3600.0, 1.0, interval=250, save=10, write=0, detect=10, diagnose=10, restart=10, automatic=1.0)
 
 
-# --- failures ---------------------------------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------------------------
 
 
 def test_without_failures_only_saving_costs():
@@ -64,6 +64,21 @@ def test_the_same_seed_gives_the_same_run():
     assert JOB.run(DAY, 5) == JOB.run(DAY, 5) != JOB.run(DAY, 6)
 
 
+def test_known_failures_are_played_by_hand():
+    """100 steps of 1 s, then 10 s of saving; failures at 300 and 1000 s, each followed by 30 s of recovery."""
+    job = replace(JOB, interval=100)
+    run = job.run(1500.0, failures=[1000.0, 300.0])
+    first, second = run.incidents
+    # saved at 110 and 220 s
+    assert (first.failed_at, first.detected_at, first.resumed_at, first.lost_steps) == (300, 310, 330, 80)
+    # from 330 on saved at 440, 550 ... 990 s
+    assert (second.failed_at, second.lost_steps) == (1000, 10)
+    # two segments, six, and from 1030 to 1500 four and 30 s
+    assert run.steps == 200 + 600 + 400 + 30
+    with pytest.raises(ValueError, match="before the run begins"):
+        job.run(10.0, failures=[-1.0])
+
+
 def test_bad_jobs_are_refused():
     for change, message in (({"nodes": 0}, "nodes"), ({"save": -1}, "save"), ({"automatic": 2}, "automatic")):
         with pytest.raises(ValueError, match=message):
@@ -106,7 +121,7 @@ def test_bad_traces_are_refused_in_one_line(tmp_path):
             report_of(incidents, seconds, 1.0)
 
 
-# --- groups -------------------------------------------------------------------------------------------------------------------
+# --- groups -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_rank_is_in_one_group_of_each_dimension():
@@ -156,7 +171,7 @@ def test_naive_grows_with_the_square_and_ordered_with_the_size():
         Topology(0, 1, 1)
 
 
-# --- flows --------------------------------------------------------------------------------------------------------------------
+# --- flows --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("flows", "uplinks"), [(2, 4), (5, 32), (8, 32)])

@@ -71,18 +71,18 @@ def test_bad_executions_are_refused(change, message):
 
 
 def test_missing_fields_and_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="model: missing .*'num_blocks'"):
+    with pytest.raises(ValueError, match=r"model: missing .*'num_blocks'"):
         Model.from_json({"hidden": 8, "feedforward": 32, "seq_size": 8, "attn_heads": 2, "attn_size": 4})
     with pytest.raises(ValueError, match="system: missing 'matrix'"):
         System.from_json({"mem1": {"GiB": 80, "GBps": 2000}, "networks": []})
     with pytest.raises(ValueError, match="two networks"):
         System.from_json({**GOLDEN["system"], "networks": GOLDEN["system"]["networks"][:1]})
-    with pytest.raises(ValueError, match="cannot read .*none.json: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*none.json: No such file"):
         read(Model, tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="bad.json is no JSON: line 1"):
+    with pytest.raises(ValueError, match=r"bad.json is no JSON: line 1"):
         read(Model, tmp_path / "bad.json")
-    with pytest.raises(ValueError, match="unknown model 'gpt-9'.*gpt-175b"):
+    with pytest.raises(ValueError, match=r"unknown model 'gpt-9'.*gpt-175b"):
         read(Model, "gpt-9")
     with pytest.raises(ValueError, match="JSON object"):
         Model.from_json([1])
@@ -94,7 +94,7 @@ def test_models_that_cannot_be_split_are_refused():
     model = read(Model, "gpt-175b")
     with pytest.raises(ValueError, match="128 attention heads cannot be split over tensor_par = 3"):
         split(48, 3, 8, 768).fits(model)
-    with pytest.raises(ValueError, match="96 layers cannot be split .* = 40 chunks"):
+    with pytest.raises(ValueError, match=r"96 layers cannot be split .* = 40 chunks"):
         split(256, 8, 8, 768, 5).fits(model)
     with pytest.raises(ValueError, match="100 processors"):
         split(100, 8, 8, 768)
@@ -104,6 +104,6 @@ def test_memory_that_does_not_suffice_is_told_by_how_much():
     model, system = read(Model, "gpt-530b"), read(System, "a100-200g")
     plan = split(2240, 8, 35, 2240, 3)
     need = sum(memory(model, plan).values()) / 2**30
-    with pytest.raises(ValueError, match=f"{need:.1f} GiB a processor, {need - 80:.1f} more than the 80"):
+    with pytest.raises(ValueError, match=rf"{need:.1f} GiB a processor, {need - 80:.1f} more than the 80"):
         simulate(model, system, plan, calibration=PLAIN)
     simulate(model, system, replace(plan, activation_recompute="attn_only"), calibration=PLAIN)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ PLAN = split(256, 8, 8, 256, 6)
 PIPELINES = [(8, 6, 64), (8, 6, 8), (4, 2, 12), (2, 3, 4), (3, 2, 6), (4, 1, 8), (8, 1, 64), (4, 1, 3), (1, 1, 5)]
 
 
-# --- the schedule ---------------------------------------------------------------------------------------------------------
+# --- the schedule -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("p", "v", "m"), PIPELINES)
@@ -56,8 +57,8 @@ def test_microbatches_that_cannot_be_interleaved_are_refused():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_formula_and_events_agree(seed):
-    """Random pipelines whose messages are short beside the output layer, as they are in all of the paper's plans: exactly with
-    three stages and two chunks or more, else closely."""
+    """Random pipelines whose messages are short beside the output layer, as they are in all of the paper's plans: exact with
+    three stages and two chunks or more, else close."""
     rng = np.random.default_rng(seed)
     p, v = int(rng.integers(2, 9)), int(rng.integers(1, 5))
     m = p * int(rng.integers(1, 6))
@@ -94,7 +95,7 @@ def test_the_trace_shows_every_pass_and_what_it_waited_for():
     assert all(source.end < target.start for source, target in trace.arrows)
 
 
-# --- the step ---------------------------------------------------------------------------------------------------------------
+# --- the step -----------------------------------------------------------------------------------------------------------
 
 
 def test_levers_by_name():
@@ -140,7 +141,7 @@ def test_no_lever_ever_makes_a_step_slower(seed):
         one = Levers(**{field.name: 3 if field.name == "lamb" else True})
         assert seconds(one) <= base * (1 + 1e-12), field.name
     rungs = [seconds(levers) for levers in Levers.ladder().values()]
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(rungs, rungs[1:], strict=False))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(rungs))
 
 
 def test_no_lever_is_the_baseline_and_parts_sum_up():
@@ -185,7 +186,7 @@ def test_bad_calibrations_are_refused():
             replace(calibrated(), **change)
 
 
-# --- slow machines ------------------------------------------------------------------------------------------------------------
+# --- slow machines ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levers", [Levers(), Levers.all()], ids=["coupled", "overlapped"])

@@ -61,7 +61,7 @@ def test_each_lever_is_within_a_point_and_a_half(fitted):
 
 
 def test_the_runs_alone_do_not_tell_the_levers_apart():
-    """Shown only the totals, the fit gives data-parallel overlap what belongs to others: why the ablation is fitted as well."""
+    """Shown only the totals, the fit gives data-parallel overlap what belongs to others."""
     alone = cal.fit("rows")
     off = {name: cal.steps(cal.ablation(alone))[name] - step for name, step in cal.steps(cal.published_ablation()).items()}
     assert max(off, key=lambda name: abs(off[name])) == "dp_overlap"

@@ -1,4 +1,4 @@
-"""The checks behind MegaScale's claims that its simulator can judge, see `core.verdicts`. SIMULATED unless said otherwise."""
+"""The checks behind MegaScale's claims that its simulator can judge, see `core.verdicts`. SIMULATED but for a real store."""
 
 from __future__ import annotations
 
@@ -36,30 +36,35 @@ def utilisation(records: Sequence[Record]) -> Verdict:
 
 def strong_scaling(records: Sequence[Record]) -> Verdict:
     """Runs of 3,072-12,288 GPUs predicted from 256-1,024, beside a line through the same runs."""
-    ours, line = (_values(records, "held_out_error", fit=name) for name in (FIT, "line"))
-    if len(ours) < 2 or len(line) < 2:
+    ours, alone, line = (_values(records, "held_out_error", fit=name) for name in (FIT, "rows", "line"))
+    if min(len(ours), len(alone), len(line)) < 2:
         return None
-    parts = [f"{name}: {record.value:.1f} % off (a line: {line[name].value:.1f} %)" for name, record in ours.items()]
-    certain = [record.value <= 5.5 and record.value <= line[name].value for name, record in ours.items()]
-    return graded(certain, [record.value <= 5.5 for record in ours.values()]), "SIMULATED, held-out mean: " + "; ".join(
-        parts
+    text = "SIMULATED, mean error of four runs that no fit saw: " + "; ".join(
+        f"{name} {record.value:.1f} % ({alone[name].value:.1f} % without the ablation, a line {line[name].value:.1f} %)"
+        for name, record in ours.items()
     )
+    likely = [record.value <= 5.5 for found in (ours, alone) for record in found.values()]
+    certain = [record.value <= line[name].value for found in (ours, alone) for name, record in found.items()]
+    return graded([*certain, *likely], likely), text
 
 
 def lever_ablation(records: Sequence[Record]) -> Verdict:
-    """Every lever within 1.5 points; shown to the fit, so this is how well one model with six constants can follow."""
+    """Every lever within 1.5 points. The fit that ships has seen these numbers; one that has not must reach them as well for
+    the claim to hold."""
     rungs = find(records, bench=BENCH, metric="mfu", source="simulated", fit=FIT)
     off = find(records, bench=BENCH, metric="largest_step_error", fit=FIT)
+    unseen = find(records, bench=BENCH, metric="largest_step_error", fit="rows")
     rank = find(records, bench=BENCH, metric="rank_correlation", fit=FIT)
-    if not rungs or not off or not rank:
+    if not rungs or not off or not unseen or not rank:
         return None
     values = [record.value for record in rungs]
     steps = ", ".join(f"{value:.1f}" for value in values)
     text = (
-        f"SIMULATED: {steps} %; a lever's step is off by at most {off[0].value:.1f} points (fitted), "
-        f"rank correlation of the steps {rank[0].value:.2f}"
+        f"SIMULATED: {steps} %; at most {off[0].value:.1f} points off a step where the fit saw the ablation, "
+        f"{unseen[0].value:.1f} where it did not; rank correlation of the steps {rank[0].value:.2f}"
     )
-    return graded([off[0].value <= 1.5, values == sorted(values)], [values == sorted(values), rank[0].value > 0.5]), text
+    certain = [one[0].value <= 1.5 for one in (off, unseen)]
+    return graded([*certain, values == sorted(values)], [certain[0], values == sorted(values), rank[0].value > 0.5]), text
 
 
 def group_start(records: Sequence[Record]) -> Verdict:
@@ -69,9 +74,9 @@ def group_start(records: Sequence[Record]) -> Verdict:
     if len(counted) < 2 or len(real) < 2 or len(seconds) < 2:
         return None
     text = (
-        f"requests grow as n^{counted['naive'].value:.2f} naively and n^{counted['ordered'].value:.2f} in order (1,024-12,288 "
-        f"processes, counted), n^{real['naive'].value:.2f} and n^{real['ordered'].value:.2f} on a real store (16-128); SIMULATED: "
-        + ", ".join(f"{one.value:.1f} s at {one.setting['processes']:,}" for one in seconds)
+        f"requests grow as n^{counted['naive'].value:.2f} naively and n^{counted['ordered'].value:.2f} in order (counted, "
+        f"1,024-12,288 processes), n^{real['naive'].value:.2f} and n^{real['ordered'].value:.2f} on a real store (16-128); "
+        "SIMULATED: " + ", ".join(f"{one.value:.1f} s at {one.setting['processes']:,}" for one in seconds)
     )
     certain = [one.value < one.setting["below"] for one in seconds]
     for found in (counted, real):
@@ -79,7 +84,7 @@ def group_start(records: Sequence[Record]) -> Verdict:
     return graded(certain, [found["ordered"].value < found["naive"].value for found in (counted, real)]), text
 
 
-def stragglers(records: Sequence[Record]) -> Verdict:
+def straggler_gain(records: Sequence[Record]) -> Verdict:
     """What removing 0.5 % of machines that are 10 % slower in forward passes gains, at the largest run."""
     found = find(records, bench=BENCH, metric="mfu_gain", gpus=12288)
     if not found:
@@ -87,14 +92,3 @@ def stragglers(records: Sequence[Record]) -> Verdict:
     gain = found[0].value
     text = f"SIMULATED at 12,288 GPUs: +{gain:.1f} points of MFU without them"
     return graded([0.35 <= gain <= 1.4], [gain > 0]), text
-
-
-def effective_time(records: Sequence[Record]) -> Verdict:
-    """Share of time that trains, over weeks with as many restarts as the paper's."""
-    found = {metric: find(records, bench=BENCH, metric=metric, method="robust") for metric in ("effective", "restarts")}
-    if not all(found.values()):
-        return None
-    effective, restarts = found["effective"][0], found["restarts"][0]
-    days = effective.setting["days"]
-    text = f"SIMULATED: {effective.value:.1f} % effective time over {days:g} days with {restarts.value:.0f} restarts"
-    return graded([effective.value > 90], [effective.value > 80]), text
