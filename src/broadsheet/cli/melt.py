@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,6 +102,84 @@ def phone(
             lambda done, total: bar.update(line, completed=done, total=total),
         )  # fmt: skip
     print_tables(MeltReport((found,)).tables())
+
+
+@melt.command()
+def accuracy(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="What the runtime takes; for all formats alike.")
+    ] = "pocket-2m",
+    formats: Annotated[str, typer.Option(help="Of the weights, comma-separated; the first is the reference.")] = "fp32,int4",
+    runtime: Annotated[str, typer.Option(help="torch or llamacpp.")] = "torch",
+    items: Annotated[str, typer.Option(help="JSON lines of query, choices, gold; default: tasks of the microworld.")] = "",
+    count: Annotated[int, typer.Option(help="Items of a task.")] = 100,
+    out: OUT = "",
+) -> None:
+    """What formats of weights cost in accuracy, with standard errors over the same items.
+
+    Example: broadsheet melt accuracy -m ./tinyllama --formats fp32,int4 --items arc_easy.jsonl
+    """
+    from broadsheet.core.records import write_text
+    from broadsheet.methods.estimates.melt import accuracy as lib
+    from broadsheet.methods.estimates.melt import runtime as runtime_of
+    from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings, Sampling
+    from broadsheet.methods.estimates.melt.report import as_csv, markdown
+    from broadsheet.methods.estimates.melt.runtimes import StepRuntime
+
+    chosen = {Path(items).stem: lib.read_items(items)[:count]} if items else lib.chosen_items(count)
+    written = () if items else lib.WRITTEN
+    found: dict[str, list[lib.Accuracy]] = {}
+    with working() as bar:
+        for form in split(formats):
+            config = ModelConfig(model, sampling=Sampling(temperature=0))
+            running = runtime_of(runtime, model, form, config, RunSettings(context=1024, max_gen=32))
+            if not isinstance(running, StepRuntime):
+                raise ValueError(f"the runtime {runtime} gives no log-probabilities; use torch or llamacpp")
+            running.load()
+            for task in (*chosen, *written):
+                line = bar.add_task(f"{form} {task}", total=count)
+
+                def tick(done: int, total: int, line: Any = line) -> None:
+                    bar.update(line, completed=done, total=total)
+
+                some = chosen.get(task)
+                got = (
+                    lib.measure_written(running, task, count, tick=tick)
+                    if some is None
+                    else lib.measure_accuracy(running, task, some, tick)
+                )
+                found.setdefault(task, []).append(got)
+                bar.remove_task(line)
+            running.unload()
+    table = lib.accuracy_table(found)
+    if out.endswith(".md"):
+        write_text(markdown(table).rstrip(), out)
+    elif out.endswith(".csv"):
+        write_text(as_csv(table).rstrip(), out)
+    elif out:
+        raise ValueError(f"--out is a .md or .csv file, got '{out}'")
+    else:
+        print_tables([table])
+
+
+@melt.command()
+def device(
+    names: Annotated[str, typer.Argument(help="Devices, comma-separated, or JSON files; default: all that ship.")] = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="A model's name, shape or config.json.")] = "llama-2-7b",
+    formats: Annotated[str, typer.Option(help="Of the weights: fp16, int8, int4, q8_0, q4_0, ...")] = "fp16,q4_0",
+    held: Annotated[int, typer.Option(help="Tokens in the cache.")] = 1024,
+    seconds: Annotated[float, typer.Option(help="How long it decodes.")] = 3600.0,
+) -> None:
+    """SIMULATED: how long a device keeps its rate, how hot it gets, what a token costs its battery.
+
+    Example: broadsheet melt device galaxy-s23,pixel-6a -m llama-2-7b --formats q4_0
+    """
+    from broadsheet.methods.estimates.melt import device as lib
+
+    chosen = [lib.device(name) for name in split(names) or lib.devices()]
+    forms = split(formats)
+    runs = [(form, lib.sustain(one, model, form, held, seconds)) for one in chosen for form in forms]
+    print_tables([lib.sustained_table(runs)])
 
 
 @melt.command()

@@ -11,6 +11,7 @@ from command import broadsheet
 from broadsheet.methods.estimates.melt import accuracy as acc
 from broadsheet.methods.estimates.melt.clock import Clock
 from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings, Sampling
+from broadsheet.methods.estimates.melt.device import device, sustain, sustained_table
 from broadsheet.methods.estimates.melt.fixed import Fixed, rows, run_fixed
 from broadsheet.methods.estimates.melt.gguf_file import _interleaved, write_gguf
 from broadsheet.methods.estimates.melt.profile import profile
@@ -250,3 +251,21 @@ def test_commands(tmp_path):
         .endswith("torch has no format 'q9'; it has fp32, fp16, bf16, int8, int4, int3, int2")
     )
     assert broadsheet("melt", "parse-ops", str(tmp_path / "no.log"), check=False).returncode == 2
+
+
+def test_commands_for_accuracy_and_devices(tmp_path):
+    path = tmp_path / "recall.jsonl"
+    asked = "How much do you pay bedu?"
+    items = [{"query": f"Pay bedu {n}. {asked}", "choices": [f"Pay bedu {n}.", "Pay bedu 11."], "gold": 0} for n in (42, 87)]
+    path.write_text("\n".join(map(json.dumps, items)))
+    out = tmp_path / "accuracy.md"
+    broadsheet("melt", "accuracy", "--formats", "fp32,int4", "--items", str(path), "--out", str(out))
+    assert "| recall | fp32 | 2 | 1.000 ± 0.000 | reference |" in out.read_text()
+    assert "no difference" in out.read_text()
+    shown = broadsheet("melt", "device", "pixel-6a", "--formats", "q4_0", "--seconds", "60").stdout
+    assert "tokens/s simulated" in " ".join(shown.split())
+    assert broadsheet("melt", "device", "nokia", check=False).returncode == 2
+    # no number of the simulated table lacks its tag
+    table = sustained_table([("q4_0", sustain(device("pixel-6a"), "llama-2-7b", "q4_0", seconds=60))])
+    for row in table.rows:
+        assert all(cell is None or cell.endswith("simulated") for cell in row[2:])

@@ -87,6 +87,11 @@ def microworld_items(task: str, count: int = 200, seed: int = 0, choices: int = 
     return found
 
 
+def chosen_items(count: int) -> dict[str, list[Item]]:
+    """The microworld's tasks of multiple choice."""
+    return {task: microworld_items(task, count) for task in CHOSEN}
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Which items were answered rightly."""

@@ -25,6 +25,7 @@ from broadsheet.core.perf import hardware
 from broadsheet.core.perf.architecture import Architecture, architecture
 from broadsheet.core.perf.hardware import ORIGINS, Origin
 from broadsheet.core.perf.ops import Setting, operators
+from broadsheet.methods.estimates.base import Table
 
 from .meters import Meter
 from .metrics import HOUR, PowerTrace
@@ -248,6 +249,34 @@ def sustain(of: Device, model: Any, form: str, held: int = 1024, seconds: float 
         elif node.temperature < power.throttle_at - power.hysteresis:
             level = max(level - 1, 0)
     return Sustained(of.name, tuple(points), tokens, time, node.heat_in, node.heat_out, used / 3.6, emptied)
+
+
+def sustained_table(runs: Sequence[tuple[str, Sustained]]) -> Table:
+    """``runs``: (format, run). Every number is tagged."""
+
+    def tagged(value: float | None, unit: str) -> str | None:
+        return None if value is None else f"{value:.4g} {unit} simulated"
+
+    rows = [
+        (
+            run.device, form, tagged(run.first_minute, "tokens/s"), tagged(run.steady, "tokens/s"),
+            tagged(run.throttled_after, "s"), tagged(run.hottest, "°C"), tagged(run.energy_per_token, "mWh"),
+            tagged(run.seconds, "s") if run.emptied else None,
+        )
+        for form, run in runs
+    ]  # fmt: skip
+    columns = (
+        "device",
+        "format",
+        "first minute",
+        "steady",
+        "throttled after",
+        "hottest",
+        "energy a token",
+        "battery empty after",
+    )
+    note = "A model of a device, no measurement: bandwidth and battery from datasheets, the rest assumed (devices/*.json)."
+    return Table("Sustained decoding", columns, tuple(rows), note)
 
 
 # --- a run that was measured here, as another device might have powered it --------------------------------------------
