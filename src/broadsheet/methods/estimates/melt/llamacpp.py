@@ -68,6 +68,7 @@ class LlamaCppRuntime(StepRuntime):
             self.llama = llama.Llama(
                 str(self.path), n_ctx=self.settings.context, n_batch=self.config.sampling.n_batch, verbose=False,
                 n_threads=self.settings.threads, n_threads_batch=self.settings.threads, no_perf=True,
+                flash_attn=True,  # as llama.cpp does by itself; the binding switches it off
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"llama.cpp cannot load {self.path}: {error}") from None
