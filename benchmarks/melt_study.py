@@ -241,11 +241,8 @@ def memory(study: Study) -> None:
     for name, form in contenders():
         command = [sys.executable, __file__, "--one", form, "--runtime", name, "--model", str(folder)]
         row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        for metric in ("peak_rss", "pss", "anonymous", "load_seconds"):
-            study.add(
-                name, metric, row[metric], "s" if metric == "load_seconds" else "B",
-                model=MODEL, format=form, before=row["before"],
-            )  # fmt: skip
+        for metric in ("peak_rss", "pss", "anonymous"):
+            study.add(name, metric, row[metric], "B", model=MODEL, format=form, before=row["before"])
 
 
 def one(model: str, name: str, form: str) -> None:
@@ -254,15 +251,12 @@ def one(model: str, name: str, form: str) -> None:
 
     before = machine.memory()
     machine.reset_peak()
-    clock = Clock()
-    start = clock.now()
     running = runtime(model, name, form)
-    seconds = clock.now() - start
     run_fixed(running, n_gen=4, repetitions=1, warmup=0)
     used = machine.memory()
     if before is None or used is None:
         raise ValueError("memory is measured on Linux alone")
-    print(json.dumps({**used.to_json(), "load_seconds": seconds, "before": before.peak_rss}))
+    print(json.dumps({**used.to_json(), "before": before.peak_rss}))
 
 
 def turns(study: Study) -> None:
