@@ -32,7 +32,7 @@ from broadsheet.core.verdicts import find
 from broadsheet.methods.estimates.megascale import calibration as cal
 from broadsheet.methods.estimates.megascale.fabric import remedies
 from broadsheet.methods.estimates.megascale.faults import DAY, FaultModel
-from broadsheet.methods.estimates.megascale.groups import Topology, messages, run_on_store, topologies
+from broadsheet.methods.estimates.megascale.groups import Topology, messages, run_on_store, store_seconds, topologies
 from broadsheet.methods.estimates.megascale.plan import GIB, Execution, Model, folder, read, split
 from broadsheet.methods.estimates.megascale.schedule import of_costs, run_pipeline
 from broadsheet.methods.estimates.megascale.simulator import (
@@ -250,9 +250,8 @@ def start_of_groups(tables: Tables) -> None:
         exponent = np.polyfit(np.log(sizes), np.log(counts[name]), 1)[0]
         tables.add(name, "exponent", exponent, source="simulated", least=sizes[0], most=sizes[-1], n=len(sizes))
     seen = cal.published()["group_start"]
-    naive, small, large = messages(Topology(8, 8, 32), False), counts["ordered"][1], counts["ordered"][-1]
-    for store in ("blocking", "asynchronous"):
-        service = seen[f"{store}_seconds"] / naive
+    small, large = counts["ordered"][1], counts["ordered"][-1]
+    for store, service in store_seconds().items():
         tables.add(store, "seconds_per_request", service, "s", source="published", processes=2048)
     tables.add(
         "ordered",
