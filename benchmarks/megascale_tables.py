@@ -108,7 +108,8 @@ def scaling(tables: Tables, fits: dict[str, Calibration]) -> None:
             found = {run: cal.predicted(run, fits[name], name != "no-stragglers") for run in cal.runs()}
         for system in ("megatron", "megascale"):
             mean, worst = cal.held_out(found, system)
-            tables.add(system, "held_out_error", mean, "%", source="simulated", fit=name, worst=round(worst, 2), n=4)
+            source = "simulated" if name in fits else name
+            tables.add(system, "held_out_error", mean, "%", source=source, fit=name, worst=round(worst, 2), n=4)
 
 
 def ladder(tables: Tables, fits: dict[str, Calibration]) -> None:
