@@ -99,7 +99,7 @@ def laws(shared: dict[str, Any]) -> list[Record]:
     machine, folder = temporary_machine(net)
     with folder:
         for tokens in (1024, 4096):
-            visitor = machine._visitor(tokens, 1)
+            visitor = machine.visitor(tokens, 1)
             machine.prefill(visitor)
             size = machine.size(tokens)
 
