@@ -16,6 +16,7 @@ from .flexsp import flexsp
 from .hardware import hardware, measure_hardware
 from .ingest import ingest
 from .instinct import instinct
+from .melt import melt
 from .serve import serve
 from .study import study
 from .train_sim import train_sim
@@ -345,6 +346,7 @@ app.add_typer(bitstack, name="bitstack")
 app.add_typer(crash, name="crash")
 app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
+app.add_typer(melt, name="melt")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
 app.command()(flexsp)
