@@ -159,7 +159,7 @@ def calibrate(study: Study) -> None:
     timed_pass(model, drawn[0], 2)
     samples = []
     for number, lengths in enumerate(drawn):
-        samples.append(Sample(tuple(lengths), 1, timed_pass(model, lengths, 3)))
+        samples.append(Sample(tuple(lengths), 1, timed_pass(model, lengths, study.arguments.repeats)))
         print(f"  {number + 1} of {len(drawn)}: {sum(lengths)} tokens, {samples[-1].ms:.1f} ms", flush=True)
     preset = SPCostModel.from_preset("gpt-7b-a100")
     fit = preset.fit(samples[::2])
@@ -199,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each plan on the simulated link")
+    parser.add_argument("--repeats", type=int, default=5, help="passes of which the fastest counts, in calibrate")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "flexsp_executor.records.json"))
     study = Study(arguments := parser.parse_args())
     for part in arguments.parts:

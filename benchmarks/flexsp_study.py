@@ -26,9 +26,11 @@ import numpy as np
 from broadsheet.core.records import Record, now, provenance, read_json, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.estimates.flexsp import FlexSP, Plan, Problem, SPCostModel, planned, warm_up
+from broadsheet.methods.estimates.flexsp.picture import picture
 from broadsheet.methods.estimates.flexsp.planners import in_chunks, static
 from broadsheet.methods.estimates.flexsp.program import Milp
 
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "flexsp_plans.svg"
 PLANNERS = ("static", "adaptive", "balanced", "greedy", "search")
 OURS = ("balanced", "greedy", "search", "milp")  #: those whose speedups are recorded
 
@@ -101,7 +103,9 @@ def run(some: Sequence[Problem], names: Sequence[str], context: int) -> dict[str
 
 def planners(study: Study) -> None:
     some = problems(study.batches(study.arguments.batches), "gpt-7b-a100", 192_000)
-    study.plans(run(some, PLANNERS, 192_000), "planners", smallest=1)
+    plans = run(some, PLANNERS, 192_000)
+    study.plans(plans, "planners", smallest=1)
+    PICTURE.write_text(picture([plans[name][0] for name in PLANNERS]), encoding="utf-8")
 
 
 def milp(study: Study) -> None:
