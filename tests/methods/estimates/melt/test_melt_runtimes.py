@@ -16,7 +16,7 @@ from broadsheet.methods.estimates.melt.fixed import Fixed, rows, run_fixed
 from broadsheet.methods.estimates.melt.gguf_file import _interleaved, write_gguf
 from broadsheet.methods.estimates.melt.profile import profile
 from broadsheet.methods.estimates.melt.qoe import Latency, experience, job_latency
-from broadsheet.methods.estimates.melt.runtimes import TorchRuntime
+from broadsheet.methods.estimates.melt.runtimes import StepRuntime, TorchRuntime
 
 GREEDY = ModelConfig("pocket-2m", sampling=Sampling(temperature=0))
 SETTINGS = RunSettings(context=512, max_gen=12, max_busy=1.0)
@@ -166,6 +166,16 @@ def test_the_right_choice_is_found(plain):
     assert found.value >= 11 / 12
     wrong = [acc.Item(item.query, item.choices, (item.gold + 1) % len(item.choices)) for item in items]
     assert acc.measure_accuracy(plain, "kv", wrong).value <= 1 / 12
+
+
+def test_replies_in_one_batch_are_as_likely_as_one_by_one(plain):
+    prompt = plain.dialogue.opening("Pay bedu 75. Pay fezo 33. How much do you pay bedu?")
+    replies = [plain.dialogue.tokenize(text) for text in (" Pay bedu 75.", " Pay bedu 33.", " Pay", " I do not know.")]
+    assert len({len(reply) for reply in replies}) > 1
+    one_by_one = StepRuntime.log_likelihoods(plain, prompt, replies)
+    assert plain.log_likelihoods(prompt, replies) == pytest.approx(one_by_one, abs=1e-3)
+    assert plain.log_likelihoods(prompt, [[reply[0]] for reply in replies])[2] == pytest.approx(one_by_one[2], abs=1e-3)
+    assert one_by_one[0] > one_by_one[1]
 
 
 def test_written_answers_are_checked(plain):

@@ -291,6 +291,16 @@ def test_every_simulated_number_says_so(ran):
     assert report.to_json()["runs"][0]["power"]["simulated"] is True
 
 
+def test_work_that_cannot_be_counted_is_refused_before_the_run(tmp_path):
+    class Named(TorchRuntime):
+        formats = (*TorchRuntime.formats, "odd")
+
+    runtime = Named("pocket-2m", "odd", GREEDY, QUICK, Clock())
+    with pytest.raises(ValueError, match="unknown quantisation 'odd'"):
+        run_session(runtime, CONVERSATIONS, meter("model:pixel-6a"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_measured_energy_carries_no_tag(ran, tmp_path):
     import shutil
 

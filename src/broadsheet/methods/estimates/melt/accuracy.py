@@ -15,10 +15,7 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-
-import torch
 
 from broadsheet.methods.estimates.base import Table
 
@@ -148,18 +145,8 @@ def measure_written(
 
 
 def _chosen(runtime: StepRuntime, item: Item) -> int:
-    runtime.clear()
-    prompt = runtime.dialogue.opening(item.query)
-    first = torch.as_tensor(runtime.prefill(prompt)).float().log_softmax(-1)
-    scores = []
-    for choice in item.choices:
-        tokens = runtime.dialogue.tokenize(" " + choice)
-        total = float(first[tokens[0]])
-        runtime.rewind(len(prompt))
-        for before, token in pairwise(tokens):
-            logits = torch.as_tensor(runtime.run([before])).float().log_softmax(-1)
-            total += float(logits[token])
-        scores.append(total)
+    replies = [runtime.dialogue.tokenize(" " + choice) for choice in item.choices]
+    scores = runtime.log_likelihoods(runtime.dialogue.opening(item.query), replies)
     return max(range(len(scores)), key=scores.__getitem__)
 
 

@@ -37,6 +37,7 @@ BITS: dict[str, tuple[float, int | None]] = {
     "fp32": (32, None), "fp16": (16, None), "bf16": (16, None), "f32": (32, None), "f16": (16, None),
     "int8": (8, 64), "int4": (4, 64), "int3": (3, 64), "int2": (2, 64),  # groups of 128 with a scale and a zero
     "q8_0": (8, 32), "q4_0": (4, 32), "q4_1": (4, 16), "q5_0": (5, 32), "q5_1": (5, 16),
+    "q6_k": (6.5625, None), "q5_k": (5.5, None), "q4_k": (4.5, None), "q3_k": (3.4375, None), "q2_k": (2.625, None),
 }  # fmt: skip
 
 
@@ -293,6 +294,10 @@ class ModelMeter(Meter):
     @property
     def source(self) -> str:  # type: ignore[override]
         return f"model:{self.of.name}"
+
+    def check(self, model: str, form: str) -> None:
+        """Raises ValueError before a run whose work could not be counted after it."""
+        work(architecture(model), form, 1)
 
     def of_run(self, run: Run, model: Any = None) -> PowerTrace:
         """Simulated: idle power, and in each prefill and decode the energy of its operations and bytes, spread evenly.

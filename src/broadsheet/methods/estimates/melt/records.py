@@ -70,8 +70,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Model, format and runtime, for a row of a table."""
-        parts = [str(self.configuration.get(name, "")) for name in ("model", "format", "runtime")]
+        """Model (or its file), format and runtime, for a row of a table."""
+        model = self.configuration.get("file") or self.configuration.get("model") or ""
+        parts = [Path(str(model)).name, *(str(self.configuration.get(name, "")) for name in ("format", "runtime"))]
         return " ".join(part for part in parts if part) or self.folder.name
 
     @property

@@ -10,6 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,6 +124,21 @@ class StepRuntime(Runtime):
         for first in range(0, len(ids), size):
             logits = self.run(ids[first : first + size])
         return logits
+
+    def log_likelihoods(self, prompt: list[int], replies: list[list[int]]) -> list[float]:
+        """Of whole replies behind a prompt, in nats."""
+        import torch
+
+        self.clear()
+        first = torch.as_tensor(self.prefill(prompt)).float().log_softmax(-1)
+        found = []
+        for reply in replies:
+            self.rewind(len(prompt))
+            total = float(first[reply[0]])
+            for before, token in pairwise(reply):
+                total += float(torch.as_tensor(self.run([before])).float().log_softmax(-1)[token])
+            found.append(total)
+        return found
 
     def _enter(self, prompt: str) -> tuple[list[int], int]:
         """The tokens to prefill, and how many the cache holds before them."""
@@ -241,6 +257,29 @@ class TorchRuntime(StepRuntime):
             rows = torch.tensor([ids], device=self.network.device)
             output: Any = self.network(input_ids=rows, **with_cache(self.cache), use_cache=True, logits_to_keep=1)
             return output.logits[0, -1]
+
+    def log_likelihoods(self, prompt: list[int], replies: list[list[int]]) -> list[float]:
+        """All replies in one batch behind one prefill."""
+        import torch
+
+        from broadsheet.core.models import with_cache
+
+        self.clear()
+        first = self.prefill(prompt).float().log_softmax(-1)
+        width = max(map(len, replies))
+        # padded at the end, where causal attention lets nothing look at it
+        ids = torch.tensor([reply + [0] * (width - len(reply)) for reply in replies], device=self.network.device)
+        total = first[ids[:, 0]]
+        if width > 1:
+            with torch.inference_mode():
+                self.cache.batch_repeat_interleave(len(replies))
+                output: Any = self.network(input_ids=ids[:, :-1], **with_cache(self.cache), use_cache=True)
+            each = output.logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            known = torch.tensor(
+                [[place < len(reply) for place in range(1, width)] for reply in replies], device=each.device
+            )
+            total = total + (each * known).sum(-1)
+        return [float(value) for value in total]
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -70,6 +70,8 @@ def run_session(
     if len(done) >= (1 if settings.sustain else settings.repetitions):
         return _read_back(folder, meter)
     todo = count() if settings.sustain else (one for one in range(settings.repetitions) if one not in done)
+    if isinstance(meter, ModelMeter):
+        meter.check(runtime.model, runtime.format)
     configuration["busy"] = _quiet(settings.max_busy)
     write_configuration(folder, configuration)
     log = _Log(folder / "output.txt")
