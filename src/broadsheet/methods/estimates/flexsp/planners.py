@@ -61,7 +61,7 @@ _ALL = 64
 
 
 @cache
-def _partitions(devices: int, degrees: tuple[int, ...]) -> np.ndarray:
+def partitions_of(devices: int, degrees: tuple[int, ...]) -> np.ndarray:
     """How many groups of each degree, for every way to use all devices: [partitions, degrees].
 
     Beyond 64 devices there are too many (692,004 for 256): those whose groups have at least devices/64, and the same with
@@ -93,7 +93,7 @@ class Greedy:
 
     def __init__(self, problem: Problem, search: bool = False, alike: bool = False):
         self.problem, self.search = problem, search
-        self.partitions = _partitions(problem.devices, problem.degrees)
+        self.partitions = partitions_of(problem.devices, problem.degrees)
         if alike:
             self.partitions = self.partitions[(self.partitions > 0).sum(1) == 1]
         self.degrees = np.array(problem.degrees, np.int64)

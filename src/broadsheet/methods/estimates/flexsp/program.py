@@ -20,7 +20,7 @@ import numpy as np
 
 from broadsheet.core.perf.planning import Program, bucket_bounds, exhaustive_makespan, makespan_bound
 
-from .planners import Found, Greedy, _partitions
+from .planners import Found, Greedy, partitions_of
 from .plans import Group, Problem
 
 
@@ -126,7 +126,7 @@ class Exhaustive:
             raise ValueError(f"everything can be tried for 12 sequences in a micro-batch, not for {len(ids)}")
         sizes = [problem.lengths[i] for i in ids]
         best: tuple[float, list[int], list[int]] = (np.inf, [], [])
-        for counts in _partitions(problem.devices, problem.degrees):
+        for counts in partitions_of(problem.devices, problem.degrees):
             kinds = np.repeat(np.arange(len(counts)), counts)
             rooms = [problem.capacity * problem.degrees[kind] for kind in kinds]
             span, chosen = exhaustive_makespan(problem.times[np.array(ids)][:, kinds], sizes, rooms)
