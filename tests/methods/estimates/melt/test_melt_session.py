@@ -19,7 +19,7 @@ from broadsheet.methods.estimates.melt.config import (
 )
 from broadsheet.methods.estimates.melt.conversations import draw_conversations, microworld_starters
 from broadsheet.methods.estimates.melt.dialogue import Dialogue, Sampler
-from broadsheet.methods.estimates.melt.meters import Meter, meter, rapl, read_csv
+from broadsheet.methods.estimates.melt.meters import Meter, meter, nvml, rapl, read_csv
 from broadsheet.methods.estimates.melt.metrics import PowerTrace
 from broadsheet.methods.estimates.melt.records import read_run, write_power
 from broadsheet.methods.estimates.melt.report import SIMULATED, as_csv, markdown
@@ -394,6 +394,11 @@ def test_rapl_counters_turn_over(tmp_path):
     assert counter.trace().source == "rapl"
     with pytest.raises(ValueError, match="no RAPL counters under"):
         rapl(tmp_path / "nowhere")
+
+
+def test_nvml_without_a_driver():
+    with pytest.raises(ValueError, match="no NVIDIA driver here"):
+        nvml(library="libnothing-of-this-name.so")
 
 
 @pytest.mark.parametrize(
