@@ -211,6 +211,12 @@ def test_a_prompt_that_does_not_fit_says_which_turn(tmp_path):
         torch_runtime(form="q9")
 
 
+def test_a_model_that_does_not_load_says_why(tmp_path):
+    runtime = TorchRuntime(str(tmp_path / "none"), "fp32", GREEDY, QUICK, Clock())
+    with pytest.raises(ValueError, match="no model '"):
+        run_session(runtime, CONVERSATIONS, Meter(), tmp_path / "run")
+
+
 @pytest.mark.parametrize("form", ["bf16", "int8", "int2"])
 def test_formats_hold_fewer_bytes(form):
     full, small = torch_runtime(), torch_runtime(form=form)
