@@ -11,7 +11,7 @@
 - memory: peak of a process of its own that loads that model and decodes.
 - turns: time to first token by turn of a conversation, with and without the prefix cache, on the built-in model; variation
   of repetitions.
-- accuracy: of the built-in model by format, with standard errors.
+- accuracy, accuracy-llama: of the built-in model by format, with standard errors, each against its runtime's 32 bits.
 - peer: the same GGUF file through our llama.cpp runtime and through llama-bench, in CPU time a token.
 - experience: latency of a small periodic job while a model writes.
 - device: SIMULATED sustained runs of models of devices.
@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from broadsheet.core.records import Record, home, now, provenance, read_json, write_results
-from broadsheet.core.stats import bootstrap_ci
+from broadsheet.core.stats import bootstrap_ci, paired_difference
 from broadsheet.methods.estimates.melt import accuracy as acc
 from broadsheet.methods.estimates.melt import machine
 from broadsheet.methods.estimates.melt.clock import Clock
@@ -293,48 +293,28 @@ def turns(study: Study) -> None:
         study.add("torch", "unaccounted", worst, n=len(run.turns), model="pocket-2m", cache=cache)
 
 
-def accuracy(study: Study) -> None:
-    n = study.arguments.items
-    items = {task: acc.microworld_items(task, n) for task in acc.CHOSEN}
+def accuracy(study: Study, name: str, forms: Sequence[str]) -> None:
+    """Of formats on one runtime; the first is the reference."""
+    n, items = study.arguments.items, acc.chosen_items(study.arguments.items)
     found: dict[str, list[acc.Accuracy]] = {}
-    llama = [("llama.cpp", form) for form in ("q4_0", "q2_k") if has_llama()]
-    for name, form in [*(("torch", form) for form in ("fp32", "int8", "int4", "int3", "int2")), *llama]:
+    for form in forms:
         running = runtime("pocket-2m", name, form, max_gen=32)
-        for task in (*acc.CHOSEN, *acc.WRITTEN):
-            got = (
-                acc.measure_accuracy(running, task, items[task]) if task in items else acc.measure_written(running, task, n)
-            )
+        for task in (*items, *acc.WRITTEN):
+            some = items.get(task)
+            got = acc.measure_written(running, task, n) if some is None else acc.measure_accuracy(running, task, some)
             found.setdefault(task, []).append(got)
-            about = {"task": task, "format": form, "se": got.error, "n_bytes": running.nbytes}
+            about = {"task": task, "format": form, "se": got.error, "held": running.nbytes}
             study.add(name, "accuracy", got.value, n=got.n, model="pocket-2m", **about)
-            if got is not found[task][0]:
+            if form != forms[0]:
                 mean, error, verdict = acc.difference(got, found[task][0])
-                about = {"task": task, "format": form, "against": "fp32", "se": error, "verdict": verdict}
+                about = {"task": task, "format": form, "against": forms[0], "se": error, "verdict": verdict}
                 study.add(name, "difference", mean, n=got.n, model="pocket-2m", **about)
-        whole = [right for task in found for right in found[task][-1].right]
-        base = [right for task in found for right in found[task][0].right]
-        gaps = [float(a) - float(b) for a, b in zip(whole, base, strict=True)]
-        study.add(
-            name,
-            "accuracy",
-            statistics.fmean(whole),
-            ci=bootstrap_ci([float(r) for r in whole]),
-            n=len(whole),
-            model="pocket-2m",
-            task="all",
-            format=form,
-        )
-        study.add(
-            name,
-            "difference",
-            statistics.fmean(gaps),
-            ci=bootstrap_ci(gaps),
-            n=len(gaps),
-            model="pocket-2m",
-            task="all",
-            format=form,
-            against="fp32",
-        )
+        whole, base = ([float(right) for some in found.values() for right in some[place].right] for place in (-1, 0))
+        about = {"task": "all", "format": form}
+        study.add(name, "accuracy", statistics.fmean(whole), "", bootstrap_ci(whole), len(whole), "pocket-2m", **about)
+        if form != forms[0]:
+            gap, ci = paired_difference(whole, base)
+            study.add(name, "difference", gap, "", ci, len(whole), "pocket-2m", **about, against=forms[0])
         running.unload()
 
 
@@ -405,8 +385,19 @@ def simulated(study: Study) -> None:
 PARTS: dict[str, Callable[[Study], None]] = {
     "ops": ops, "published": published, "device": simulated, "speed": lambda study: speed(study, 1, study.arguments.repeats),
     "threads": lambda study: speed(study, 2, max(3, study.arguments.repeats // 3)), "memory": memory, "peer": peer,
-    "turns": turns, "experience": experience, "accuracy": accuracy,
+    "turns": turns, "experience": experience,
+    "accuracy": lambda study: accuracy(study, "torch", ("fp32", "int8", "int4", "int3", "int2")),
+    "accuracy-llama": lambda study: accuracy(study, "llama.cpp", ("f32", "q8_0", "q4_0", "q2_k")),
 }  # fmt: skip
+
+
+def missing(part: str, arguments: argparse.Namespace) -> str:
+    """What a part needs and does not have."""
+    if part in ("ops", "published") and not arguments.public:
+        return "--public"
+    if part in ("peer", "accuracy-llama") and not has_llama():
+        return "llama-cpp-python"
+    return "--llama-bench" if part == "peer" and not arguments.llama_bench else ""
 
 
 def main() -> None:
@@ -431,10 +422,8 @@ def main() -> None:
     for part in arguments.parts.split(","):
         if part not in PARTS:
             raise SystemExit(f"no part '{part}'; there are {', '.join(PARTS)}")
-        if (part in ("ops", "published") and not arguments.public) or (
-            part == "peer" and not (arguments.llama_bench and has_llama())
-        ):
-            print(f"{part}: left out, its program or data was not given", flush=True)
+        if lacking := missing(part, arguments):
+            print(f"{part}: left out, it needs {lacking}", flush=True)
             continue
         study.run(part, PARTS[part])
 

@@ -19,7 +19,7 @@ from broadsheet.methods.estimates.melt.config import (
 )
 from broadsheet.methods.estimates.melt.conversations import draw_conversations, microworld_starters
 from broadsheet.methods.estimates.melt.dialogue import Dialogue, Sampler
-from broadsheet.methods.estimates.melt.meters import Meter, meter, rapl, read_csv
+from broadsheet.methods.estimates.melt.meters import Meter, meter, nvml, rapl, read_csv
 from broadsheet.methods.estimates.melt.metrics import PowerTrace
 from broadsheet.methods.estimates.melt.records import read_run, write_power
 from broadsheet.methods.estimates.melt.report import SIMULATED, as_csv, markdown
@@ -211,6 +211,12 @@ def test_a_prompt_that_does_not_fit_says_which_turn(tmp_path):
         torch_runtime(form="q9")
 
 
+def test_a_model_that_does_not_load_says_why(tmp_path):
+    runtime = TorchRuntime(str(tmp_path / "none"), "fp32", GREEDY, QUICK, Clock())
+    with pytest.raises(ValueError, match="no model '"):
+        run_session(runtime, CONVERSATIONS, Meter(), tmp_path / "run")
+
+
 @pytest.mark.parametrize("form", ["bf16", "int8", "int2"])
 def test_formats_hold_fewer_bytes(form):
     full, small = torch_runtime(), torch_runtime(form=form)
@@ -394,6 +400,11 @@ def test_rapl_counters_turn_over(tmp_path):
     assert counter.trace().source == "rapl"
     with pytest.raises(ValueError, match="no RAPL counters under"):
         rapl(tmp_path / "nowhere")
+
+
+def test_nvml_without_a_driver():
+    with pytest.raises(ValueError, match="no NVIDIA driver here"):
+        nvml(library="libnothing-of-this-name.so")
 
 
 @pytest.mark.parametrize(

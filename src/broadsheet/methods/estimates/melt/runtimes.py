@@ -201,7 +201,7 @@ class TorchRuntime(StepRuntime):
     bits where it is not the embedding too. They are rounded after loading, which is not counted as loading.
     """
 
-    network: Any
+    network: Any = None
     cache: Any = None
 
     name = "torch"
@@ -236,8 +236,7 @@ class TorchRuntime(StepRuntime):
         self.vocabulary = self.network.config.get_text_config().vocab_size
 
     def unload(self) -> None:
-        del self.network
-        self.cache = None
+        self.network = self.cache = None
 
     def clear(self) -> None:
         from transformers import DynamicCache
