@@ -1,9 +1,9 @@
 """Tensor programs to learn from: templates of the blocks of deep networks, random graphs, pieces of both, resampled shapes.
 
-A `Graph` is a list of nodes in program order. It can be run as a JAX function, split at every k-th node, and cut: a cut after a
-node lets no fusion pass it (`optimization_barrier` on all that is live there). `generate` is a stream without an end: program
-number n depends on the seed and n alone, so that a corpus can be made in parts. Weights are arguments, never constants, because
-a compiler would fold those.
+A `Graph` is a list of nodes in program order. It can be run as a JAX function, split at every k-th node, and cut into segments
+that run one after the other, so that no fusion passes a cut. `generate` is a stream without an end: program number n depends on
+the seed and n alone, so that a corpus can be made in parts. Weights are arguments, never constants, because a compiler would
+fold those.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """``parameters``: shapes of the arguments, float32; those in ``ids`` (place -> size) are int32 indices below that size.
-    ``cuts``: nodes (counted from 0) behind which fusion stops."""
+    """``parameters``: shapes of the arguments, float32; those in ``ids`` (place -> size) are int32 indices below that
+    size."""
 
     template: str
     parameters: tuple[Shape, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
     ids: tuple[tuple[int, int], ...] = ()
-    cuts: tuple[int, ...] = ()
 
     def shape(self, value: int) -> Shape:
         count = len(self.parameters)
@@ -54,8 +53,14 @@ class Graph:
         later = {value for node in self.nodes[after + 1 :] for value in node.inputs} | set(self.outputs)
         return tuple(sorted(value for value in later if first <= value <= first + after))
 
-    def cut(self, places: Sequence[int]) -> Graph:
-        return replace(self, cuts=tuple(sorted(places)))
+    def segments(self, cuts: Sequence[int]) -> tuple[Graph, ...]:
+        """The pieces between the cuts; a cut at p stands before node p. Run in order they compute what the graph does.
+
+        A segment is a function of its own, because a barrier inside one function (`optimization_barrier`) does not stop
+        XLA's fusion on the CPU: it is removed before.
+        """
+        bounds = [0, *sorted(cuts), len(self.nodes)]
+        return tuple(self.piece(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
 
     def piece(self, start: int, stop: int) -> Graph:
         """Nodes ``start`` to ``stop`` alone: what they need becomes parameters, what is needed later becomes outputs."""
@@ -77,16 +82,10 @@ class Graph:
         """The graph as a JAX function of its parameters; returns a tuple."""
 
         def run(*arguments: Any) -> tuple[Any, ...]:
-            import jax
-
             values = list(arguments)
             table = _jax()
-            for place, node in enumerate(self.nodes):
+            for node in self.nodes:
                 values.append(table[node.op](*[values[value] for value in node.inputs], *node.options))
-                if place in self.cuts and (live := self.live(place)):
-                    held = jax.lax.optimization_barrier(tuple(values[value] for value in live))
-                    for value, new in zip(live, held, strict=True):
-                        values[value] = new
             return tuple(values[value] for value in self.outputs)
 
         return run
@@ -244,8 +243,8 @@ class Builder:
 
 
 def generate(seed: int = 0, start: int = 0, templates: Sequence[str] | None = None) -> Iterator[tuple[int, Graph]]:
-    """Numbered programs from number ``start`` on: the templates by turns, half of them whole, the rest pieces of k nodes, and
-    every sixth with one or two cuts. Raises ValueError for an unknown template."""
+    """Numbered programs from number ``start`` on: the templates by turns, half of them whole, the rest pieces of k
+    nodes. Raises ValueError for an unknown template."""
     from .templates import TEMPLATES
 
     names = list(templates or TEMPLATES)
@@ -264,14 +263,11 @@ def one(template: str, rng: np.random.Generator) -> Graph:
         k = int(rng.integers(2, min(10, len(graph.nodes))))
         start = k * int(rng.integers(0, -(-len(graph.nodes) // k)))
         graph = graph.piece(start, start + k)
-    if rng.random() < 1 / 6 and len(graph.nodes) > 2:
-        count = int(rng.integers(1, 3))
-        graph = graph.cut(rng.choice(len(graph.nodes) - 1, min(count, len(graph.nodes) - 1), replace=False).tolist())
     return graph
 
 
 def whole(template: str, rng: np.random.Generator) -> Graph:
-    """A random program of a template, neither split nor cut."""
+    """A random program of a template, not split."""
     from .templates import TEMPLATES
 
     for _ in range(1000):

@@ -338,13 +338,11 @@ def dispatch_us(repeats: int = 5) -> float:
 
 
 def label(text: str, dispatch: float) -> dict[str, float | None]:
-    """All labels of a program. ``dispatch``: `dispatch_us`; times are above it, at least 0.1 us."""
+    """All labels of a program. ``dispatch``: `dispatch_us`; times are above it, at least 0.1 us, and so is their noise."""
     compiled = compile_text(text)
     timing = compiled.measure()
-    return {
-        **compiled.labels(), "time": max(timing.time - dispatch, 0.1), "time_again": max(timing.again - dispatch, 0.1),
-        "wall": timing.wall, "noise": timing.noise,
-    }  # fmt: skip
+    net = Timing(max(timing.time - dispatch, 0.1), max(timing.again - dispatch, 0.1), timing.wall)
+    return {**compiled.labels(), "time": net.time, "time_again": net.again, "wall": net.wall, "noise": net.noise}
 
 
 def drop_noisy(rows: Iterable[dict[str, Any]], limit: float = 0.2) -> tuple[list[dict[str, Any]], int]:
