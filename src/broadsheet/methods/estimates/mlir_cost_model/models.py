@@ -1,0 +1,302 @@
+"""Models of cost: networks on tokens, trees on counts, lines on FLOPs. All learn a matrix of targets, [programs, targets].
+
+A target is learnt as a standardised logarithm (of 1 + value; a share as it is), with a Huber loss; a missing label (NaN) has no
+part in it. The networks share their trunk between targets and have a head for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .features import Features, flops, interface
+from .stablehlo import Function
+from .tokens import Scheme, Vocabulary, tokenise
+
+Array = np.ndarray[Any, Any]
+Kind = Literal["bag", "lstm", "conv", "transformer"]
+KINDS: tuple[Kind, ...] = ("bag", "lstm", "conv", "transformer")
+#: learnt as they are
+_LINEAR = ("vector_util",)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Targets to standardised numbers and back."""
+
+    targets: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, targets: Sequence[str], values: Array) -> Scale:
+        raw = cls(tuple(targets), (0.0,) * len(targets), (1.0,) * len(targets)).forward(values)
+        std = np.nanstd(raw, 0)
+        return cls(tuple(targets), tuple(np.nanmean(raw, 0).tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
+
+    def forward(self, values: Array) -> Array:
+        columns = [
+            values[:, place] if name in _LINEAR else np.log1p(values[:, place]) for place, name in enumerate(self.targets)
+        ]
+        return (np.stack(columns, 1) - self.mean) / self.std
+
+    def backward(self, scaled: Array) -> Array:
+        raw = scaled * self.std + self.mean
+        columns = [
+            np.clip(raw[:, place], 0, 1) if name in _LINEAR else np.expm1(np.clip(raw[:, place], 0, 50))
+            for place, name in enumerate(self.targets)
+        ]
+        return np.stack(columns, 1)
+
+
+class Network(nn.Module):
+    """Token numbers [batch, length] (0 is padding) -> standardised targets [batch, targets].
+
+    ``bag``: the mean embedding through dense layers. ``lstm``: one layer, its states' mean and maximum. ``conv``: six
+    convolutions of width 3 and decreasing filters, each but the last followed by max pooling by 2, then maximum and mean over
+    positions (the paper's best). ``transformer``: two encoder layers with sinusoidal positions. Then two dense layers.
+    """
+
+    FILTERS = (64, 56, 48, 40, 32, 32)
+
+    def __init__(self, kind: Kind, vocabulary: int, targets: int, width: int = 64):
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"the network is {', '.join(KINDS)}, not {kind!r}")
+        self.kind, self.width = kind, width
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
+        out = {"bag": width + 1, "lstm": 2 * width, "conv": 2 * self.FILTERS[-1], "transformer": 2 * width}[kind]
+        if kind == "lstm":
+            self.lstm = nn.LSTM(width, width, batch_first=True)
+        elif kind == "conv":
+            sizes = (width, *self.FILTERS)
+            self.convs = nn.ModuleList(nn.Conv1d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        elif kind == "transformer":
+            layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.dense = nn.Sequential(nn.Linear(out, 64), nn.ReLU(), nn.Linear(64, targets))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        mask = (numbers > 0).unsqueeze(-1).float()
+        x = self.embedding(numbers)
+        if self.kind == "bag":
+            count = mask.sum(1)
+            return self.dense(torch.cat([(x * mask).sum(1) / count.clamp(min=1), count.log1p()], -1))
+        if self.kind == "lstm":
+            x = self.lstm(x)[0]
+        elif self.kind == "conv":
+            x, mask = self._convolve(x, mask)
+        else:
+            x = self.encoder(x + _positions(x.shape[1], self.width), src_key_padding_mask=numbers == 0)
+        top = x.masked_fill(mask == 0, -1e4).amax(1)
+        # A sum over positions, on a log scale: cost adds up along a program, a maximum alone cannot say how much.
+        total = (x * mask).sum(1)
+        return self.dense(torch.cat([top, total.sign() * total.abs().log1p()], -1))
+
+    def _convolve(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x, mask = (x * mask).transpose(1, 2), mask.transpose(1, 2)
+        for place, conv in enumerate(self.convs):
+            x = torch.relu(conv(x)) * mask  # padding stays 0, so that a program's value does not depend on its batch
+            if place < len(self.convs) - 1:
+                x = nn.functional.max_pool1d(x, 2, ceil_mode=True)
+                mask = nn.functional.max_pool1d(mask, 2, ceil_mode=True)
+        return x.transpose(1, 2), mask.transpose(1, 2)
+
+
+def _positions(length: int, width: int) -> Tensor:
+    """Sinusoids, [length, width]."""
+    angles = torch.arange(length)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained. Stops when ``patience`` epochs bring no better validation loss; the best weights stay."""
+
+    epochs: int = 14
+    batch: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    patience: int = 4
+    seed: int = 0
+
+
+def batches(sequences: Sequence[Sequence[int]], size: int) -> list[tuple[list[int], Tensor]]:
+    """Programs of similar length together: (their places, padded numbers [batch, length])."""
+    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+    return [
+        (chosen, padded([sequences[place] for place in chosen]))
+        for chosen in (order[at : at + size] for at in range(0, len(order), size))
+    ]
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> Tensor:
+    length = max(max((len(one) for one in sequences), default=1), 1)
+    return torch.tensor([[*one, *[0] * (length - len(one))] for one in sequences])
+
+
+def fit_network(
+    kind: Kind, vocabulary: int, sequences: Sequence[Sequence[int]], scaled: Array, validation: Sequence[int],
+    training: Training, tick: Callable[[int, float], None] | None = None,
+) -> Network:  # fmt: skip
+    """Trains on all rows but those of ``validation``, which say when to stop. ``tick(epoch, validation loss)``."""
+    torch.manual_seed(training.seed)
+    network = Network(kind, vocabulary, scaled.shape[1])
+    held = set(validation)
+    places = [place for place in range(len(sequences)) if place not in held]
+    goal = torch.tensor(scaled, dtype=torch.float32)
+    parts = batches([sequences[place] for place in places], training.batch)
+    checks = batches([sequences[place] for place in validation], 4 * training.batch)
+    optimiser = torch.optim.AdamW(network.parameters(), training.lr, weight_decay=training.weight_decay)
+    total = training.epochs * len(parts)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / 50) * max(0.05, 1 - step / total))
+    order = np.random.default_rng(training.seed)
+    best, state, waited = math.inf, {}, 0
+    for epoch in range(training.epochs):
+        network.train()
+        for part in order.permutation(len(parts)):
+            chosen, numbers = parts[part]
+            loss = _huber(network(numbers), goal[[places[place] for place in chosen]])
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+        network.eval()
+        with torch.no_grad():
+            losses = [_huber(network(n), goal[[validation[p] for p in c]]).item() * len(c) for c, n in checks]
+        value = sum(losses) / max(len(validation), 1)
+        if tick:
+            tick(epoch, value)
+        if value < best - 1e-4:
+            best, waited = value, 0
+            state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        else:
+            waited += 1
+            if waited >= training.patience:
+                break
+    if state:
+        network.load_state_dict(state)
+    return network.eval()
+
+
+def _huber(found: Tensor, goal: Tensor) -> Tensor:
+    known = ~goal.isnan()
+    return nn.functional.huber_loss(found[known], goal[known])
+
+
+def run_network(network: Network, sequences: Sequence[Sequence[int]]) -> Array:
+    """[programs, targets], standardised."""
+    found = np.zeros((len(sequences), network.dense[-1].out_features))  # type: ignore[arg-type]  # a Linear's size
+    with torch.inference_mode():
+        for places, numbers in batches(sequences, 64):
+            found[places] = network(numbers).numpy()
+    return found
+
+
+# --- estimators: fit(programs, values), predict(programs) ------------------------------------------------------------------
+
+
+@dataclass
+class TokenModel:
+    """A network with its vocabulary and scale."""
+
+    targets: tuple[str, ...]
+    kind: Kind = "conv"
+    scheme: Scheme = "operands"
+    training: Training = Training()
+
+    def fit(
+        self, programs: Sequence[Function], values: Array, validation: Sequence[int],
+        tick: Callable[[int, float], None] | None = None,
+    ) -> TokenModel:  # fmt: skip
+        """``validation``: places of the rows that say when to stop. Vocabulary and scale are of the others."""
+        held = set(validation)
+        rest = [place for place in range(len(programs)) if place not in held]
+        self.vocabulary = Vocabulary.build([programs[place] for place in rest], self.scheme)
+        self.scale = Scale.fit(self.targets, values[rest])
+        sequences = self.encode(programs)
+        scaled = self.scale.forward(values)
+        self.network = fit_network(self.kind, len(self.vocabulary), sequences, scaled, validation, self.training, tick)
+        return self
+
+    def encode(self, programs: Sequence[Function]) -> list[list[int]]:
+        return [self.vocabulary.encode(tokenise(program, self.scheme))[0] for program in programs]
+
+    def predict(self, programs: Sequence[Function]) -> Array:
+        return self.scale.backward(run_network(self.network, self.encode(programs)))
+
+
+@dataclass
+class Trees:
+    """Gradient-boosted trees on counts and sizes (scikit-learn's histogram trees), one model a target."""
+
+    targets: tuple[str, ...]
+    sized: bool = True
+    seed: int = 0
+
+    def fit(self, programs: Sequence[Function], values: Array, validation: Sequence[int] = ()) -> Trees:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        self.features = Features.build(programs, self.sized)
+        self.scale = Scale.fit(self.targets, values)
+        x, y = self.features(programs), self.scale.forward(values)
+        self.models = []
+        for place in range(len(self.targets)):
+            known = ~np.isnan(y[:, place])
+            model = HistGradientBoostingRegressor(max_iter=300, learning_rate=0.06, min_samples_leaf=10, random_state=self.seed)
+            self.models.append(model.fit(x[known], y[known, place]))
+        return self
+
+    def predict(self, programs: Sequence[Function]) -> Array:
+        x = self.features(programs)
+        return self.scale.backward(np.stack([model.predict(x) for model in self.models], 1))
+
+
+@dataclass
+class Line:
+    """Least squares in the scaled target on log2 of FLOPs ("flops"), on a roofline's time ("roofline"), or nothing ("mean").
+
+    The roofline is max(FLOPs / peak, bytes of the interface / bandwidth); only the ratio of the two matters to a line in
+    its logarithm, and that is chosen among powers of two by the fit.
+    """
+
+    targets: tuple[str, ...]
+    kind: Literal["mean", "flops", "roofline"] = "flops"
+
+    def _inputs(self, programs: Sequence[Function], ratio: float) -> Array:
+        if self.kind == "mean":
+            return np.zeros(len(programs))
+        if self.kind == "flops":
+            return np.log2(1 + np.array([flops(program) for program in programs]))
+        return np.log2([1 + max(flops(program), ratio * interface(program)) for program in programs])
+
+    def fit(self, programs: Sequence[Function], values: Array, validation: Sequence[int] = ()) -> Line:
+        self.scale = Scale.fit(self.targets, values)
+        y = self.scale.forward(values)
+        self.ratios, self.lines = list[float](), list[Array]()
+        for place in range(len(self.targets)):
+            known = ~np.isnan(y[:, place])
+            chosen = [programs[row] for row in np.flatnonzero(known)]
+            best: tuple[float, float, Array] | None = None
+            for ratio in 2.0 ** np.arange(-2, 9) if self.kind == "roofline" else (1.0,):
+                x = np.stack([self._inputs(chosen, ratio), np.ones(len(chosen))], 1)
+                line = np.linalg.lstsq(x, y[known, place], rcond=None)[0]
+                error = float(((x @ line - y[known, place]) ** 2).sum())
+                if best is None or error < best[0]:
+                    best = (error, float(ratio), line)
+            assert best is not None
+            self.ratios.append(best[1])
+            self.lines.append(best[2])
+        return self
+
+    def predict(self, programs: Sequence[Function]) -> Array:
+        columns = [self._inputs(programs, r) * line[0] + line[1] for r, line in zip(self.ratios, self.lines, strict=True)]
+        return self.scale.backward(np.stack(columns, 1))
+
