@@ -23,10 +23,11 @@ _MOVES = frozenset(
 def flops(function: Function) -> float:
     """Multiplications and additions: of contractions 2 x result x contracted size; of a reduction its input; of other
     arithmetic one for each element. A loop's body counts once: the text does not say how often it runs."""
-    return float(sum(_flops(one, function) for one in function.walk()))
+    return float(sum(operation_flops(one, function) for one in function.walk()))
 
 
-def _flops(one: Operation, function: Function) -> int:
+def operation_flops(one: Operation, function: Function) -> int:
+    """See `flops`."""
     if not one.types or one.opcode in _MOVES:
         return 0
     size = one.types[0].elements
@@ -67,6 +68,13 @@ def interface(function: Function) -> float:
     return float(sum(function.types[name].nbytes for name in (*function.arguments, *returned)))
 
 
+def totals(function: Function) -> tuple[float, float, float, float]:
+    """log2 / 16 of FLOPs, traffic, bytes of the interface, and bytes of the largest value."""
+    largest = max((kind.nbytes for kind in function.types.values()), default=0)
+    numbers = (flops(function), traffic(function), interface(function), largest)
+    return tuple(log2(1 + number) / 16 for number in numbers)  # type: ignore[return-value]  # four of them
+
+
 @dataclass(frozen=True)
 class Features:
     """Numbers of a program, for trees: for every known opcode its count and the log2 of its result bytes, and totals.
@@ -95,6 +103,5 @@ class Features:
         row = [float(count[name]) for name in self.opcodes]
         if self.sized:
             row += [log2(1 + size[name]) for name in self.opcodes]
-            row += [log2(1 + value) for value in (flops(program), traffic(program), interface(program))]
-            row += [log2(1 + max((kind.nbytes for kind in program.types.values()), default=0))]
+            row += totals(program)
         return [*row, float(sum(count.values())), float(len(program.arguments))]

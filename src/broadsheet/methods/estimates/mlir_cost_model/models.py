@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .features import Features, flops, interface
 from .stablehlo import Function
-from .tokens import Scheme, Vocabulary, tokenise
+from .tokens import Encoded, Scheme, Vocabulary, tokenise
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["bag", "lstm", "conv", "transformer"]
@@ -56,48 +56,57 @@ class Scale:
 
 
 class Network(nn.Module):
-    """Token numbers [batch, length] (0 is padding) -> standardised targets [batch, targets].
+    """Tokens [batch, length] (0 is padding), their sizes [batch, length, 2] -> standardised targets [batch, targets].
 
-    ``bag``: the mean embedding through dense layers. ``lstm``: one layer, its states' mean and maximum. ``conv``: six
-    convolutions of width 3 and decreasing filters, each but the last followed by max pooling by 2, then maximum and mean over
-    positions (the paper's best). ``transformer``: two encoder layers with sinusoidal positions. Then two dense layers.
+    ``bag``: embeddings alone. ``lstm``: one layer. ``conv``: six convolutions of width 3 and decreasing filters, each but the
+    last followed by max pooling by 2 (the paper's best). ``transformer``: two encoder layers with sinusoidal positions. What
+    comes out at the positions is pooled as its mean and as log-sum-exp, because cost adds up along a program and is learnt
+    as a logarithm; then two dense layers. With ``sizes`` the dense layers also see the program's totals (`features.totals`,
+    [batch, 4]), and a line from them to the targets runs beside the network. Without: tokens alone, as in the paper.
     """
 
     FILTERS = (64, 56, 48, 40, 32, 32)
 
-    def __init__(self, kind: Kind, vocabulary: int, targets: int, width: int = 64):
+    def __init__(self, kind: Kind, vocabulary: int, targets: int, sizes: bool = True, width: int = 64):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"the network is {', '.join(KINDS)}, not {kind!r}")
         self.kind, self.width = kind, width
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
-        out = {"bag": width + 1, "lstm": 2 * width, "conv": 2 * self.FILTERS[-1], "transformer": 2 * width}[kind]
-        if kind == "lstm":
+        self.size = nn.Linear(2, width, bias=False) if sizes else None
+        out = self.FILTERS[-1] if kind == "conv" else width
+        if kind == "bag":
+            self.mix = nn.Linear(width, width)
+        elif kind == "lstm":
             self.lstm = nn.LSTM(width, width, batch_first=True)
         elif kind == "conv":
-            sizes = (width, *self.FILTERS)
-            self.convs = nn.ModuleList(nn.Conv1d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
-        elif kind == "transformer":
+            filters = (width, *self.FILTERS)
+            self.convs = nn.ModuleList(nn.Conv1d(a, b, 3, padding=1) for a, b in zip(filters, filters[1:], strict=False))
+        else:
             layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.dense = nn.Sequential(nn.Linear(out, 64), nn.ReLU(), nn.Linear(64, targets))
+        self.spread = nn.Linear(out, out)
+        self.line = nn.Linear(4, targets) if sizes else None
+        self.dense = nn.Sequential(nn.Linear(2 * out + 4 * sizes, 64), nn.ReLU(), nn.Linear(64, targets))
 
-    def forward(self, numbers: Tensor) -> Tensor:
+    def forward(self, numbers: Tensor, sizes: Tensor, totals: Tensor) -> Tensor:
         mask = (numbers > 0).unsqueeze(-1).float()
         x = self.embedding(numbers)
+        if self.size is not None:
+            x = x + self.size(sizes)
         if self.kind == "bag":
-            count = mask.sum(1)
-            return self.dense(torch.cat([(x * mask).sum(1) / count.clamp(min=1), count.log1p()], -1))
-        if self.kind == "lstm":
+            x = torch.relu(self.mix(x))
+        elif self.kind == "lstm":
             x = self.lstm(x)[0]
         elif self.kind == "conv":
             x, mask = self._convolve(x, mask)
         else:
             x = self.encoder(x + _positions(x.shape[1], self.width), src_key_padding_mask=numbers == 0)
-        top = x.masked_fill(mask == 0, -1e4).amax(1)
-        # A sum over positions, on a log scale: cost adds up along a program, a maximum alone cannot say how much.
-        total = (x * mask).sum(1)
-        return self.dense(torch.cat([top, total.sign() * total.abs().log1p()], -1))
+        mean = (x * mask).sum(1) / mask.sum(1).clamp(min=1)
+        total = self.spread(x).masked_fill(mask == 0, -1e4).logsumexp(1)
+        if self.line is None:
+            return self.dense(torch.cat([mean, total], -1))
+        return self.dense(torch.cat([mean, total, totals], -1)) + self.line(totals)
 
     def _convolve(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x, mask = (x * mask).transpose(1, 2), mask.transpose(1, 2)
@@ -119,40 +128,43 @@ def _positions(length: int, width: int) -> Tensor:
 class Training:
     """How a network is trained. Stops when ``patience`` epochs bring no better validation loss; the best weights stay."""
 
-    epochs: int = 14
+    epochs: int = 16
     batch: int = 32
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 1e-2
-    patience: int = 4
+    patience: int = 5
     seed: int = 0
 
 
-def batches(sequences: Sequence[Sequence[int]], size: int) -> list[tuple[list[int], Tensor]]:
-    """Programs of similar length together: (their places, padded numbers [batch, length])."""
-    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
-    return [
-        (chosen, padded([sequences[place] for place in chosen]))
-        for chosen in (order[at : at + size] for at in range(0, len(order), size))
-    ]
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def padded(sequences: Sequence[Sequence[int]]) -> Tensor:
-    length = max(max((len(one) for one in sequences), default=1), 1)
-    return torch.tensor([[*one, *[0] * (length - len(one))] for one in sequences])
+def batches(programs: Sequence[Encoded], size: int) -> list[tuple[list[int], Batch]]:
+    """Programs of similar length together: (their places, what `Network` takes)."""
+    order = sorted(range(len(programs)), key=lambda place: len(programs[place].numbers))
+    parts = (order[at : at + size] for at in range(0, len(order), size))
+    return [(chosen, padded([programs[place] for place in chosen])) for chosen in parts]
+
+
+def padded(programs: Sequence[Encoded]) -> Batch:
+    length = max((len(one.numbers) for one in programs), default=1)
+    numbers, sizes = np.zeros((len(programs), length), np.int64), np.zeros((len(programs), length, 2), np.float32)
+    for row, one in enumerate(programs):
+        numbers[row, : len(one.numbers)] = one.numbers
+        sizes[row, : len(one.sizes)] = one.sizes
+    return torch.from_numpy(numbers), torch.from_numpy(sizes), torch.tensor([one.totals for one in programs])
 
 
 def fit_network(
-    kind: Kind, vocabulary: int, sequences: Sequence[Sequence[int]], scaled: Array, validation: Sequence[int],
-    training: Training, tick: Callable[[int, float], None] | None = None,
+    network: Network, programs: Sequence[Encoded], scaled: Array, validation: Sequence[int], training: Training,
+    tick: Callable[[int, float], None] | None = None,
 ) -> Network:  # fmt: skip
     """Trains on all rows but those of ``validation``, which say when to stop. ``tick(epoch, validation loss)``."""
-    torch.manual_seed(training.seed)
-    network = Network(kind, vocabulary, scaled.shape[1])
     held = set(validation)
-    places = [place for place in range(len(sequences)) if place not in held]
+    places = [place for place in range(len(programs)) if place not in held]
     goal = torch.tensor(scaled, dtype=torch.float32)
-    parts = batches([sequences[place] for place in places], training.batch)
-    checks = batches([sequences[place] for place in validation], 4 * training.batch)
+    parts = batches([programs[place] for place in places], training.batch)
+    checks = batches([programs[place] for place in validation], 4 * training.batch)
     optimiser = torch.optim.AdamW(network.parameters(), training.lr, weight_decay=training.weight_decay)
     total = training.epochs * len(parts)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / 50) * max(0.05, 1 - step / total))
@@ -161,8 +173,8 @@ def fit_network(
     for epoch in range(training.epochs):
         network.train()
         for part in order.permutation(len(parts)):
-            chosen, numbers = parts[part]
-            loss = _huber(network(numbers), goal[[places[place] for place in chosen]])
+            chosen, batch = parts[part]
+            loss = _huber(network(*batch), goal[[places[place] for place in chosen]])
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -170,7 +182,7 @@ def fit_network(
             schedule.step()
         network.eval()
         with torch.no_grad():
-            losses = [_huber(network(n), goal[[validation[p] for p in c]]).item() * len(c) for c, n in checks]
+            losses = [_huber(network(*batch), goal[[validation[p] for p in c]]).item() * len(c) for c, batch in checks]
         value = sum(losses) / max(len(validation), 1)
         if tick:
             tick(epoch, value)
@@ -191,12 +203,14 @@ def _huber(found: Tensor, goal: Tensor) -> Tensor:
     return nn.functional.huber_loss(found[known], goal[known])
 
 
-def run_network(network: Network, sequences: Sequence[Sequence[int]]) -> Array:
+def run_network(network: Network, programs: Sequence[Encoded]) -> Array:
     """[programs, targets], standardised."""
-    found = np.zeros((len(sequences), network.dense[-1].out_features))  # type: ignore[arg-type]  # a Linear's size
     with torch.inference_mode():
-        for places, numbers in batches(sequences, 64):
-            found[places] = network(numbers).numpy()
+        if len(programs) == 1:
+            return network(*padded(programs)).numpy().astype(float)
+        found = np.zeros((len(programs), network.dense[-1].out_features))  # type: ignore[arg-type]  # a Linear's size
+        for places, batch in batches(programs, 64):
+            found[places] = network(*batch).numpy()
     return found
 
 
@@ -210,24 +224,27 @@ class TokenModel:
     targets: tuple[str, ...]
     kind: Kind = "conv"
     scheme: Scheme = "operands"
+    sizes: bool = True
     training: Training = Training()
 
     def fit(
-        self, programs: Sequence[Function], values: Array, validation: Sequence[int],
+        self, programs: Sequence[Function], values: Array, validation: Sequence[int], vocabulary: Vocabulary | None = None,
         tick: Callable[[int, float], None] | None = None,
     ) -> TokenModel:  # fmt: skip
-        """``validation``: places of the rows that say when to stop. Vocabulary and scale are of the others."""
+        """``validation``: places of the rows that say when to stop. Vocabulary (unless given) and scale are of the others."""
         held = set(validation)
         rest = [place for place in range(len(programs)) if place not in held]
-        self.vocabulary = Vocabulary.build([programs[place] for place in rest], self.scheme)
+        self.vocabulary = vocabulary or Vocabulary.build([programs[place] for place in rest], self.scheme)
         self.scale = Scale.fit(self.targets, values[rest])
-        sequences = self.encode(programs)
-        scaled = self.scale.forward(values)
-        self.network = fit_network(self.kind, len(self.vocabulary), sequences, scaled, validation, self.training, tick)
+        torch.manual_seed(self.training.seed)
+        network = Network(self.kind, len(self.vocabulary), len(self.targets), self.sizes)
+        self.network = fit_network(
+            network, self.encode(programs), self.scale.forward(values), validation, self.training, tick
+        )
         return self
 
-    def encode(self, programs: Sequence[Function]) -> list[list[int]]:
-        return [self.vocabulary.encode(tokenise(program, self.scheme))[0] for program in programs]
+    def encode(self, programs: Sequence[Function]) -> list[Encoded]:
+        return [self.vocabulary.encode(tokenise(program, self.scheme)) for program in programs]
 
     def predict(self, programs: Sequence[Function]) -> Array:
         return self.scale.backward(run_network(self.network, self.encode(programs)))

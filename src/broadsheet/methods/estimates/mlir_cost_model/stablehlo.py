@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 DIALECTS = frozenset("stablehlo chlo mhlo func builtin sdy arith math linalg tensor memref affine scf vector".split())
 _BITS = {"index": 64, "bf16": 16, "tf32": 32, "none": 0}
@@ -150,8 +151,7 @@ def _width(dtype: str) -> int:
     return int(digits[1]) if digits else 0
 
 
-@dataclass(frozen=True)
-class _Lexeme:
+class _Lexeme(NamedTuple):
     kind: str
     text: str
     line: int
@@ -159,29 +159,39 @@ class _Lexeme:
 
 def _lex(text: str) -> list[_Lexeme]:
     found: list[_Lexeme] = []
-    at, line, end, match = 0, 1, len(text), _LEXEME.match
+    at, line, end, match, add = 0, 1, len(text), _LEXEME.match, found.append
     while at < end:
         hit = match(text, at)
         if hit is None:
             raise ValueError(f"line {line}: cannot read {text[at : at + 20].splitlines()[0]!r}")
-        kind, start, at = hit.lastgroup or "", at, hit.end()
-        if kind == "open":
-            word = hit.group()[:-1]
+        kind, start, at, word = hit.lastgroup or "", at, hit.end(), hit.group()
+        if kind == "skip":
+            line += word.count("\n")
+        elif kind == "open":
             at = _balanced(text, at - 1, line, "<", ">")
-            kind = "type" if word in ("tensor", "memref", "vector") else "attr"
-            found.append(_Lexeme(kind, "".join(text[start:at].split()), line))
-        elif kind == "word" and hit.group() == "loc" and text[at : at + 1] == "(":
+            kind = "type" if word in ("tensor<", "memref<", "vector<") else "attr"
+            whole = text[start:at]
+            add(_Lexeme(kind, "".join(whole.split()), line))
+            line += whole.count("\n")
+        elif word == "loc" and text[at : at + 1] == "(":
             at = _balanced(text, at, line, "(", ")")  # a location says where, not what
-        elif kind != "skip":
-            found.append(_Lexeme(kind, hit.group(), line))
-        line += text.count("\n", start, at)
+            line += text.count("\n", start, at)
+        else:
+            add(_Lexeme(kind, word, line))
     return found
+
+
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|->|[<>()]')
 
 
 def _balanced(text: str, at: int, line: int, opening: str, closing: str) -> int:
     """The place after the bracket that closes the one at ``at``; strings and arrows are stepped over."""
     depth, start = 0, at
-    for hit in re.compile(r'"(?:[^"\\]|\\.)*"|->|[<>()]').finditer(text, at):
+    if opening == "<":  # the common case, a flat type
+        close = text.find(">", at)
+        if close > 0 and text.find("<", at + 1, close) < 0 and text[close - 1] != "-" and text.find('"', at, close) < 0:
+            return close + 1
+    for hit in _BRACKETS.finditer(text, at):
         depth += (hit.group() == opening) - (hit.group() == closing)
         if depth == 0:
             return hit.end()

@@ -6,22 +6,23 @@
   nothing that the text does not say.
 
 A whole tensor type is one token where it is frequent; a rare one is its dtype and a token for the size of each dimension (log2,
-in halves). Every type is followed by the size of the whole in bytes, the same way. Regions stand between ``begin`` and ``end``. What
-does not affect cost (locations, names, layouts of the printer) leaves no token; the attributes that do are numbers of
+in halves). Beside its number a token has two sizes, 0 where there are none: log2 of the operation's FLOPs or the type's bytes, and
+of the type's last dimension (our addition: numbers that a network can calculate with, where tokens can only be looked up).
+Regions stand between ``begin`` and ``end``. What does not affect cost (locations, names, layouts of the printer) leaves no token; the attributes that do are numbers of
 contracted, reduced or batch dimensions (``dims`` and so on) and the operation a reduction applies.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from .features import operation_flops, totals
 from .stablehlo import Block, Function, Operation, TensorType
 
 Scheme = Literal["ops", "operands"]
@@ -32,9 +33,12 @@ _KEPT = re.compile(r"stablehlo\.\w+|LT|LE|GT|GE|EQ|NE|stride|contracting_dims|ba
 
 @dataclass(frozen=True)
 class Tokens:
-    """``words``: tokens before any vocabulary, types as one token each; ``types``: what those tokens stand for."""
+    """``words``: tokens before any vocabulary, types as one token each; ``flops``: of operations, 0 of other words;
+    ``totals``: see `features.totals`; ``types``: what the words for types stand for."""
 
     words: tuple[str, ...]
+    flops: dict[int, int]
+    totals: tuple[float, ...]
     types: dict[str, TensorType]
 
 
@@ -45,6 +49,7 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
     words: list[str] = []
     types: dict[str, TensorType] = {}
     names: dict[str, str] = {}
+    work: dict[int, int] = {}
     full = scheme == "operands"
 
     def kind(one: TensorType) -> None:
@@ -61,6 +66,8 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
             kind(function.types[value])
 
     def operation(one: Operation) -> None:
+        if count := operation_flops(one, function):
+            work[len(words)] = count
         words.append(one.opcode)
         if full:
             words.extend(name(value) for value in one.operands)
@@ -69,7 +76,6 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
             for value in one.operands:
                 if one.types and function.types[value] != shown:
                     kind(function.types[value])
-            words.append("->") if one.results else None
         for place, result in enumerate(one.results):
             if full:
                 words.append(name(result))
@@ -85,7 +91,7 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
         words.append("end")
 
     block(function.body)
-    return Tokens(tuple(words), types)
+    return Tokens(tuple(words), work, totals(function), types)
 
 
 def _attributes(one: Operation) -> list[str]:
@@ -126,11 +132,6 @@ def detokenise(words: Sequence[str]) -> list[str]:
     return lines
 
 
-def size_token(kind: TensorType) -> str:
-    """Bytes in halves of log2: "2^13.5"."""
-    return f"2^{_half(kind.nbytes)}"
-
-
 def decomposed(kind: TensorType) -> list[str]:
     """What stands for a type outside of the vocabulary."""
     return [f"<{kind.dtype}>", *(f"<{_half(size)}>" for size in kind.shape)]
@@ -138,6 +139,20 @@ def decomposed(kind: TensorType) -> list[str]:
 
 def _half(size: int) -> str:
     return f"{round(2 * math.log2(size)) / 2:g}" if size > 0 else "0"
+
+
+_NOTHING = (0.0, 0.0)
+
+
+class Encoded(NamedTuple):
+    """``numbers`` and ``sizes``: of each token; ``unknown``: share of tokens without a number of their own; ``cut``: how many
+    tokens did not fit."""
+
+    numbers: list[int]
+    sizes: list[tuple[float, float]]
+    totals: tuple[float, ...]
+    unknown: float
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -149,19 +164,24 @@ class Vocabulary:
     limit: int
 
     @classmethod
-    def build(cls, programs: Iterable[Function], scheme: Scheme = "operands", least: int = 8) -> Vocabulary:
+    def build(
+        cls, programs: Sequence[Function], scheme: Scheme = "operands", groups: Sequence[Hashable] = (), least: int = 8
+    ) -> Vocabulary:
         """Of the training programs alone: words (types too) that occur in ``least`` of them, and all decomposed pieces;
-        ``limit`` is the 99th percentile of their lengths."""
+        ``limit`` is the 99th percentile of their lengths. With ``groups`` (one a program) a word must occur in two: a
+        shape that only one kind of program has would be its name and not its size."""
         seen: Counter[str] = Counter()
-        pieces: Counter[str] = Counter()
+        where: dict[str, set[Hashable]] = {}
         split = [tokenise(program, scheme) for program in programs]
-        for tokens in split:
-            seen.update(set(tokens.words))
-            pieces.update({p for kind in tokens.types.values() for p in [*decomposed(kind), size_token(kind)]})
-        words = [word for word, count in seen.items() if count >= least]
-        words += [word for word, count in pieces.items() if count >= 2]
-        built = cls(scheme, (PAD, UNK, *sorted(set(words))), 10**9)
-        lengths = sorted(len(built.encode(tokens)[0]) for tokens in split)
+        for tokens, group in zip(split, groups or range(len(split)), strict=True):
+            pieces = {piece for kind in tokens.types.values() for piece in decomposed(kind)}
+            found = set(tokens.words) | pieces
+            seen.update(found)
+            for word in found:
+                where.setdefault(word, set()).add(group)
+        words = sorted(w for w, n in seen.items() if n >= (2 if w[0] == "<" else least) and len(where[w]) > 1)
+        built = cls(scheme, (PAD, UNK, *words), 10**9)
+        lengths = sorted(len(built.encode(tokens).numbers) for tokens in split)
         return cls(scheme, built.words, lengths[min(len(lengths) - 1, math.ceil(0.99 * len(lengths)))] if lengths else 1)
 
     def __post_init__(self) -> None:
@@ -170,22 +190,29 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
-    def encode(self, tokens: Tokens) -> tuple[list[int], float, int]:
-        """(numbers, share of unknown tokens, how many tokens were cut off)."""
-        numbers: dict[str, int] = self._numbers  # type: ignore[attr-defined]  # set in __post_init__
-        found: list[int] = []
-        cache: dict[str, list[int]] = {}
-        for word in tokens.words:
+    def encode(self, tokens: Tokens) -> Encoded:
+        known: dict[str, int] = self._numbers  # type: ignore[attr-defined]  # set in __post_init__
+        numbers: list[int] = []
+        sizes: list[tuple[float, float]] = []
+        types: dict[str, tuple[list[int], list[tuple[float, float]]]] = {}
+        for place, word in enumerate(tokens.words):
             if word in tokens.types:
-                if word not in cache:
-                    kind = tokens.types[word]
-                    parts = [word] if word in numbers else decomposed(kind)
-                    cache[word] = [numbers.get(part, 1) for part in [*parts, size_token(kind)]]
-                found += cache[word]
+                if word not in types:
+                    types[word] = self._type(tokens.types[word], known)
+                numbers += types[word][0]
+                sizes += types[word][1]
             else:
-                found.append(numbers.get(word, 1))
-        unknown = found.count(1) / max(len(found), 1)
-        return found[: self.limit], unknown, max(0, len(found) - self.limit)
+                numbers.append(known.get(word, 1))
+                sizes.append((math.log2(1 + tokens.flops[place]) / 16, 0.0) if place in tokens.flops else _NOTHING)
+        unknown = numbers.count(1) / max(len(numbers), 1)
+        return Encoded(numbers[: self.limit], sizes[: self.limit], tokens.totals, unknown, max(0, len(numbers) - self.limit))
+
+    @staticmethod
+    def _type(kind: TensorType, known: dict[str, int]) -> tuple[list[int], list[tuple[float, float]]]:
+        parts = [kind.text] if kind.text in known else decomposed(kind)
+        last = math.log2(1 + kind.shape[-1]) / 8 if kind.shape else 0.0
+        sizes = [(math.log2(1 + kind.nbytes) / 16, last), *[_NOTHING] * (len(parts) - 1)]
+        return [known.get(part, 1) for part in parts], sizes
 
     def to_json(self) -> dict[str, Any]:
         return {"scheme": self.scheme, "words": list(self.words), "limit": self.limit}
@@ -193,6 +220,3 @@ class Vocabulary:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Vocabulary:
         return cls(row["scheme"], tuple(row["words"]), row["limit"])
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:12]
