@@ -1,10 +1,9 @@
-"""What the timings of kernels share: contenders timed alternately, records of medians, a table."""
+"""What the timings of kernels share: records of medians, a table."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from broadsheet.core.records import Record, now, provenance, write_json
-
-
-def alternately(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every repeat, after one that is not counted.
-
-    With one thread it is CPU time of the process (what else runs on the machine does not count), else wall time.
-    """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = clock()
-            run()
-            if repeat:
-                seconds[name].append(clock() - start)
-    return seconds
 
 
 def record(

@@ -29,11 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _timing import alternately, clock_name, show
+from _timing import clock_name, show
 from _timing import record as any_record
 from numba import njit
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from broadsheet.core.perf.timing import alternately
 from broadsheet.core.records import Record, write_json
 from broadsheet.methods.weights.base import size
 from broadsheet.methods.weights.bitstack import BitStack, set_size, size_table

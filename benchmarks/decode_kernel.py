@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import alternately, clock_name, show
+from _timing import clock_name, show
 from _timing import record as any_record
 from torch import nn
 
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.timing import alternately
 from broadsheet.core.records import Record, write_json
 from broadsheet.methods.caches.base import CacheLayer
 from broadsheet.methods.caches.kivi import KIVI, KIVILayer

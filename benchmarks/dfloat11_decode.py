@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from _timing import alternately, clock_name, show
+from _timing import clock_name, show
 from _timing import record as any_record
 
 from broadsheet.core.models import load
 from broadsheet.core.models.walker import blocks
+from broadsheet.core.perf.timing import alternately
 from broadsheet.core.records import Record, write_json
 from broadsheet.methods.weights.base import size
 from broadsheet.methods.weights.dfloat11 import DFloat11, UnitReport, encode, split

@@ -15,12 +15,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _timing import against, alternately, clock_name, layer_benchmark, record
+from _timing import against, clock_name, layer_benchmark, record
 from torch import nn
 
 from broadsheet.core.numerics.groups import quantise_groups
 from broadsheet.core.numerics.packed import PackedLinear
 from broadsheet.core.numerics.packing import unpack
+from broadsheet.core.perf.timing import alternately
 from broadsheet.core.records import Record
 from broadsheet.methods.weights.rtn import GroupLinear
 

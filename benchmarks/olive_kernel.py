@@ -16,10 +16,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _timing import against, alternately, clock_name, layer_benchmark, record
+from _timing import against, clock_name, layer_benchmark, record
 from torch import nn
 
 from broadsheet.core.numerics.packed import PackedLinear
+from broadsheet.core.perf.timing import alternately
 from broadsheet.core.records import Record
 from broadsheet.methods.weights.olive import Olive, OVPLinear
 

@@ -9,7 +9,7 @@ import typer
 from broadsheet import catalogue
 
 from .chat import ledger, serve_model
-from .common import asked, options_of, split, with_progress
+from .common import asked, options_of, print_tables, split, with_progress
 from .crash import crash
 from .digest import digest
 from .ingest import ingest
@@ -204,12 +204,19 @@ def run(
     chat: CHAT = "",
     model_name: MODEL_NAME = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    hardware: Annotated[str, typer.Option(help="The device that is estimated (estimates): a name or a JSON file.")] = "",
     out: Annotated[
-        str, typer.Option(metavar="DIR", help="Keeps the compressed model (weights), or transcripts and a log (evals).")
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Keeps the compressed model (weights), transcripts and a log (evals), or plots and a page (estimates).",
+        ),
     ] = "",
     as_json: JSON = None,
 ) -> None:
     """Run one paper's method beside its reference, with its own parameters.
+
+    Estimates need neither weights nor the machine: their --model is also a well-known model's shape, or a config.json.
 
     Methods of the weights family take -o size=BYTES, and --out keeps the model: a folder that
     AutoModelForCausalLM.from_pretrained loads after ``import broadsheet``.
@@ -221,11 +228,19 @@ def run(
       broadsheet run bitstack --model ./my-llama -o size=120MB -o text=wiki.txt --out ./my-llama-120MB
 
       broadsheet run decrim --chat http://localhost:8000/v1 --model-name qwen3-8b -o max_rounds=4 --out ./transcripts
+
+      broadsheet run llm-viewer --model meta-llama/Llama-3.1-70B --hardware h100 -o batch=8 -o context=32768 --out ./roofline
     """
     from broadsheet.core.records import write_json
     from broadsheet.lab.run import family_of, run_method
 
-    options, family = {**options_of(option), **asked(model, chat, model_name)}, family_of(slug)
+    family = family_of(slug)
+    if family == "estimates":
+        _estimate(slug, options_of(option), {"model": model, **({"hardware": hardware} if hardware else {})}, out, as_json)
+        return
+    if hardware:
+        raise ValueError(f"--hardware is for estimates; {slug} runs on --device")
+    options = {**options_of(option), **asked(model, chat, model_name)}
     records = with_progress(lambda progress, tick: run_method(family, slug, options, device, progress, out, tick))
     if as_json:
         write_json(records, as_json)
@@ -396,6 +411,19 @@ def doctor() -> None:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _estimate(slug: str, options: dict[str, Any], usual: dict[str, Any], out: str, as_json: str | None) -> None:
+    from broadsheet.core.records import write_text
+    from broadsheet.lab.estimate import estimate
+
+    report = estimate(slug, options, usual)
+    if as_json:
+        write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False, default=str), as_json)
+    if as_json != "-":
+        print_tables(report.tables())
+        if out:
+            typer.echo(f"wrote {', '.join(str(path) for path in report.save(out))}")
 
 
 def _kept(family: str, out: str) -> str:

@@ -1,14 +1,18 @@
 """What several commands share: options as they are typed, and progress bars."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.progress import Progress
 
     from broadsheet.core.records import Record
+    from broadsheet.methods.estimates.base import Table
 
 
 def asked(model: str, chat: str, model_name: str) -> dict[str, str]:
@@ -40,6 +44,27 @@ def _value(text: str) -> Any:
     except json.JSONDecodeError:
         return text
     return tuple(value) if isinstance(value, list) else value
+
+
+def print_tables(tables: "Sequence[Table]") -> None:
+    """Tables of an estimate; where nobody watches, wide enough to be read by a program."""
+    from rich.console import Console
+    from rich.table import Table as Shown
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        shown = Shown(title=table.title, title_justify="left", header_style="bold", box=None, padding=(0, 1))
+        for place, name in enumerate(table.columns):
+            numbers = all(isinstance(row[place], int | float | None) for row in table.rows)
+            shown.add_column(name, justify="right" if numbers else "left")
+        for row in table.rows:
+            shown.add_row(
+                *("–" if cell is None else f"{cell:,.6g}" if isinstance(cell, float) else str(cell) for cell in row)
+            )
+        console.print(shown)
+        if table.note:
+            console.print(table.note, style="dim", markup=False)
+        console.print()
 
 
 @contextmanager

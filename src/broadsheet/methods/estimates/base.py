@@ -18,7 +18,7 @@ Cell = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows under a title; ``note`` is printed below and says what a reader must know (units, simulated parts)."""
+    """Columns and rows under a title; ``note`` stands below and says what a reader must know (units, simulated parts)."""
 
     title: str
     columns: tuple[str, ...]
