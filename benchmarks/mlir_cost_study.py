@@ -1,40 +1,284 @@
-"""Cost models of StableHLO programs on XLA's CPU compiler: a corpus, the models on two splits, and what they are good for.
+"""Cost models of StableHLO programs on XLA's CPU compiler: a corpus, models on two splits, and what they are good for.
 
-    python benchmarks/mlir_cost_study.py corpus --rows 4500     # about four programs a second; stopped and resumed at will
+    python benchmarks/mlir_cost_study.py corpus --rows 4500    # two to four programs a second; stopped and resumed at will
+    python benchmarks/mlir_cost_study.py models ensemble order speed fusion report
+
+What a step finds is kept in ``--work``, cell by cell, so that every step goes on where it was stopped; ``report`` writes the
+records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); for
+the leak, four folds of rows ("random"). Errors are of log(1 + value) (of the share itself), because times and bytes span
+orders of magnitude; ``mape`` and ``exact`` are of the values. Times are CPU time of one pinned core.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from scipy.stats import kendalltau, spearmanr
+
+from broadsheet.core.records import Record, now, provenance, write_results
+from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.estimates.mlir_cost_model import corpus as corpora
+from broadsheet.methods.estimates.mlir_cost_model import order
+from broadsheet.methods.estimates.mlir_cost_model.capture import capture, to_linalg
+from broadsheet.methods.estimates.mlir_cost_model.cost_model import SHIPPED, CostModel, values
+from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, recovered
+from broadsheet.methods.estimates.mlir_cost_model.generate import whole
+from broadsheet.methods.estimates.mlir_cost_model.labels import (
+    TARGETS, compile_text, compiler_version, dispatch_us, machine, peak_live_bytes, pin,
+)  # fmt: skip
+from broadsheet.methods.estimates.mlir_cost_model.models import Line, TokenModel, Training, Trees
+from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
+from broadsheet.methods.estimates.mlir_cost_model.templates import TEMPLATES
+
+FOLDS, MEMBERS = 4, 4
+NAMES = tuple(TARGETS)
+COUNTS = ("kernels", "fusions", "instructions", "spills")
+#: name -> how it is made; those of "random" run on both splits
+MODELS: dict[str, Callable[[], Any]] = {
+    "mean": lambda: Line(NAMES, "mean"),
+    "flops": lambda: Line(NAMES, "flops"),
+    "roofline": lambda: Line(NAMES, "roofline"),
+    "trees": lambda: Trees(NAMES),
+    "trees_counts": lambda: Trees(NAMES, sized=False),
+    "bag_ops": lambda: TokenModel(NAMES, "bag", "ops", sizes=False),
+    "bag": lambda: TokenModel(NAMES, "bag", sizes=False),
+    "conv_ops": lambda: TokenModel(NAMES, "conv", "ops", sizes=False),
+    "conv": lambda: TokenModel(NAMES, "conv", sizes=False),
+    "lstm": lambda: TokenModel(NAMES, "lstm", sizes=False),
+    "bag_sizes": lambda: TokenModel(NAMES, "bag"),
+    "conv_ops_sizes": lambda: TokenModel(NAMES, "conv", "ops"),
+    "conv_sizes": lambda: TokenModel(NAMES, "conv"),
+    "transformer_sizes": lambda: TokenModel(NAMES, "transformer"),
+}  # fmt: skip
+RANDOM = ("mean", "flops", "roofline", "trees", "conv_sizes")
+FIRST_FOLD_ONLY = ("lstm", "transformer_sizes")
 
 
-def corpus(arguments: argparse.Namespace) -> None:
-    began, first = time.time(), list[int]()
+class Study:
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.work = arguments, Path(arguments.work)
+        self.records = list[Record]()
 
-    def tick(done: int, of: int) -> None:
-        first.append(done)
-        if done % 50 == 0:
-            rate = len(first) / (time.time() - began)
-            print(f"{done} of {of}, {rate:.1f} a second", file=sys.stderr, flush=True)
+    # --- what is kept between steps ---------------------------------------------------------------------------------
 
-    rows = corpora.build(arguments.corpus, arguments.rows, arguments.seed, tick)
-    print(f"{len(rows)} programs of {arguments.rows}; the rest occur twice")
+    @cached_property
+    def rows(self) -> list[corpora.Row]:
+        return corpora.read(self.work / "corpus.jsonl")
 
+    @cached_property
+    def programs(self) -> list[Any]:
+        return [parse(row["text"]) for row in self.rows]
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("corpus",))
-    parser.add_argument("--corpus", type=Path, default=Path("mlir_corpus.jsonl"))
-    parser.add_argument("--rows", type=int, default=4500)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    {"corpus": corpus}[arguments.step](arguments)
+    @cached_property
+    def goal(self) -> np.ndarray[Any, Any]:
+        return values(self.rows, NAMES)[0]
 
+    @cached_property
+    def templates(self) -> list[str]:
+        return [row["template"] for row in self.rows]
 
-if __name__ == "__main__":
-    main()
+    def folds(self, split: str) -> list[np.ndarray[Any, Any]]:
+        """Places of the test rows of every fold."""
+        if split == "template":
+            parts = corpora.folds(self.templates, FOLDS, self.arguments.seed)
+            return [np.flatnonzero(np.isin(self.templates, part)) for part in parts]
+        return np.array_split(np.random.default_rng(self.arguments.seed).permutation(len(self.rows)), FOLDS)
+
+    def cell(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned for this name, from the work folder if it is there."""
+        path = self.work / "cells" / f"{name}.json"
+        if not path.exists():
+            began = time.time()
+            found = make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
+            path.with_suffix(".part").rename(path)
+            print(f"{name}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def corpus(self) -> None:
+        began, count = time.time(), 0
+
+        def tick(done: int, of: int) -> None:
+            nonlocal count
+            count += 1
+            if done % 50 == 0:
+                print(f"{done} of {of}, {count / (time.time() - began):.1f} a second", file=sys.stderr, flush=True)
+
+        corpora.build(self.work / "corpus.jsonl", self.arguments.rows, self.arguments.seed, tick)
+
+    def models(self) -> None:
+        """Predictions of every model on every fold; and of labels that were shuffled among the training rows."""
+        for name in MODELS:
+            for fold in range(1 if name in FIRST_FOLD_ONLY else FOLDS):
+                self.predictions("template", name, fold)
+        for name in RANDOM:
+            for fold in range(FOLDS):
+                self.predictions("random", name, fold)
+        for name in ("trees", "conv_sizes"):
+            self.predictions("shuffled", name, 0)
+
+    def predictions(self, split: str, name: str, fold: int) -> np.ndarray[Any, Any]:
+        """[test rows, targets]."""
+
+        def make() -> list[list[float]]:
+            test = self.folds("template" if split == "shuffled" else split)[fold]
+            train = np.setdiff1d(np.arange(len(self.rows)), test)
+            goal = self.goal[train]
+            if split == "shuffled":
+                goal = np.random.default_rng(0).permutation(goal)
+            # A quarter of the training templates says when a network stops: as new to it as those of the test.
+            some = [self.templates[place] for place in train]
+            held = next(corpora.folds(some, MEMBERS, self.arguments.seed + 1))
+            validation = [place for place, template in enumerate(some) if template in held]
+            model = MODELS[name]().fit([self.programs[place] for place in train], goal, validation)
+            return model.predict([self.programs[place] for place in test]).tolist()
+
+        return np.array(self.cell(f"{split}.{name}.{fold}", make))
+
+    def ensemble(self) -> None:
+        """The cost model of every fold, kept as a file; that of the first is the one that is shipped."""
+        for fold, test in enumerate(self.folds("template")):
+            self.cell(f"ensemble.{fold}", lambda fold=fold, test=test: self.fit_ensemble(fold, test))
+
+    def fit_ensemble(self, fold: int, test: np.ndarray[Any, Any]) -> dict[str, Any]:
+        train = np.setdiff1d(np.arange(len(self.rows)), test)
+
+        def tick(member: int, epoch: int, loss: float) -> None:
+            print(f"fold {fold} member {member} epoch {epoch}: {loss:.3f}", file=sys.stderr, flush=True)
+
+        model = CostModel(NAMES, members=MEMBERS, seed=self.arguments.seed).fit([self.rows[place] for place in train], tick)
+        model.card["held_out"] = sorted({self.templates[place] for place in test})
+        model.save(self.work / f"fold{fold}.safetensors")
+        if fold == 0:
+            model.save(SHIPPED["stablehlo-cpu"])
+        answers = model.answers([self.programs[place] for place in test])
+        return {
+            "predictions": [[tuple(one.predictions[name]) for name in NAMES] for one in answers],
+            "abstain": [one.abstain for one in answers],
+        }
+
+    def order(self) -> None:
+        """Pairs of programs that differ in operands or order alone: which has the larger peak?"""
+        for name in ("trees", "bag_ops", "conv_ops", "bag", "conv", "lstm"):
+            self.cell(f"order.{name}", lambda name=name: self.fit_order(name))
+
+    def fit_order(self, name: str) -> dict[str, list[float]]:
+        programs = [parse(text) for text in order.programs(np.random.default_rng(self.arguments.seed), 3000)]
+        goal = np.array([[float(peak_live_bytes(program))] for program in programs])
+        kinds = {"trees": lambda: Trees(("peak_bytes",))} | {
+            f"{kind}{'_ops' * (scheme == 'ops')}": lambda kind=kind, scheme=scheme: TokenModel(
+                ("peak_bytes",), kind, scheme, False, Training(lr=1e-3)
+            )
+            for kind in ("bag", "conv", "lstm")
+            for scheme in ("ops", "operands")
+        }
+        model = kinds[name]().fit(programs, goal, list(range(0, len(programs), 10)))
+        found = {}
+        for kind in ("operands", "order"):
+            pairs = [order.pair(np.random.default_rng([1 + self.arguments.seed, n]), kind) for n in range(400)]
+            more, less = (model.predict([parse(pair[side]) for pair in pairs])[:, 0] for side in (0, 1))
+            found[kind] = np.where(np.isclose(more, less, rtol=1e-6), 0.5, more > less).astype(float).tolist()
+        return found
+
+    def speed(self) -> None:
+        """Milliseconds of reading, predicting, compiling and measuring a program of about 200 operations; abstention."""
+        self.cell("speed", self.time_prediction)
+        self.cell("dialects", self.abstention)
+
+    def time_prediction(self) -> dict[str, float]:
+        torch.set_num_threads(1)
+        model = CostModel.load(self.work / "fold0.safetensors")
+        near = min(range(len(self.rows)), key=lambda place: abs(len(self.programs[place]) - 200))
+        text, function = self.rows[near]["text"], self.programs[near]
+        code = model.models[0].encode([function])
+        whole, one = model.answer, model.models[0]
+
+        def median(do: Callable[[], Any]) -> float:
+            spent = []
+            for _ in range(50):
+                began = time.process_time()
+                do()
+                spent.append((time.process_time() - began) * 1e3)
+            return float(np.median(spent[5:]))
+
+        from broadsheet.methods.estimates.mlir_cost_model.models import run_network
+
+        began = time.process_time()
+        compiled = compile_text(text)
+        compiled.measure()
+        return {
+            "operations": len(function), "tokens": len(code[0].numbers), "parse": median(lambda: parse(text)),
+            "network": median(lambda: run_network(one.network, code)), "answer": median(lambda: whole(function)),
+            "compile_and_measure": (time.process_time() - began) * 1e3, "compile": compiled.seconds * 1e3,
+        }  # fmt: skip
+
+    def abstention(self) -> dict[str, list[float]]:
+        """How often the first fold's model abstains: on held-out templates, and on the same programs as linalg."""
+        model = CostModel.load(self.work / "fold0.safetensors")
+        test = self.folds("template")[0]
+        own = model.answers([self.programs[place] for place in test])
+        foreign = model.answers([to_linalg(self.rows[place]["text"]) for place in test[:200]])
+        seen = np.setdiff1d(np.arange(len(self.rows)), test)[:: len(self.rows) // 400]
+        known = model.answers([self.programs[place] for place in seen])
+        answers = {"training": known, "held_out": own, "linalg": foreign}
+        return {name: [float(bool(one.abstain)) for one in some] for name, some in answers.items()}
+
+    def fusion(self) -> None:
+        pin()
+        for number in range(self.arguments.graphs):
+            self.cell(f"fusion.{number}", lambda number=number: self.decide(number))
+
+    def decide(self, number: int) -> dict[str, Any]:
+        """Every segment of every plan of one unseen graph, measured twice and predicted by models that did not see its
+        template."""
+        rng = np.random.default_rng([7, self.arguments.seed, number])
+        while True:
+            template = list(TEMPLATES)[int(rng.integers(len(TEMPLATES)))]
+            graph = whole(template, rng)
+            if 4 <= len(graph.nodes) <= 16:
+                break
+        decision = Decision(graph, int(np.ceil(0.6 * len(graph.nodes))), most=20)
+        texts = decision.texts()
+        fold = next(n for n, test in enumerate(self.folds("template")) if template in {self.templates[p] for p in test})
+        call = dispatch_us(2)
+        first, second = {}, {}
+        for span, text in texts.items():
+            timing = compile_text(text).measure()
+            first[span], second[span] = max(timing.time - call, 0.1), max(timing.again - call, 0.1)
+        model, trees = CostModel.load(self.work / f"fold{fold}.safetensors"), self.time_trees(fold)
+        functions = {span: parse(text) for span, text in texts.items()}
+        began = time.process_time()
+        answers = model.answers(list(functions.values()))
+        spent = time.process_time() - began
+        predicted = {
+            "model": {s: one.predictions["time"].value for s, one in zip(functions, answers, strict=True)},
+            "trees": dict(zip(functions, trees.predict(list(functions.values()))[:, 0].tolist(), strict=True)),
+        }
+        choice = decision.decide(first, second, predicted, call)
+        text = capture(graph.function(), *graph.arguments())
+        timing = compile_text(text).measure()
+        return {**choice.__dict__, "whole": min(timing.time, timing.again), "segments": len(texts),
+                "predict_seconds": spent}  # fmt: skip
+
+    def time_trees(self, fold: int) -> Trees:
+        if not hasattr(self, "_trees"):
+            self._trees: dict[int, Trees] = {}
+        if fold not in self._trees:
+            train = np.setdiff1d(np.arange(len(self.rows)), self.folds("template")[fold])
+            at = NAMES.index("time")
+            goal = self.goal[train][:, [at]]
+            self._trees[fold] = Trees(("time",)).fit([self.programs[place] for place in train], goal)
+        return self._trees[fold]

@@ -14,6 +14,7 @@ from .crash import crash
 from .digest import digest
 from .ingest import ingest
 from .instinct import instinct
+from .mlir_cost import mlir_cost
 from .serve import serve
 from .study import study
 from .weights import bitstack, dfloat11
@@ -343,6 +344,7 @@ app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command("mlir-cost")(mlir_cost)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")

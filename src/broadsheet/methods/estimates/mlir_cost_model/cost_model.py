@@ -116,7 +116,9 @@ class CostModel:
         base = self.models[0].scale
         return np.stack([base.forward(model.scale.backward(run_network(model.network, programs))) for model in self.models])
 
-    def _calibrate(self, programs: Sequence[Function], goal: Array, names: Sequence[str], held: Sequence[Sequence[int]]) -> None:
+    def _calibrate(
+        self, programs: Sequence[Function], goal: Array, names: Sequence[str], held: Sequence[Sequence[int]]
+    ) -> None:
         codes = self.models[0].encode(programs)
         said, truth = self._scaled(codes), self.models[0].scale.forward(goal)
         errors, apart, unknown, weight = [], [], [], []
@@ -128,7 +130,9 @@ class CostModel:
             sizes = {name: sum(names[place] == name for place in places) for name in {names[place] for place in places}}
             weight += [1 / sizes[names[place]] for place in places]
         every = np.concatenate(errors)
-        self.half = np.array([_quantile(every[:, place], np.array(weight), self.level) for place in range(len(self.targets))])
+        self.half = np.array(
+            [_quantile(every[:, place], np.array(weight), self.level) for place in range(len(self.targets))]
+        )
         self.limits = {
             "spread": float(np.quantile(np.concatenate(apart), 0.95)), "unknown": max(0.02, float(np.quantile(unknown, 0.99)))
         }  # fmt: skip
@@ -213,7 +217,9 @@ class CostModel:
 
         path = SHIPPED.get(str(name), Path(name))
         if not path.exists():
-            raise ValueError(f"no cost model '{name}': give {', '.join(SHIPPED)} or a .safetensors file that CostModel.save wrote")
+            raise ValueError(
+                f"no cost model '{name}': give {', '.join(SHIPPED)} or a .safetensors file that CostModel.save wrote"
+            )
         try:
             with safe_open(str(path), "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}

@@ -85,7 +85,9 @@ def _reads(operation: Operation) -> set[str]:
 
 # --- object code --------------------------------------------------------------------------------------------------------
 
-_INSTRUCTION = re.compile(r"^\s+[0-9a-f]+:\s+(?:(?:rep|repz|repnz|lock|notrack|data16)\s+)*([a-z][a-z0-9]*)\s*([^#<\n]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"^\s+[0-9a-f]+:\s+(?:(?:rep|repz|repnz|lock|notrack|data16)\s+)*([a-z][a-z0-9]*)\s*([^#<\n]*)", re.MULTILINE
+)
 _FRAME = re.compile(r"-?(?:0x[0-9a-f]+)?\(%r[sb]p(?:,[^)]*)?\)")
 _MOVES = re.compile(r"v?mov(?!msk|nt|mskp)[a-z0-9]*$")
 _FLOAT = re.compile(

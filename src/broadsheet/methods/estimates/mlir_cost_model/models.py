@@ -167,7 +167,9 @@ def fit_network(
     checks = batches([programs[place] for place in validation], 4 * training.batch)
     optimiser = torch.optim.AdamW(network.parameters(), training.lr, weight_decay=training.weight_decay)
     total = training.epochs * len(parts)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / 50) * max(0.05, 1 - step / total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1.0, (step + 1) / 50) * max(0.05, 1 - step / total)
+    )
     order = np.random.default_rng(training.seed)
     best, state, waited = math.inf, {}, 0
     for epoch in range(training.epochs):
@@ -267,7 +269,9 @@ class Trees:
         self.models = []
         for place in range(len(self.targets)):
             known = ~np.isnan(y[:, place])
-            model = HistGradientBoostingRegressor(max_iter=300, learning_rate=0.06, min_samples_leaf=10, random_state=self.seed)
+            model = HistGradientBoostingRegressor(
+                max_iter=300, learning_rate=0.06, min_samples_leaf=10, random_state=self.seed
+            )
             self.models.append(model.fit(x[known], y[known, place]))
         return self
 
@@ -316,4 +320,3 @@ class Line:
     def predict(self, programs: Sequence[Function]) -> Array:
         columns = [self._inputs(programs, r) * line[0] + line[1] for r, line in zip(self.ratios, self.lines, strict=True)]
         return self.scale.backward(np.stack(columns, 1))
-

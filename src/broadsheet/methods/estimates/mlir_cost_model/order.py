@@ -80,7 +80,9 @@ def _reordered(rng: np.random.Generator, ops: list[str], reads: Reads) -> tuple[
     new_reads: Reads = []
     waiting = list(range(len(ops)))
     while waiting:
-        ready = [p for p in waiting if all(value in names for value in reads[p]) and (p != len(ops) - 1 or len(waiting) == 1)]
+        ready = [
+            p for p in waiting if all(value in names for value in reads[p]) and (p != len(ops) - 1 or len(waiting) == 1)
+        ]
         fresh = [p for p in ready if any(value and names[value] == len(new_ops) for value in reads[p])]
         place = int(rng.choice(fresh if deep and fresh else ready))
         waiting.remove(place)

@@ -17,7 +17,9 @@ from typing import NamedTuple
 DIALECTS = frozenset("stablehlo chlo mhlo func builtin sdy arith math linalg tensor memref affine scf vector".split())
 _BITS = {"index": 64, "bf16": 16, "tf32": 32, "none": 0}
 _SCALAR = re.compile(r"(?:bf16|tf32|index|none|f(?:8\w*|16|32|64)|[su]?i(?:1|2|4|8|16|32|64))$")
-_RETURNS = frozenset(("return", "func.return", "stablehlo.return", "mhlo.return", "affine.yield", "scf.yield", "linalg.yield"))
+_RETURNS = frozenset(
+    ("return", "func.return", "stablehlo.return", "mhlo.return", "affine.yield", "scf.yield", "linalg.yield")
+)
 _CALLS = ("call", "func.call")
 _LEXEME = re.compile(
     r"""(?P<skip>\s+|//[^\n]*)
@@ -224,7 +226,9 @@ class _Reader:
             text, kind = self.peek(), self.lexemes[self.at].kind
             if text in ("func.func", '"func.func"'):
                 if text[0] == '"':
-                    raise self.fail("func.func in generic form; print it in pretty form (mlir-opt without -mlir-print-op-generic)")
+                    raise self.fail(
+                        "func.func in generic form; print it in pretty form (mlir-opt without -mlir-print-op-generic)"
+                    )
                 function = self.function()
                 found[function.name] = function
                 continue
@@ -327,7 +331,9 @@ class _Reader:
             return True
         if one.text == "}":
             return self.lexemes[self.at - 1].text in ("do", "cond", "(")
-        return self._starts_operation(self.at + 1) and self.lexemes[self.at + 2].text not in ("}", "=") or one.text in _RETURNS
+        return (
+            self._starts_operation(self.at + 1) and self.lexemes[self.at + 2].text not in ("}", "=") or one.text in _RETURNS
+        )
 
     def operation(self) -> Operation:
         results: list[str] = []
@@ -434,7 +440,9 @@ class _Reader:
                 raise self.fail("a bracket closes that was never opened")
             self.at += 1
 
-    def result_types(self, name: str, results: tuple[str, ...], listed: list[TensorType], line: int) -> tuple[TensorType, ...]:
+    def result_types(
+        self, name: str, results: tuple[str, ...], listed: list[TensorType], line: int
+    ) -> tuple[TensorType, ...]:
         if not results:
             return ()
         if not listed:

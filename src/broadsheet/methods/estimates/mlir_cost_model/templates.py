@@ -159,7 +159,9 @@ def recurrent(b: Builder, rng: np.random.Generator) -> Graph:
         x = b.parameter(batch, width)
         mixed = b.binary("add", b.node("dot", [x, into], (batch, width)), b.node("dot", [h, back], (batch, width)))
         gate = b.unary("sigmoid", mixed)
-        h = b.binary("add", b.binary("multiply", gate, h), b.binary("multiply", b.unary("negate", gate), b.unary("tanh", mixed)))
+        h = b.binary(
+            "add", b.binary("multiply", gate, h), b.binary("multiply", b.unary("negate", gate), b.unary("tanh", mixed))
+        )
     return b.graph(h)
 
 
@@ -232,7 +234,9 @@ def optimiser(b: Builder, rng: np.random.Generator) -> Graph:
         shape = (draw.batch(), draw.width())
         weight, gradient, first, second = (b.parameter(*shape) for _ in range(4))
         m = b.binary("add", b.node("scale", [first], shape, 0.9), b.node("scale", [gradient], shape, 0.1))
-        v = b.binary("add", b.node("scale", [second], shape, 0.99), b.node("scale", [b.unary("square", gradient)], shape, 0.01))
+        v = b.binary(
+            "add", b.node("scale", [second], shape, 0.99), b.node("scale", [b.unary("square", gradient)], shape, 0.01)
+        )
         step = b.node("scale", [b.binary("multiply", m, b.unary("rsqrt", v))], shape, 1e-3)
         outputs += [b.binary("subtract", weight, step), m, v]
     return b.graph(*outputs)
