@@ -15,7 +15,9 @@ def capture(function: Callable[..., Any], *arguments: Any, dialect: str = "stabl
     read here, but nothing that is installed with JAX lowers to it) and for what is not installed.
     """
     if dialect not in ("stablehlo", "linalg"):
-        raise ValueError(f"dialect '{dialect}' cannot be captured, only stablehlo and linalg; lower with mlir-opt and give the text")
+        raise ValueError(
+            f"dialect '{dialect}' cannot be captured, only stablehlo and linalg; lower with mlir-opt and give the text"
+        )
     text = _torch(function, arguments) if _is_module(function) else _jax(function, arguments)
     return text if dialect == "stablehlo" else to_linalg(text)
 
@@ -41,7 +43,9 @@ def _torch(module: Any, arguments: tuple[Any, ...]) -> str:
     try:
         from torchax.export import exported_program_to_stablehlo
     except ImportError:
-        raise ValueError("capturing a torch module needs torchax: pip install torchax; or write the function in JAX") from None
+        raise ValueError(
+            "capturing a torch module needs torchax: pip install torchax; or write the function in JAX"
+        ) from None
     return exported_program_to_stablehlo(torch.export.export(module.eval(), arguments))[1].mlir_module()
 
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .corpus import Row, folds
+from .features import TotalScale
 from .labels import TARGETS, machine
-from .models import Array, Kind, Network, Scale, TokenModel, Training, run_network
+from .models import Array, Kind, Network, Scale, TokenModel, Training
 from .stablehlo import Function, parse
 from .tokens import Encoded, Scheme, Vocabulary
 
@@ -114,7 +115,7 @@ class CostModel:
     def _scaled(self, programs: Sequence[Encoded]) -> Array:
         """[members, programs, targets], standardised by the first member's scale so that members can be compared."""
         base = self.models[0].scale
-        return np.stack([base.forward(model.scale.backward(run_network(model.network, programs))) for model in self.models])
+        return np.stack([base.forward(model.run(programs)) for model in self.models])
 
     def _calibrate(
         self, programs: Sequence[Function], goal: Array, names: Sequence[str], held: Sequence[Sequence[int]]
@@ -205,7 +206,9 @@ class CostModel:
             "targets": self.targets, "kind": self.kind, "scheme": self.scheme, "level": self.level, "seed": self.seed,
             "half": self.half.tolist(), "limits": self.limits, "card": self.card,
             "sizes": self.sizes, "vocabulary": self.models[0].vocabulary.to_json(),
-            "members": [{"mean": model.scale.mean, "std": model.scale.std} for model in self.models],
+            "members": [
+                {"mean": model.scale.mean, "std": model.scale.std, "totals": model.totals.weights} for model in self.models
+            ],
         }  # fmt: skip
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, str(path), {"cost_model": json.dumps(state)})
@@ -234,7 +237,7 @@ class CostModel:
         model.half, model.limits, model.card = np.array(state["half"]), state["limits"], state["card"]
         for member, row in enumerate(state["members"]):
             one = TokenModel(model.targets, model.kind, model.scheme, model.sizes)
-            one.vocabulary = vocabulary
+            one.vocabulary, one.totals = vocabulary, TotalScale(tuple(row["totals"]))
             one.scale = Scale(model.targets, tuple(row["mean"]), tuple(row["std"]))
             one.network = Network(model.kind, len(vocabulary), len(model.targets), model.sizes)
             prefix = f"{member}."

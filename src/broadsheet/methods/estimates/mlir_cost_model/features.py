@@ -10,9 +10,11 @@ from math import log2, prod
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from .stablehlo import Function, Operation
 
+Array = np.ndarray[Any, Any]
 #: operations that move or name data; they count as bytes and not as FLOPs
 _MOVES = frozenset(
     "broadcast_in_dim reshape transpose concatenate slice constant iota gather scatter pad convert reverse dynamic_slice "
@@ -68,11 +70,59 @@ def interface(function: Function) -> float:
     return float(sum(function.types[name].nbytes for name in (*function.arguments, *returned)))
 
 
-def totals(function: Function) -> tuple[float, float, float, float]:
-    """log2 / 16 of FLOPs, traffic, bytes of the interface, and bytes of the largest value."""
+#: what takes many instructions an element
+_TRANSCENDENTAL = frozenset(
+    "exponential tanh logistic log log_plus_one exponential_minus_one sine cosine power rsqrt sqrt divide chlo.erf chlo.tan".split()
+)
+TOTALS = 8
+
+
+def totals(function: Function) -> tuple[float, ...]:
+    """A program in `TOTALS` numbers: FLOPs of contractions, of transcendental functions and divisions, inputs of reductions,
+    FLOPs of the rest; traffic, bytes of the interface, of the largest value; operations."""
+    contractions = transcendental = rest = reduced = count = 0
+    for one in function.walk():
+        work = operation_flops(one, function)
+        count += 1
+        if one.opcode in ("dot_general", "dot", "convolution"):
+            contractions += work
+        elif one.opcode in ("reduce", "reduce_window"):
+            reduced += work
+        elif one.opcode in _TRANSCENDENTAL:
+            transcendental += work
+        else:
+            rest += work
     largest = max((kind.nbytes for kind in function.types.values()), default=0)
-    numbers = (flops(function), traffic(function), interface(function), largest)
-    return tuple(log2(1 + number) / 16 for number in numbers)  # type: ignore[return-value]  # four of them
+    found = (contractions, transcendental, reduced, rest, traffic(function), interface(function), largest, count)
+    return tuple(float(number) for number in found)
+
+
+@dataclass(frozen=True)
+class TotalScale:
+    """Totals as inputs: their logarithms, about standardised, and one more, the logarithm of their weighted sum.
+
+    Cost adds up, and a logarithm of parts cannot add them: the weights (not negative; the last is a constant) fit the
+    first target by least squares of relative errors.
+    """
+
+    weights: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, raw: Array, values: Array) -> TotalScale:
+        """``raw`` [programs, TOTALS] and one target [programs]; NaN where it is not known."""
+        known = ~np.isnan(values)
+        scale = 1 / (1 + values[known, None])
+        return cls(tuple(nnls(_with_one(raw[known]) * scale, np.ones(known.sum()))[0].tolist()))
+
+    def __call__(self, raw: Array) -> Array:
+        """[programs, TOTALS + 1]."""
+        logs = np.log2(1 + raw)
+        added = np.log2(np.maximum(_with_one(raw) @ np.array(self.weights), 1e-3))[:, None]
+        return np.concatenate([(logs[:, :-1] - 16) / 3, logs[:, -1:] - 5, (added - 5) / 2], 1)
+
+
+def _with_one(raw: Array) -> Array:
+    return np.concatenate([raw, np.ones((len(raw), 1))], 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +140,7 @@ class Features:
         """Opcodes of the training programs."""
         return cls(tuple(sorted({one.opcode for program in programs for one in program.walk()})), sized)
 
-    def __call__(self, programs: Sequence[Function]) -> np.ndarray[Any, Any]:
+    def __call__(self, programs: Sequence[Function]) -> Array:
         """[programs, features]."""
         return np.array([self.row(program) for program in programs], dtype=np.float64)
 
@@ -103,5 +153,5 @@ class Features:
         row = [float(count[name]) for name in self.opcodes]
         if self.sized:
             row += [log2(1 + size[name]) for name in self.opcodes]
-            row += totals(program)
+            row += [log2(1 + number) for number in totals(program)]
         return [*row, float(sum(count.values())), float(len(program.arguments))]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .features import Features, flops, interface
+from .features import TOTALS, Features, TotalScale, flops, interface, totals
 from .stablehlo import Function
 from .tokens import Encoded, Scheme, Vocabulary, tokenise
 
@@ -62,12 +62,13 @@ class Network(nn.Module):
     last followed by max pooling by 2 (the paper's best). ``transformer``: two encoder layers with sinusoidal positions. What
     comes out at the positions is pooled as its mean and as log-sum-exp, because cost adds up along a program and is learnt
     as a logarithm; then two dense layers. With ``sizes`` the dense layers also see the program's totals (`features.totals`,
-    [batch, 4]), and a line from them to the targets runs beside the network. Without: tokens alone, as in the paper.
+    [batch, TOTALS + 1], `TotalScale`), and a line from them to the targets runs beside the network; training starts from
+    the line's least squares and a network that says nothing. Without: tokens alone, as in the paper.
     """
 
-    FILTERS = (64, 56, 48, 40, 32, 32)
+    FILTERS = (48, 48, 40, 40, 32, 32)
 
-    def __init__(self, kind: Kind, vocabulary: int, targets: int, sizes: bool = True, width: int = 64):
+    def __init__(self, kind: Kind, vocabulary: int, targets: int, sizes: bool = True, width: int = 48):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"the network is {', '.join(KINDS)}, not {kind!r}")
@@ -86,8 +87,8 @@ class Network(nn.Module):
             layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.spread = nn.Linear(out, out)
-        self.line = nn.Linear(4, targets) if sizes else None
-        self.dense = nn.Sequential(nn.Linear(2 * out + 4 * sizes, 64), nn.ReLU(), nn.Linear(64, targets))
+        self.line = nn.Linear(TOTALS + 1, targets) if sizes else None
+        self.dense = nn.Sequential(nn.Linear(2 * out + (TOTALS + 1) * sizes, 64), nn.ReLU(), nn.Linear(64, targets))
 
     def forward(self, numbers: Tensor, sizes: Tensor, totals: Tensor) -> Tensor:
         mask = (numbers > 0).unsqueeze(-1).float()
@@ -128,43 +129,48 @@ def _positions(length: int, width: int) -> Tensor:
 class Training:
     """How a network is trained. Stops when ``patience`` epochs bring no better validation loss; the best weights stay."""
 
-    epochs: int = 16
+    epochs: int = 10
     batch: int = 32
     lr: float = 2e-3
     weight_decay: float = 1e-2
-    patience: int = 5
+    patience: int = 4
     seed: int = 0
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def batches(programs: Sequence[Encoded], size: int) -> list[tuple[list[int], Batch]]:
+def batches(programs: Sequence[Encoded], size: int, scale: TotalScale) -> list[tuple[list[int], Batch]]:
     """Programs of similar length together: (their places, what `Network` takes)."""
     order = sorted(range(len(programs)), key=lambda place: len(programs[place].numbers))
     parts = (order[at : at + size] for at in range(0, len(order), size))
-    return [(chosen, padded([programs[place] for place in chosen])) for chosen in parts]
+    return [(chosen, padded([programs[place] for place in chosen], scale)) for chosen in parts]
 
 
-def padded(programs: Sequence[Encoded]) -> Batch:
+def padded(programs: Sequence[Encoded], scale: TotalScale) -> Batch:
     length = max((len(one.numbers) for one in programs), default=1)
     numbers, sizes = np.zeros((len(programs), length), np.int64), np.zeros((len(programs), length, 2), np.float32)
     for row, one in enumerate(programs):
         numbers[row, : len(one.numbers)] = one.numbers
         sizes[row, : len(one.sizes)] = one.sizes
-    return torch.from_numpy(numbers), torch.from_numpy(sizes), torch.tensor([one.totals for one in programs])
+    return (
+        torch.from_numpy(numbers),
+        torch.from_numpy(sizes),
+        torch.from_numpy(scale(np.array([one.totals for one in programs])).astype(np.float32)),
+    )
 
 
 def fit_network(
-    network: Network, programs: Sequence[Encoded], scaled: Array, validation: Sequence[int], training: Training,
+    network: Network, programs: Sequence[Encoded], totals: TotalScale, scaled: Array, validation: Sequence[int],
+    training: Training,
     tick: Callable[[int, float], None] | None = None,
 ) -> Network:  # fmt: skip
     """Trains on all rows but those of ``validation``, which say when to stop. ``tick(epoch, validation loss)``."""
     held = set(validation)
     places = [place for place in range(len(programs)) if place not in held]
     goal = torch.tensor(scaled, dtype=torch.float32)
-    parts = batches([programs[place] for place in places], training.batch)
-    checks = batches([programs[place] for place in validation], 4 * training.batch)
+    parts = batches([programs[place] for place in places], training.batch, totals)
+    checks = batches([programs[place] for place in validation], 4 * training.batch, totals)
     optimiser = torch.optim.AdamW(network.parameters(), training.lr, weight_decay=training.weight_decay)
     total = training.epochs * len(parts)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -205,13 +211,13 @@ def _huber(found: Tensor, goal: Tensor) -> Tensor:
     return nn.functional.huber_loss(found[known], goal[known])
 
 
-def run_network(network: Network, programs: Sequence[Encoded]) -> Array:
+def run_network(network: Network, programs: Sequence[Encoded], totals: TotalScale) -> Array:
     """[programs, targets], standardised."""
     with torch.inference_mode():
         if len(programs) == 1:
-            return network(*padded(programs)).numpy().astype(float)
+            return network(*padded(programs, totals)).numpy().astype(float)
         found = np.zeros((len(programs), network.dense[-1].out_features))  # type: ignore[arg-type]  # a Linear's size
-        for places, batch in batches(programs, 64):
+        for places, batch in batches(programs, 64, totals):
             found[places] = network(*batch).numpy()
     return found
 
@@ -238,18 +244,39 @@ class TokenModel:
         rest = [place for place in range(len(programs)) if place not in held]
         self.vocabulary = vocabulary or Vocabulary.build([programs[place] for place in rest], self.scheme)
         self.scale = Scale.fit(self.targets, values[rest])
+        codes, scaled = self.encode(programs), self.scale.forward(values)
+        raw = np.array([codes[place].totals for place in rest])
+        self.totals = TotalScale.fit(raw, values[rest, 0])
         torch.manual_seed(self.training.seed)
         network = Network(self.kind, len(self.vocabulary), len(self.targets), self.sizes)
-        self.network = fit_network(
-            network, self.encode(programs), self.scale.forward(values), validation, self.training, tick
-        )
+        if self.sizes:
+            _start(network, self.totals(raw), scaled[rest])
+        self.network = fit_network(network, codes, self.totals, scaled, validation, self.training, tick)
         return self
+
+    def run(self, codes: Sequence[Encoded]) -> Array:
+        """[programs, targets] in their units."""
+        return self.scale.backward(run_network(self.network, codes, self.totals))
 
     def encode(self, programs: Sequence[Function]) -> list[Encoded]:
         return [self.vocabulary.encode(tokenise(program, self.scheme)) for program in programs]
 
     def predict(self, programs: Sequence[Function]) -> Array:
-        return self.scale.backward(run_network(self.network, self.encode(programs)))
+        return self.run(self.encode(programs))
+
+
+def _start(network: Network, totals: Array, scaled: Array) -> None:
+    """The line at its ridge solution, the network's last layer at nothing."""
+    x = np.concatenate([totals, np.ones((len(totals), 1))], 1)
+    ridge = np.diag([1.0] * totals.shape[1] + [0.0])
+    with torch.no_grad():
+        for target in range(scaled.shape[1]):
+            known = ~np.isnan(scaled[:, target])
+            solved = np.linalg.solve(x[known].T @ x[known] + ridge, x[known].T @ scaled[known, target])
+            network.line.weight[target] = torch.from_numpy(solved[:-1])  # type: ignore[union-attr]  # sizes have a line
+            network.line.bias[target] = float(solved[-1])  # type: ignore[union-attr]
+        for last in (network.dense[-1].weight, network.dense[-1].bias):
+            last.zero_()  # type: ignore[operator]  # a Linear's
 
 
 @dataclass
@@ -282,41 +309,44 @@ class Trees:
 
 @dataclass
 class Line:
-    """Least squares in the scaled target on log2 of FLOPs ("flops"), on a roofline's time ("roofline"), or nothing ("mean").
+    """Least squares in the scaled target on log2 of FLOPs ("flops"), on a roofline's time ("roofline"), on a weighted sum
+    of `features.totals` ("additive"), or nothing ("mean").
 
     The roofline is max(FLOPs / peak, bytes of the interface / bandwidth); only the ratio of the two matters to a line in
     its logarithm, and that is chosen among powers of two by the fit.
     """
 
     targets: tuple[str, ...]
-    kind: Literal["mean", "flops", "roofline"] = "flops"
+    kind: Literal["mean", "flops", "roofline", "additive"] = "flops"
 
-    def _inputs(self, programs: Sequence[Function], ratio: float) -> Array:
+    def _inputs(self, programs: Sequence[Function], ratio: float, sums: TotalScale) -> Array:
         if self.kind == "mean":
             return np.zeros(len(programs))
         if self.kind == "flops":
             return np.log2(1 + np.array([flops(program) for program in programs]))
+        if self.kind == "additive":
+            return sums(np.array([totals(program) for program in programs]))[:, -1]
         return np.log2([1 + max(flops(program), ratio * interface(program)) for program in programs])
 
     def fit(self, programs: Sequence[Function], values: Array, validation: Sequence[int] = ()) -> Line:
         self.scale = Scale.fit(self.targets, values)
         y = self.scale.forward(values)
-        self.ratios, self.lines = list[float](), list[Array]()
+        self.lines = list[tuple[float, TotalScale, Array]]()
         for place in range(len(self.targets)):
             known = ~np.isnan(y[:, place])
             chosen = [programs[row] for row in np.flatnonzero(known)]
-            best: tuple[float, float, Array] | None = None
-            for ratio in 2.0 ** np.arange(-2, 9) if self.kind == "roofline" else (1.0,):
-                x = np.stack([self._inputs(chosen, ratio), np.ones(len(chosen))], 1)
+            sums = TotalScale((0.0,) * (TOTALS + 1))
+            if self.kind == "additive":
+                sums = TotalScale.fit(np.array([totals(program) for program in chosen]), values[known, place])
+            tried = []
+            for ratio in (2.0 ** np.arange(-2, 9)).tolist() if self.kind == "roofline" else (1.0,):
+                x = np.stack([self._inputs(chosen, ratio, sums), np.ones(len(chosen))], 1)
                 line = np.linalg.lstsq(x, y[known, place], rcond=None)[0]
-                error = float(((x @ line - y[known, place]) ** 2).sum())
-                if best is None or error < best[0]:
-                    best = (error, float(ratio), line)
-            assert best is not None
-            self.ratios.append(best[1])
-            self.lines.append(best[2])
+                tried.append((float(((x @ line - y[known, place]) ** 2).sum()), ratio, line))
+            _, ratio, line = min(tried, key=lambda one: one[0])
+            self.lines.append((ratio, sums, line))
         return self
 
     def predict(self, programs: Sequence[Function]) -> Array:
-        columns = [self._inputs(programs, r) * line[0] + line[1] for r, line in zip(self.ratios, self.lines, strict=True)]
+        columns = [self._inputs(programs, ratio, sums) * line[0] + line[1] for ratio, sums, line in self.lines]
         return self.scale.backward(np.stack(columns, 1))

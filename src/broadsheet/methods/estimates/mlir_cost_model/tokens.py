@@ -144,6 +144,11 @@ def _half(size: int) -> str:
 _NOTHING = (0.0, 0.0)
 
 
+def _size(number: int) -> float:
+    """FLOPs or bytes on a log scale, about standardised over programs that run for microseconds to milliseconds."""
+    return (math.log2(1 + number) - 12) / 3
+
+
 class Encoded(NamedTuple):
     """``numbers`` and ``sizes``: of each token; ``unknown``: share of tokens without a number of their own; ``cut``: how many
     tokens did not fit."""
@@ -203,15 +208,15 @@ class Vocabulary:
                 sizes += types[word][1]
             else:
                 numbers.append(known.get(word, 1))
-                sizes.append((math.log2(1 + tokens.flops[place]) / 16, 0.0) if place in tokens.flops else _NOTHING)
+                sizes.append((_size(tokens.flops[place]), 0.0) if place in tokens.flops else _NOTHING)
         unknown = numbers.count(1) / max(len(numbers), 1)
         return Encoded(numbers[: self.limit], sizes[: self.limit], tokens.totals, unknown, max(0, len(numbers) - self.limit))
 
     @staticmethod
     def _type(kind: TensorType, known: dict[str, int]) -> tuple[list[int], list[tuple[float, float]]]:
         parts = [kind.text] if kind.text in known else decomposed(kind)
-        last = math.log2(1 + kind.shape[-1]) / 8 if kind.shape else 0.0
-        sizes = [(math.log2(1 + kind.nbytes) / 16, last), *[_NOTHING] * (len(parts) - 1)]
+        last = (math.log2(1 + kind.shape[-1]) - 5) / 2 if kind.shape else 0.0
+        sizes = [(_size(kind.nbytes), last), *[_NOTHING] * (len(parts) - 1)]
         return [known.get(part, 1) for part in parts], sizes
 
     def to_json(self) -> dict[str, Any]:
