@@ -65,12 +65,12 @@ class Decision:
     def plans(self) -> tuple[Plan, ...]:
         """The greedy plan first; at most ``most`` others, evenly drawn from all."""
         count, fewest = len(self.graph.nodes), ceil(len(self.graph.nodes) / self.limit) - 1
-        found = [
-            plan
+        drawn = (
+            _spans(places, count)
             for cuts in (fewest, fewest + 1)
             for places in itertools.combinations(range(1, count), cuts)
-            if all(stop - start <= self.limit for start, stop in (plan := _spans(places, count)))
-        ]
+        )
+        found = [plan for plan in drawn if all(stop - start <= self.limit for start, stop in plan)]
         greedy = _spans(tuple(range(self.limit, count, self.limit)), count)
         others = [plan for plan in found if plan != greedy]
         if len(others) > self.most:

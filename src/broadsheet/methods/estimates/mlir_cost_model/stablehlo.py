@@ -258,9 +258,11 @@ class _Reader:
             raise self.fail(f"a function's name (@name) was expected, not {name or 'the end'!r}")
         self.at += 1
         arguments = self.arguments()
-        while not (self.peek() == "{" and self._opens_region()):
+        depth = 0
+        while self.peek() != "{" or depth or self.lexemes[self.at - 1].text == "attributes":
             if self.lexemes[self.at].kind == "end" or self.peek() == "func.func":
                 raise self.fail(f"{name} has no body")
+            depth += (self.peek() in ("{", "(")) - (self.peek() in ("}", ")"))
             self.at += 1
         body = self.region(arguments)
         return Function(name, body, self.types, public)
