@@ -56,10 +56,12 @@ def test_peak_of_generated_programs_is_that_of_an_independent_interpreter():
     pytest.importorskip("jax", reason="the interpreter walks MLIR's own operations")
     rng = np.random.default_rng(0)
     texts = order.programs(rng, 170)
-    for number, graph in generate(3):
-        if number == 30:
+    for _, graph in generate(3):
+        text = capture(graph.function(), *graph.arguments())
+        if "call @" not in text:
+            texts.append(text)
+        if len(texts) == 200:
             break
-        texts.append(capture(graph.function(), *graph.arguments()))
     assert [peak_live_bytes(parse(text)) for text in texts] == [interpreted_peak(text) for text in texts]
 
 
