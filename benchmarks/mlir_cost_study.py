@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,13 @@ from broadsheet.methods.estimates.mlir_cost_model.cost_model import SHIPPED, Cos
 from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, recovered
 from broadsheet.methods.estimates.mlir_cost_model.generate import whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import (
-    TARGETS, compile_text, compiler_version, dispatch_us, machine, peak_live_bytes, pin,
+    TARGETS,
+    compile_text,
+    compiler_version,
+    dispatch_us,
+    machine,
+    peak_live_bytes,
+    pin,
 )  # fmt: skip
 from broadsheet.methods.estimates.mlir_cost_model.models import Line, TokenModel, Training, Trees
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
@@ -105,6 +110,14 @@ class Study:
             path.with_suffix(".part").rename(path)
             print(f"{name}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def kept(self, name: str) -> Any:
+        """A cell that a step before has made. Raises ValueError where it has not."""
+
+        def missing() -> Any:
+            raise ValueError(f"{name} is missing in {self.work}; run its step first")
+
+        return self.cell(name, missing)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -246,9 +259,9 @@ class Study:
         while True:
             template = list(TEMPLATES)[int(rng.integers(len(TEMPLATES)))]
             graph = whole(template, rng)
-            if 4 <= len(graph.nodes) <= 16:
+            if 4 <= len(graph.nodes) <= 14:
                 break
-        decision = Decision(graph, int(np.ceil(0.6 * len(graph.nodes))), most=20)
+        decision = Decision(graph, int(np.ceil(0.6 * len(graph.nodes))), most=12)
         texts = decision.texts()
         fold = next(n for n, test in enumerate(self.folds("template")) if template in {self.templates[p] for p in test})
         call = dispatch_us(2)
@@ -281,8 +294,139 @@ class Study:
             self._trees[fold] = Trees(("time",)).fit([self.programs[place] for place in train], goal)
         return self._trees[fold]
 
+    # --- records ----------------------------------------------------------------------------------------------------
+
     def report(self) -> None:
-        raise NotImplementedError
+        noise = np.array([row["labels"]["noise"] for row in self.rows])
+        self.add("corpus", "rows", len(self.rows))
+        self.add("corpus", "noise_median", float(np.median(noise)), n=len(noise))
+        self.add("corpus", "noisy_dropped", int((noise > 0.2).sum()), n=len(noise))
+        self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
+        self.splits()
+        self.intervals()
+        for name in ("trees", "bag_ops", "conv_ops", "bag", "conv", "lstm"):
+            for kind, right in self.kept(f"order.{name}").items():
+                self.add(name, "order_accuracy", float(np.mean(right)), ci=bootstrap_ci(right), n=len(right), pairs=kind)
+        for name, value in self.kept("speed").items():
+            self.add("model", f"speed_{name}", value, "" if name in ("operations", "tokens") else "ms")
+        for name, found in self.kept("dialects").items():
+            self.add("model", "abstain", float(np.mean(found)), n=len(found), on=name)
+        self.decisions()
+        path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
+        write_results(self.records, path)
+        sample = [row for row in self.rows if row["number"] % 3 == 0][:2000]
+        corpora.write(sample, path.with_name("mlir_cost_corpus.sample.jsonl.gz"))
+        print(f"{len(self.records)} records in {path}")
+
+    def add(
+        self, method: str, metric: str, value: float, unit: str = "", ci: tuple[float, float] | None = None, n: int = 1,
+        **setting: Any,
+    ) -> None:  # fmt: skip
+        versions = provenance()["versions"] | {"compiler": compiler_version()}
+        self.records.append(
+            Record(
+                paper="mlir-cost-model", method=method, bench="mlir-cost-study", metric=metric, value=float(value), unit=unit,
+                ci=ci, n=n, seed=self.arguments.seed, model="generated", setting=setting, device=machine(), time=now(),
+                parameters={"rows": len(self.rows), "folds": FOLDS, "members": MEMBERS}, versions=versions,
+                revision=provenance()["revision"],
+            )
+        )  # fmt: skip
+
+    def splits(self) -> None:
+        """Errors of every model and target; the networks that ran on the first fold alone stand beside the others there."""
+        for split, names, folds in (
+            ("template", [*MODELS, "model"], range(FOLDS)), ("template-0", [*MODELS, "model"], range(1)),
+            ("random", RANDOM, range(FOLDS)), ("shuffled", ("trees", "conv_sizes"), range(1)),
+        ):  # fmt: skip
+            parts = self.folds("random" if split == "random" else "template")
+            places = np.concatenate([parts[fold] for fold in folds])
+            for name in names:
+                if split == "template" and name in FIRST_FOLD_ONLY:
+                    continue
+                found = [self.said(split.split("-")[0], name, fold) for fold in folds]
+                for column, target in enumerate(NAMES):
+                    self.errors(split, name, target, np.concatenate(found)[:, column], places)
+
+    def said(self, split: str, name: str, fold: int) -> np.ndarray[Any, Any]:
+        if name == "model":
+            return np.array(self.kept(f"ensemble.{fold}")["predictions"])[:, :, 0]
+        return self.predictions(split, name, fold)
+
+    def errors(self, split: str, name: str, target: str, found: np.ndarray[Any, Any], places: np.ndarray[Any, Any]) -> None:
+        truth = self.goal[places, NAMES.index(target)]
+        known = ~np.isnan(truth)
+        found, truth = found[known], truth[known]
+        templates = np.array(self.templates)[places][known]
+        a, b = (found, truth) if target == "vector_util" else (np.log1p(found), np.log1p(truth))
+        rmse = float(np.sqrt(((a - b) ** 2).mean()))
+        taus = [kendalltau(found[templates == one], truth[templates == one]).statistic for one in set(templates)]
+        rows = {
+            "mae": np.abs(found - truth).mean(), "rmse": rmse, "rmse_of_range": rmse / (b.max() - b.min()),
+            "r2": 1 - ((a - b) ** 2).sum() / ((b - b.mean()) ** 2).sum(),
+            "mape": (np.abs(found - truth)[truth > 0] / truth[truth > 0]).mean(),
+            "spearman": spearmanr(found, truth).statistic, "kendall_same_template": np.nanmean(taus),
+        }  # fmt: skip
+        if target in COUNTS:
+            rows["exact"] = (np.round(found) == truth).mean()
+        for metric, value in rows.items():
+            interval = None
+            if metric in ("spearman", "rmse"):
+                interval = self.by_template(metric, found, truth, a, b, templates)
+            self.add(name, metric, float(np.nan_to_num(value)), ci=interval, n=len(truth), split=split, target=target)
+
+    def by_template(self, metric: str, found: Any, truth: Any, a: Any, b: Any, templates: Any) -> tuple[float, float]:
+        """95 % bootstrap over templates: programs of one are not independent."""
+        rng, names = np.random.default_rng(0), sorted(set(templates))
+        where = {name: np.flatnonzero(templates == name) for name in names}
+        drawn = []
+        for _ in range(200):
+            chosen = np.concatenate([where[names[pick]] for pick in rng.integers(0, len(names), len(names))])
+            if metric == "rmse":
+                drawn.append(np.sqrt(((a[chosen] - b[chosen]) ** 2).mean()))
+            else:
+                drawn.append(np.nan_to_num(spearmanr(found[chosen], truth[chosen]).statistic))
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return float(low), float(high)
+
+    def intervals(self) -> None:
+        """How many labels of held-out templates are in the 90 % intervals, and how wide those are (high over low)."""
+        for column, target in enumerate(NAMES):
+            inside, width, groups = [], [], []
+            for fold, places in enumerate(self.folds("template")):
+                said = np.array(self.kept(f"ensemble.{fold}")["predictions"])[:, column]
+                truth = self.goal[places, column]
+                known = ~np.isnan(truth)
+                slack = 1e-9 * (1 + np.abs(truth))
+                inside += ((said[:, 1] - slack <= truth) & (truth <= said[:, 2] + slack))[known].astype(float).tolist()
+                width += ((1 + said[:, 2]) / (1 + said[:, 1]))[known].tolist()
+                groups += np.array(self.templates)[places][known].tolist()
+            interval = bootstrap_ci(inside, groups)
+            self.add("model", "coverage", float(np.mean(inside)), ci=interval, n=len(inside), target=target)
+            self.add("model", "interval_factor", float(np.median(width)), n=len(width), target=target)
+
+    def decisions(self) -> None:
+        """The fusion study: gain over the default on the mean, part of the oracle's, how often worse than the default."""
+        paths = sorted((self.work / "cells").glob("fusion.*.json"))
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        kept: dict[str, list[float]] = {name: [] for name in ("predict_seconds", "whole", "segments")}
+        choices = []
+        for row in rows:
+            for name in kept:
+                kept[name].append(row.pop(name))
+            choices.append(Choice(**row))
+        for name in ("default", "random", "bytes", "oracle", "model", "trees"):
+            gains = [one.gain(name) for one in choices]
+            self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains), n=len(gains), study="fusion")
+            self.add(name, "recovered", recovered(choices, name), n=len(gains), study="fusion")
+            worse = [float(one.worse(name)) for one in choices]
+            self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse), n=len(worse), study="fusion")
+        whole = [1 - value / one.oracle for value, one in zip(kept["whole"], choices, strict=True)]
+        self.add("whole", "gain_over_oracle", float(np.mean(whole)), ci=bootstrap_ci(whole), n=len(whole), study="fusion")
+        slower = [float(value > 1.02 * one.oracle) for value, one in zip(kept["whole"], choices, strict=True)]
+        self.add("whole", "slower_than_oracle", float(np.mean(slower)), n=len(slower), study="fusion")
+        compile_ms = float(np.median([row["labels"]["compile_ms"] for row in self.rows]))
+        share = [s * 1e3 / (count * compile_ms) for s, count in zip(kept["predict_seconds"], kept["segments"], strict=True)]
+        self.add("model", "of_compile_time", float(np.median(share)), n=len(share), study="fusion")
 
 
 STEPS = ("corpus", "models", "ensemble", "order", "speed", "fusion", "report")
