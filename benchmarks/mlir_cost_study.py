@@ -193,7 +193,7 @@ class Study:
         goal = np.array([[float(peak_live_bytes(program))] for program in programs])
         kinds = {"trees": lambda: Trees(("peak_bytes",))} | {
             f"{kind}{'_ops' * (scheme == 'ops')}": lambda kind=kind, scheme=scheme: TokenModel(
-                ("peak_bytes",), kind, scheme, False, Training(lr=1e-3)
+                ("peak_bytes",), kind, scheme, False, Training(epochs=16, lr=1e-3)
             )
             for kind in ("bag", "conv", "lstm")
             for scheme in ("ops", "operands")
@@ -325,8 +325,8 @@ class Study:
         versions = provenance()["versions"] | {"compiler": compiler_version()}
         self.records.append(
             Record(
-                paper="mlir-cost-model", method=method, bench="mlir-cost-study", metric=metric, value=float(value), unit=unit,
-                ci=ci, n=n, seed=self.arguments.seed, model="generated", setting=setting, device=machine(), time=now(),
+                paper="mlir-cost-model", method=method, bench="mlir-cost-study", metric=metric, value=float(value),
+                unit=unit, ci=ci, n=n, seed=self.arguments.seed, model="generated", setting=setting, device=machine(), time=now(),
                 parameters={"rows": len(self.rows), "folds": FOLDS, "members": MEMBERS}, versions=versions,
                 revision=provenance()["revision"],
             )

@@ -161,10 +161,10 @@ class CostModel:
         return answers
 
     def _reason(self, unknown: float, spread: float, cut: int) -> str:
-        if cut:
-            return f"the program is {cut} tokens longer than what the model has seen"
         if unknown > self.limits["unknown"]:
             return f"{unknown:.0%} of its tokens are unknown to the model (limit {self.limits['unknown']:.0%})"
+        if cut:
+            return f"the program is {cut} tokens longer than what the model has seen"
         if spread > self.limits["spread"]:
             return f"the models disagree by {spread:.2f} standard deviations (limit {self.limits['spread']:.2f})"
         return ""
