@@ -1,6 +1,8 @@
 """Networks, trees and lines; the ensemble with its intervals; order pairs; decisions; the public class and its command."""
 
 import json
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from broadsheet.methods.estimates.mlir_cost_model.models import (
     KINDS, Line, Network, Scale, TokenModel, Training, Trees, run_network,
 )  # fmt: skip
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
-from broadsheet.methods.estimates.mlir_cost_model.tokens import Encoded
+from broadsheet.methods.estimates.mlir_cost_model.tokens import Encoded, Vocabulary
 from command import broadsheet
 
 TARGETS = ("time", "peak_bytes")
@@ -119,10 +121,10 @@ def test_it_abstains_on_what_it_does_not_know(rows, model):
     assert not model.answer(rows[3]["text"]).abstain
     strange = rows[3]["text"].replace("stablehlo.", "arith.").replace("tensor<", "memref<")
     assert "unknown" in model.answer(strange).abstain
-    kind = "tensor<16x32xf32>"
-    lines = [f"%{n + 1} = stablehlo.tanh %{n} : {kind}" for n in range(400)]
-    text = "\n".join([f"func.func @main(%0: {kind}) -> {kind} {{", *lines, f"return %400 : {kind}", "}"])
-    assert "longer than" in model.answer(text).abstain
+    long = Vocabulary(model.models[0].vocabulary.scheme, model.models[0].vocabulary.words, 20)
+    short = replace(model, models=[copy(one) for one in model.models])
+    short.models[0].vocabulary = long
+    assert "longer than what" in short.answer(rows[3]["text"]).abstain
     with pytest.warns(UserWarning, match="unknown"):
         model.predict(strange)
 
