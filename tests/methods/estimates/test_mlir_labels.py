@@ -1,21 +1,30 @@
-"""Labels: live bytes against MLIR's own use lists, spills of kernels with known register pressure, XLA's reports, the clock."""
+"""Labels: live bytes against MLIR's own use lists, spills of kernels with known register pressure, XLA's reports, the
+clock."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
+from mlir_interpreter import interpreted_peak
 
 from broadsheet.methods.estimates.mlir_cost_model import corpus, order
 from broadsheet.methods.estimates.mlir_cost_model.capture import capture, to_linalg
 from broadsheet.methods.estimates.mlir_cost_model.cost_model import values
 from broadsheet.methods.estimates.mlir_cost_model.generate import Builder, generate, whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import (
-    EMPTY, compile_llvm, compile_text, count_kernels, drop_noisy, label, peak_live_bytes, random_arguments, read_assembly,
+    EMPTY,
+    compile_llvm,
+    compile_text,
+    count_kernels,
+    drop_noisy,
+    label,
+    peak_live_bytes,
+    random_arguments,
+    read_assembly,
 )  # fmt: skip
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.templates import TEMPLATES
-from mlir_interpreter import interpreted_peak
 
 
 def test_peak_by_hand():
@@ -73,7 +82,12 @@ def kernel(live: int) -> str:
     lines += ["  %p = getelementptr <8 x float>, ptr %in, i64 %i", "  %x = load <8 x float>, ptr %p, align 32"]
     lines += [f"  %q{j} = fmul <8 x float> %s{j}, %x" for j in range(live)]
     lines += [f"  %t{j} = fadd <8 x float> %q{j}, %s{(j + 1) % live}" for j in range(live)]
-    lines += ["  %next = add i64 %i, 1", "  %more = icmp ult i64 %next, %n", "  br i1 %more, label %loop, label %done", "done:"]
+    lines += [
+        "  %next = add i64 %i, 1",
+        "  %more = icmp ult i64 %next, %n",
+        "  br i1 %more, label %loop, label %done",
+        "done:",
+    ]
     for j in range(live):
         lines.append(f"  %o{j} = getelementptr <8 x float>, ptr %out, i64 {j}")
         lines.append(f"  store <8 x float> %t{j}, ptr %o{j}, align 32")
@@ -148,17 +162,21 @@ def test_labels_of_a_program():
 def test_xla_refuses_in_one_line():
     pytest.importorskip("jax")
     text = "func.func @main(%a: tensor<4xf32>) -> tensor<5xf32> {\n  return %a : tensor<4xf32>\n}"
-    with pytest.raises(ValueError, match="XLA refuses the program: .*") as error:
+    with pytest.raises(ValueError, match=r"XLA refuses the program: .*") as error:
         compile_text(text)
     assert "\n" not in str(error.value)
 
 
 def test_random_arguments_fit_the_function():
-    function = parse("func.func @main(%a: tensor<2x3xf32>, %b: tensor<4xi32>, %c: tensor<i1>) -> tensor<i1> {\n return %c : tensor<i1>\n}")
+    function = parse(
+        "func.func @main(%a: tensor<2x3xf32>, %b: tensor<4xi32>, %c: tensor<i1>) -> tensor<i1> {\n return %c : tensor<i1>\n}"
+    )
     a, b, c = random_arguments(function)
     assert (a.shape, a.dtype, b.dtype, c.dtype) == ((2, 3), np.float32, np.int32, np.bool_)
     with pytest.raises(ValueError, match="cannot be made up"):
-        random_arguments(parse("func.func @main(%a: tensor<2xf8E4M3FN>) -> tensor<2xf8E4M3FN> {\n return %a : tensor<2xf8E4M3FN>\n}"))
+        random_arguments(
+            parse("func.func @main(%a: tensor<2xf8E4M3FN>) -> tensor<2xf8E4M3FN> {\n return %a : tensor<2xf8E4M3FN>\n}")
+        )
 
 
 def test_noisy_times_are_dropped_and_counted():
@@ -193,7 +211,9 @@ def test_segments_compute_what_the_graph_does():
     bounds = [0, *cuts, len(graph.nodes)]
     first = len(graph.parameters)
     for segment, start, stop in zip(graph.segments(cuts), bounds, bounds[1:], strict=False):
-        outer = sorted({v for node in graph.nodes[start:stop] for v in node.inputs} - set(range(first + start, first + stop)))
+        outer = sorted(
+            {v for node in graph.nodes[start:stop] for v in node.inputs} - set(range(first + start, first + stop))
+        )
         made = jax.jit(segment.function())(*[known[value] for value in outer])
         known |= dict(zip([v for v in graph.live(stop - 1) if v >= first + start], made, strict=True))
     for one, value in zip(expected, graph.outputs, strict=True):

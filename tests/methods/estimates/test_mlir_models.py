@@ -3,10 +3,12 @@
 import json
 from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from command import broadsheet
 
 from broadsheet.methods.estimates.mlir_cost_model import CostModel, MLIRCostModel, order
 from broadsheet.methods.estimates.mlir_cost_model.corpus import folds
@@ -14,11 +16,17 @@ from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision
 from broadsheet.methods.estimates.mlir_cost_model.generate import whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import peak_live_bytes
 from broadsheet.methods.estimates.mlir_cost_model.models import (
-    KINDS, Line, Network, Scale, TokenModel, Training, Trees, run_network,
+    KINDS,
+    Line,
+    Network,
+    Scale,
+    TokenModel,
+    Training,
+    Trees,
+    run_network,
 )  # fmt: skip
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.tokens import Encoded, Vocabulary
-from command import broadsheet
 
 TARGETS = ("time", "peak_bytes")
 QUICK = Training(epochs=2)
@@ -88,7 +96,9 @@ def test_models_beat_the_mean_on_new_programs(rows, kind):
 def test_shuffled_labels_teach_nothing(rows):
     programs, y = [parse(row["text"]) for row in rows], np.log(goal(rows))
     shuffled = np.exp(np.random.default_rng(0).permutation(y[:120]))
-    found = np.log(TokenModel(TARGETS, training=QUICK).fit(programs[:120], shuffled, list(range(0, 120, 6))).predict(programs[120:]))
+    found = np.log(
+        TokenModel(TARGETS, training=QUICK).fit(programs[:120], shuffled, list(range(0, 120, 6))).predict(programs[120:])
+    )
     r2 = 1 - ((found - y[120:]) ** 2).sum(0) / ((y[120:] - y[120:].mean(0)) ** 2).sum(0)
     assert (r2 < 0.15).all()
 
@@ -113,7 +123,9 @@ def test_half_widths_are_the_quantile_of_errors_on_templates_left_out(rows, mode
     """Here every kind is like the others: about 90 % of the rows must be inside, and not nearly all."""
     answers = model.answers([row["text"] for row in rows])
     for column, name in enumerate(TARGETS):
-        inside = [one.predictions[name].low <= y <= one.predictions[name].high for one, y in zip(answers, goal(rows)[:, column])]
+        inside = [
+            one.predictions[name].low <= y <= one.predictions[name].high for one, y in zip(answers, goal(rows)[:, column])
+        ]
         assert 0.8 <= np.mean(inside) <= 1
 
 
@@ -160,7 +172,7 @@ def test_no_template_is_in_two_folds():
     assert sorted(name for part in parts for name in part) == [f"t{n}" for n in range(7)]
 
 
-# --- order ------------------------------------------------------------------------------------------------------------------
+# --- order ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["operands", "order"])
@@ -189,7 +201,7 @@ def test_only_operands_tell_pairs_apart():
     assert right["operands"] >= 0.85
 
 
-# --- decisions ----------------------------------------------------------------------------------------------------------------
+# --- decisions --------------------------------------------------------------------------------------------------------
 
 
 def test_plans_respect_the_limit_and_cover_the_graph():
@@ -201,7 +213,7 @@ def test_plans_respect_the_limit_and_cover_the_graph():
     for plan in decision.plans:
         assert plan[0][0] == 0
         assert plan[-1][1] == count
-        assert all(a[1] == b[0] for a, b in zip(plan, plan[1:]))
+        assert all(a[1] == b[0] for a, b in pairwise(plan))
         assert all(0 < stop - start <= decision.limit for start, stop in plan)
     with pytest.raises(ValueError, match="the limit is at least 1"):
         Decision(graph, count)
@@ -229,7 +241,7 @@ def test_gain_and_worse():
     assert recovered([choice], "bytes") == pytest.approx(0.5)
 
 
-# --- the public class ---------------------------------------------------------------------------------------------------------
+# --- the public class -------------------------------------------------------------------------------------------------
 
 
 def test_estimate_and_command(rows, model, tmp_path):

@@ -45,12 +45,12 @@ def sequence_over_bag(records: Sequence[Record]) -> Verdict:
     """Convolutions against a bag of the same tokens, both without our sizes, over all targets."""
     better, parts = [], []
     for target in ("time", "peak_bytes", "temp_bytes", "kernels", "fusions", *_PRESSURE):
-        conv, bag = (_one(records, name, "rmse", split="template", target=target) for name in ("conv", "bag"))
+        conv, bag = (_one(records, name, "rmse", split="template-0", target=target) for name in ("conv", "bag"))
         if not conv or not bag:
             return None
         better.append(conv.value < bag.value)
         parts.append(f"{target} {conv.value:.2f}/{bag.value:.2f}")
-    shuffled = _one(records, "conv_sizes", "r2", split="shuffled", target="time")
+    shuffled = _one(records, "conv_sizes", "r2", split="shuffled-0", target="time")
     control = f"; shuffled labels R² {shuffled.value:.2f}" if shuffled else ""
     text = f"RMSE of convolution/bag on held-out templates: {', '.join(parts)}{control}"
     return graded([all(better)], [sum(better) > len(better) / 2]), text

@@ -9,10 +9,10 @@ from typing import Any
 def capture(function: Callable[..., Any], *arguments: Any, dialect: str = "stablehlo") -> str:
     """The text of a JAX function (or a torch module) for arguments of these shapes.
 
-    ``arguments``: arrays, or anything with ``shape`` and ``dtype``. ``dialect``: stablehlo, or linalg (tensors), which comes out
-    of it by the passes of StableHLO. A torch module is exported with `torch.export` and lowered by torchax, if that is
-    installed; its parameters and buffers become the first arguments. Raises ValueError for another dialect (affine text is
-    read here, but nothing that is installed with JAX lowers to it) and for what is not installed.
+    ``arguments``: arrays, or anything with ``shape`` and ``dtype``. ``dialect``: stablehlo, or linalg (tensors), which
+    comes out of it by the passes of StableHLO. A torch module is exported with `torch.export` and lowered by torchax, if
+    that is installed; its parameters and buffers become the first arguments. Raises ValueError for another dialect
+    (affine text is read here, but nothing that is installed with JAX lowers to it) and for what is not installed.
     """
     if dialect not in ("stablehlo", "linalg"):
         raise ValueError(

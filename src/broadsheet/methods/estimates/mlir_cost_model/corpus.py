@@ -25,8 +25,8 @@ Row = dict[str, Any]
 def build(path: str | Path, count: int, seed: int = 0, tick: Callable[[int, int], None] | None = None) -> list[Row]:
     """Programs 0 to ``count`` of `generate`, compiled, read and timed, about four a second on one core.
 
-    Rows are added to ``path`` one by one; what is there already is kept, so that a run that was stopped goes on. Programs that
-    occur twice are kept once (a row with a number and no text says so). Returns the rows with a text.
+    Rows are added to ``path`` one by one; what is there already is kept, so that a run that was stopped goes on. Programs
+    that occur twice are kept once (a row with a number and no text says so). Returns the rows with a text.
     """
     lines = JsonLines(path)
     rows = list(lines)

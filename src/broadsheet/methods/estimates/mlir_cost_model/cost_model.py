@@ -1,10 +1,10 @@
 """An ensemble of networks with intervals: fit, predict, rank, save, load.
 
-Five networks, each trained without a fifth of the *templates*. What a member says of the templates that it never saw shows
-how wrong it is on a new kind of program: the 90 % quantile of those errors is the interval's half width (split conformal
-prediction, as in the CV+ of Barber et al. 2021 with groups as folds; every template has the same weight). The same members say
-when to abstain: where too many tokens are unknown, where they differ more than a member that did not know the template
-differed from the others, or where the program is longer than what was learnt from.
+A few networks, each trained without a part of the *templates*. What a member says of the templates that it never saw
+shows how wrong it is on a new kind of program: the 90 % quantile of those errors is the interval's half width (split
+conformal prediction, as in the CV+ of Barber et al. 2021 with groups as folds; every template has the same weight). The
+same members say when to abstain: where too many tokens are unknown, where they differ more than a member that did not
+know the template differed from the others, or where the program is longer than what was learnt from.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CostModel:
     sizes: bool = True
     members: int = 5
     level: float = 0.9
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
     seed: int = 0
     models: list[TokenModel] = field(default_factory=list, repr=False)
     half: Array = field(default_factory=lambda: np.zeros(0), repr=False)  #: half widths, standardised
@@ -135,8 +135,9 @@ class CostModel:
             [_quantile(every[:, place], np.array(weight), self.level) for place in range(len(self.targets))]
         )
         self.limits = {
-            "spread": float(np.quantile(np.concatenate(apart), 0.95)), "unknown": max(0.02, float(np.quantile(unknown, 0.99)))
-        }  # fmt: skip
+            "spread": float(np.quantile(np.concatenate(apart), 0.95)),
+            "unknown": max(0.02, float(np.quantile(unknown, 0.99))),
+        }
 
     def answer(self, program: str | Function) -> Answer:
         """Everything about one program. Raises ValueError for text that cannot be read (with its line)."""
@@ -225,7 +226,7 @@ class CostModel:
             )
         try:
             with safe_open(str(path), "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dict
                 state = json.loads((file.metadata() or {})["cost_model"])
         except (SafetensorError, KeyError, json.JSONDecodeError):
             raise ValueError(f"{path} is no cost model; give a file that CostModel.save wrote") from None

@@ -1,13 +1,13 @@
 """What a cost model is for: which of several ways to run a graph is the cheapest, decided without compiling them.
 
-A graph compiler that may put at most ``limit`` nodes into one compiled segment (as accelerators and their compilers bound it) must
-cut the graph somewhere. The default is greedy: fill every segment from the start. The candidates are all cut sets with as few
-cuts as the limit needs, or one more. A plan costs the sum over its segments, each with the price of a call. Without a limit there is
-nothing to decide on XLA's CPU backend: one segment was never slower in our tests.
+A graph compiler that may put at most ``limit`` nodes into one compiled segment (as accelerators and their compilers bound
+it) must cut the graph somewhere. The default is greedy: fill every segment from the start. The candidates are all cut
+sets with as few cuts as the limit needs, or one more. A plan costs the sum over its segments, each with the price of a
+call. Without a limit there is nothing to decide on XLA's CPU backend: one segment was never slower in our tests.
 
-Who decides: ``default``; ``random`` (the mean over all candidates); ``bytes``, the static rule that lets the fewest bytes cross a
-cut; a model; ``oracle``, which measures all. Measured twice: the oracle chooses by the first time and is judged, as all are, by
-the second, else it would be paid for noise.
+Who decides: ``default``; ``random`` (the mean over all candidates); ``bytes``, the static rule that lets the fewest bytes
+cross a cut; a model; ``oracle``, which measures all. Measured twice: the oracle chooses by the first time and is judged,
+as all are, by the second, else it would be paid for noise.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Decision:
 
 def _spans(places: Sequence[int], count: int) -> Plan:
     bounds = (0, *places, count)
-    return tuple(zip(bounds, bounds[1:], strict=False))
+    return tuple(itertools.pairwise(bounds))
 
 
 def recovered(choices: Sequence[Choice], name: str) -> float:

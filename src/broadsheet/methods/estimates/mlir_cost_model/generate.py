@@ -1,15 +1,16 @@
 """Tensor programs to learn from: templates of the blocks of deep networks, random graphs, pieces of both, resampled shapes.
 
-A `Graph` is a list of nodes in program order. It can be run as a JAX function, split at every k-th node, and cut into segments
-that run one after the other, so that no fusion passes a cut. `generate` is a stream without an end: program number n depends on
-the seed and n alone, so that a corpus can be made in parts. Weights are arguments, never constants, because a compiler would
-fold those.
+A `Graph` is a list of nodes in program order. It can be run as a JAX function, split at every k-th node, and cut into
+segments that run one after the other, so that no fusion passes a cut. `generate` is a stream without an end: program
+number n depends on the seed and n alone, so that a corpus can be made in parts. Weights are arguments, never constants,
+because a compiler would fold those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -60,7 +61,7 @@ class Graph:
         XLA's fusion on the CPU: it is removed before.
         """
         bounds = [0, *sorted(cuts), len(self.nodes)]
-        return tuple(self.piece(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
+        return tuple(self.piece(start, stop) for start, stop in pairwise(bounds))
 
     def piece(self, start: int, stop: int) -> Graph:
         """Nodes ``start`` to ``stop`` alone: what they need becomes parameters, what is needed later becomes outputs."""

@@ -1,9 +1,10 @@
 """What a program costs, found out and not predicted: analysis of the text, XLA's compiler, its object code, the clock.
 
 - `peak_live_bytes`: by linear scan over the text. No compiler.
-- `Target.compile`: XLA's CPU compiler in this process, one thread. Its report of temporary bytes, FLOPs and bytes accessed;
-  fusions and kernels after optimisation; and of the object code that it made for this program (`ObjectCode`): instructions,
-  vector share, frame traffic. Calls into libraries (large matrix products, convolutions) are in the time but not in that code.
+- `compile_text`: XLA's CPU compiler in this process, one thread. Its report of temporary bytes, FLOPs and bytes
+  accessed; fusions and kernels after optimisation; and of the object code that it made for this program (`ObjectCode`):
+  instructions, vector share, frame traffic. Calls into libraries (large matrix products, convolutions) are in the time
+  but not in that code.
 - `Compiled.measure`: CPU time of a call. The process is pinned to one core.
 
 All bytes are bytes, all times microseconds.
@@ -102,8 +103,8 @@ class ObjectCode:
 
     ``spills``: moves between registers and the stack frame, the measure of register pressure: values that found no
     register (and what the code keeps in its frame anyhow, for example arrays of accumulators). Saving the caller's
-    registers by push and pop is not among them. ``frame_bytes``: the largest frame. ``vector`` and ``scalar``: floating-point
-    arithmetic on packed and on single numbers.
+    registers by push and pop is not among them. ``frame_bytes``: the largest frame. ``vector`` and ``scalar``:
+    floating-point arithmetic on packed and on single numbers.
     """
 
     instructions: int
@@ -224,7 +225,8 @@ def compile_text(text: str) -> Compiled:
 @dataclass(frozen=True)
 class Timing:
     """Microseconds a call. ``time``: CPU time, the median over blocks; ``again``: the same a second time; ``wall``: by the
-    clock on the wall, which other work on the machine lengthens. ``noise``: what the two differ by, relative to their mean."""
+    clock on the wall, which other work on the machine lengthens. ``noise``: what the two differ by, relative to their
+    mean."""
 
     time: float
     again: float
@@ -253,8 +255,8 @@ class Compiled:
         return {
             "peak_bytes": peak_live_bytes(self.function),
             "temp_bytes": self.loaded.get_compiled_memory_stats().temp_size_in_bytes,
-            "kernels": kernels, "fusions": fusions, "flops": cost.get("flops", 0.0), "bytes": cost.get("bytes accessed", 0.0),
-            **asdict(self.code), "vector_util": self.code.vector_util, "compile_ms": self.seconds * 1e3,
+            "kernels": kernels, "fusions": fusions, "flops": cost.get("flops", 0.0),
+            "bytes": cost.get("bytes accessed", 0.0), **asdict(self.code), "vector_util": self.code.vector_util, "compile_ms": self.seconds * 1e3,
         }  # fmt: skip
 
     def measure(self, blocks: int = 9, calls: int = 8, seed: int = 0, block_us: float = 300.0) -> Timing:

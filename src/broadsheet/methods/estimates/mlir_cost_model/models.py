@@ -1,14 +1,15 @@
 """Models of cost: networks on tokens, trees on counts, lines on FLOPs. All learn a matrix of targets, [programs, targets].
 
-A target is learnt as a standardised logarithm (of 1 + value; a share as it is), with a Huber loss; a missing label (NaN) has no
-part in it. The networks share their trunk between targets and have a head for each.
+A target is learnt as a standardised logarithm (of 1 + value; a share as it is), with a Huber loss; a missing label (NaN)
+has no part in it. The networks share their trunk between targets and have a head for each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -58,12 +59,13 @@ class Scale:
 class Network(nn.Module):
     """Tokens [batch, length] (0 is padding), their sizes [batch, length, 2] -> standardised targets [batch, targets].
 
-    ``bag``: embeddings alone. ``lstm``: one layer. ``conv``: six convolutions of width 3 and decreasing filters, each but the
-    last followed by max pooling by 2 (the paper's best). ``transformer``: two encoder layers with sinusoidal positions. What
-    comes out at the positions is pooled as its mean and as log-sum-exp, because cost adds up along a program and is learnt
-    as a logarithm; then two dense layers. With ``sizes`` the dense layers also see the program's totals (`features.totals`,
-    [batch, TOTALS + 1], `TotalScale`), and a line from them to the targets runs beside the network; training starts from
-    the line's least squares and a network that says nothing. Without: tokens alone, as in the paper.
+    ``bag``: embeddings alone. ``lstm``: one layer. ``conv``: six convolutions of width 3 and decreasing filters, each but
+    the last followed by max pooling by 2 (the paper's best). ``transformer``: two encoder layers with sinusoidal
+    positions. What comes out at the positions is pooled as its mean and as log-sum-exp, because cost adds up along a
+    program and is learnt as a logarithm; then two dense layers. With ``sizes`` the dense layers also see the program's
+    totals (`features.totals`, [batch, TOTALS + 1], `TotalScale`), and a line from them to the targets runs beside the
+    network; training starts from the line's least squares and a network that says nothing. Without: tokens alone, as in
+    the paper.
     """
 
     FILTERS = (48, 48, 40, 40, 32, 32)
@@ -82,7 +84,7 @@ class Network(nn.Module):
             self.lstm = nn.LSTM(width, width, batch_first=True)
         elif kind == "conv":
             filters = (width, *self.FILTERS)
-            self.convs = nn.ModuleList(nn.Conv1d(a, b, 3, padding=1) for a, b in zip(filters, filters[1:], strict=False))
+            self.convs = nn.ModuleList(nn.Conv1d(a, b, 3, padding=1) for a, b in pairwise(filters))
         else:
             layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -233,13 +235,14 @@ class TokenModel:
     kind: Kind = "conv"
     scheme: Scheme = "operands"
     sizes: bool = True
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
 
     def fit(
         self, programs: Sequence[Function], values: Array, validation: Sequence[int], vocabulary: Vocabulary | None = None,
         tick: Callable[[int, float], None] | None = None,
     ) -> TokenModel:  # fmt: skip
-        """``validation``: places of the rows that say when to stop. Vocabulary (unless given) and scale are of the others."""
+        """``validation``: places of the rows that say when to stop. Vocabulary (unless given) and scale are of the
+        others."""
         held = set(validation)
         rest = [place for place in range(len(programs)) if place not in held]
         self.vocabulary = vocabulary or Vocabulary.build([programs[place] for place in rest], self.scheme)

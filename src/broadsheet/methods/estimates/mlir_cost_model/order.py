@@ -1,8 +1,9 @@
 """Programs that differ in nothing but who reads what and when, for the proof that operands matter.
 
-Counts of operations carry no order. Here two programs of a pair have the same operations on the same shapes, yet different peaks of
-live bytes: ``operands`` pairs also have them in the same order and differ in their operands alone; ``order`` pairs compute the
-same values in another order. What looks at names of operations alone cannot tell the first kind apart, a bag neither kind.
+Counts of operations carry no order. Here two programs of a pair have the same operations on the same shapes, yet
+different peaks of live bytes: ``operands`` pairs also have them in the same order and differ in their operands alone;
+``order`` pairs compute the same values in another order. What looks at names of operations alone cannot tell the first
+kind apart, a bag neither kind.
 """
 
 from __future__ import annotations

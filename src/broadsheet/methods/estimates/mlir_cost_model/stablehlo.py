@@ -1,8 +1,8 @@
 """A tolerant reader of StableHLO text (pretty or generic form, and simple linalg, affine, arith, scf) that needs no MLIR.
 
-`parse` gives one `Function` with its calls inlined: operations in program order with operands, result types and regions. White
-space, value names, locations and comments leave no trace in it beyond line numbers. It reads well-formed text and does not verify it:
-an MLIR build does that. Every error is a one-line ValueError that starts with the line number.
+`parse` gives one `Function` with its calls inlined: operations in program order with operands, result types and regions.
+White space, value names, locations and comments leave no trace in it beyond line numbers. It reads well-formed text and
+does not verify it: an MLIR build does that. Every error is a one-line ValueError that starts with the line number.
 """
 
 from __future__ import annotations
@@ -334,8 +334,8 @@ class _Reader:
         if one.text == "}":
             return self.lexemes[self.at - 1].text in ("do", "cond", "(")
         return (
-            self._starts_operation(self.at + 1) and self.lexemes[self.at + 2].text not in ("}", "=") or one.text in _RETURNS
-        )
+            self._starts_operation(self.at + 1) and self.lexemes[self.at + 2].text not in ("}", "=")
+        ) or one.text in _RETURNS
 
     def operation(self) -> Operation:
         results: list[str] = []

@@ -2,14 +2,15 @@
 
 - ``ops``: of every operation in program order its name and its result types; operands are dropped.
 - ``operands``: also the names of results and operands, and operand types where they differ from the result's, as the text
-  prints them, so that the flow of data is visible. Names are canonical: %0, %1, ... by first appearance. Beside a name stands
-  nothing that the text does not say.
+  prints them, so that the flow of data is visible. Names are canonical: %0, %1, ... by first appearance. Beside a name
+  stands nothing that the text does not say.
 
-A whole tensor type is one token where it is frequent; a rare one is its dtype and a token for the size of each dimension (log2,
-in halves). Beside its number a token has two sizes, 0 where there are none: log2 of the operation's FLOPs or the type's bytes, and
-of the type's last dimension (our addition: numbers that a network can calculate with, where tokens can only be looked up).
-Regions stand between ``begin`` and ``end``. What does not affect cost (locations, names, layouts of the printer) leaves no token; the attributes that do are numbers of
-contracted, reduced or batch dimensions (``dims`` and so on) and the operation a reduction applies.
+A whole tensor type is one token where it is frequent; a rare one is its dtype and a token for the size of each dimension
+(log2, in halves). Beside its number a token has two sizes, 0 where there are none: log2 of the operation's FLOPs or the
+type's bytes, and of the type's last dimension (our addition: numbers that a network can calculate with, where tokens can
+only be looked up). Regions stand between ``begin`` and ``end``. What does not affect cost (locations, names, layouts of
+the printer) leaves no token; the attributes that do are numbers of contracted, reduced or batch dimensions (``dims`` and
+so on) and the operation a reduction applies.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def _size(number: int) -> float:
 
 
 class Encoded(NamedTuple):
-    """``numbers`` and ``sizes``: of each token; ``unknown``: share of tokens without a number of their own; ``cut``: how many
+    """``numbers`` and ``sizes``: of each token; ``unknown``: share of tokens without a number of their own; ``cut``: how
+    many
     tokens did not fit."""
 
     numbers: list[int]
