@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, prod
 
 import numpy as np
@@ -104,12 +104,10 @@ class Decision:
             return sum(times[span] + call for span in plan)
 
         judged = {plan: cost(second, plan) for plan in self.plans}
-        models = {
-            name: judged[self.choose(lambda plan, times=times: cost(times, plan))] for name, times in predicted.items()
-        }
+        models = {name: judged[self.choose(partial(cost, times))] for name, times in predicted.items()}
         return Choice(
             self.graph.template, len(self.plans), judged[self.plans[0]], float(np.mean(list(judged.values()))),
-            judged[self.choose(self.crossing)], judged[self.choose(lambda plan: cost(first, plan))], models,
+            judged[self.choose(self.crossing)], judged[self.choose(partial(cost, first))], models,
         )  # fmt: skip
 
 

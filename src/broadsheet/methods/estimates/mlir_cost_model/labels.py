@@ -256,7 +256,8 @@ class Compiled:
             "peak_bytes": peak_live_bytes(self.function),
             "temp_bytes": self.loaded.get_compiled_memory_stats().temp_size_in_bytes,
             "kernels": kernels, "fusions": fusions, "flops": cost.get("flops", 0.0),
-            "bytes": cost.get("bytes accessed", 0.0), **asdict(self.code), "vector_util": self.code.vector_util, "compile_ms": self.seconds * 1e3,
+            "bytes": cost.get("bytes accessed", 0.0), **asdict(self.code), "vector_util": self.code.vector_util,
+            "compile_ms": self.seconds * 1e3,
         }  # fmt: skip
 
     def measure(self, blocks: int = 9, calls: int = 8, seed: int = 0, block_us: float = 300.0) -> Timing:

@@ -74,7 +74,7 @@ class Network(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"the network is {', '.join(KINDS)}, not {kind!r}")
-        self.kind, self.width = kind, width
+        self.kind, self.width, self.targets = kind, width, targets
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
         self.size = nn.Linear(2, width, bias=False) if sizes else None
         out = self.FILTERS[-1] if kind == "conv" else width
@@ -218,7 +218,7 @@ def run_network(network: Network, programs: Sequence[Encoded], totals: TotalScal
     with torch.inference_mode():
         if len(programs) == 1:
             return network(*padded(programs, totals)).numpy().astype(float)
-        found = np.zeros((len(programs), network.dense[-1].out_features))  # type: ignore[arg-type]  # a Linear's size
+        found = np.zeros((len(programs), network.targets))
         for places, batch in batches(programs, 64, totals):
             found[places] = network(*batch).numpy()
     return found
@@ -337,7 +337,7 @@ class Line:
         self.lines = list[tuple[float, TotalScale, Array]]()
         for place in range(len(self.targets)):
             known = ~np.isnan(y[:, place])
-            chosen = [programs[row] for row in np.flatnonzero(known)]
+            chosen = [programs[row] for row in np.flatnonzero(known).tolist()]
             sums = TotalScale((0.0,) * (TOTALS + 1))
             if self.kind == "additive":
                 sums = TotalScale.fit(np.array([totals(program) for program in chosen]), values[known, place])

@@ -120,7 +120,7 @@ def program_id(function: Function) -> str:
 
 def detokenise(words: Sequence[str]) -> list[str]:
     """One line an operation, for a reader and for the test that nothing but names is lost: words joined, with indents."""
-    lines, depth = [], 0
+    lines, depth = list[str](), 0
     for word in words:
         if word == "end":
             depth -= 1
