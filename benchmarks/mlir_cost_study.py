@@ -4,10 +4,10 @@
     python benchmarks/mlir_cost_study.py models ensemble order speed fusion report
 
 What a step finds is kept in ``--work``, cell by cell, so that every step goes on where it was stopped; ``report`` writes the
-records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); all models
-ran on the first of them ("template-0"); for the leak, one fold of rows ("random-0"). Errors are of log(1 + value) (of the
-share itself), because times and bytes span orders of magnitude; ``mape`` and ``exact`` are of the values. Times are CPU time
-of one pinned core.
+records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); all
+models ran on the first of them ("template-0"); for the leak, one fold of rows ("random-0"). Errors are of log(1 + value)
+(of the share itself), because times and bytes span orders of magnitude; ``mape`` and ``exact`` are of the values. Times are
+CPU time of one pinned core.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def test_generic_form_and_other_dialects():
         ("func.func @f(%a: tensor<?x4xf32>) {\n return\n}", "line 1: dynamic shape tensor<\\?x4xf32>"),
         ("func.func @f(%a: tensor<4xf32>) {\n %0 = tosa.add %a, %a : tensor<4xf32>\n return\n}", "line 2: dialect 'tosa'"),
         ("func.func @f(%a: tensor<4xf32>) {\n\n %0 = stablehlo.add %a, %b : tensor<4xf32>\n return\n}", "line 3: %b is"),
-        ("func.func @f(%a: tensor<4xf32>) {\n %0 = stablehlo.tanh %a : tensor<4xf32>\n", "line 2: stablehlo.tanh is not finished"),
+        ("func.func @f(%a: tensor<4xf32>) {\n %0 = stablehlo.tanh %a : tensor<4xf32>\n", "line 2: stablehlo.tanh is not"),
         ("func.func @f(%a: tensor<4xf32) {\n return\n}", "line 1: .* is never closed"),
         ("func.func @f(%a: tensor<4xf32>) {\n 7 + 4\n}", "line 2: an operation was expected, not '7'"),
         ("func.func @f(%a: tensor<4xf32>) {\n %0 = call @g(%a) : (tensor<4xf32>) -> tensor<4xf32>\n}", "line 2: the call"),
