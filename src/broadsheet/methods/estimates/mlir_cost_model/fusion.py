@@ -3,7 +3,9 @@
 A graph compiler that may put at most ``limit`` nodes into one compiled segment (as accelerators and their compilers bound
 it) must cut the graph somewhere. The default is greedy: fill every segment from the start. The candidates are all cut
 sets with as few cuts as the limit needs, or one more. A plan costs the sum over its segments, each with the price of a
-call. Without a limit there is nothing to decide on XLA's CPU backend: one segment was never slower in our tests.
+call. (Without a limit one
+segment is mostly the best on XLA's CPU backend, which fuses and dispatches by itself; the study says how often it is
+not.)
 
 Who decides: ``default``; ``random`` (the mean over all candidates); ``bytes``, the static rule that lets the fewest bytes
 cross a cut; a model; ``oracle``, which measures all. Measured twice: the oracle chooses by the first time and is judged,
@@ -24,6 +26,8 @@ from .capture import capture
 from .generate import Graph
 
 Span = tuple[int, int]
+#: what "cautious" models must promise
+CAUTION = 0.1
 Plan = tuple[Span, ...]
 
 
@@ -90,21 +94,26 @@ class Decision:
         """Bytes of the values that live across its cuts."""
         return sum(4 * prod(self.graph.shape(v)) for _, stop in plan[:-1] for v in self.graph.live(stop - 1))
 
-    def choose(self, cost: Callable[[Plan], float]) -> Plan:
-        """The cheapest; of equals the first, so that a model without an opinion keeps the default."""
-        return min(self.plans, key=cost)
+    def choose(self, cost: Callable[[Plan], float], caution: float = 0.0) -> Plan:
+        """The cheapest; of equals the first, so that a model without an opinion keeps the default. With ``caution`` only
+        where it promises to be cheaper than the default by more than that part."""
+        best = min(self.plans, key=cost)
+        return best if cost(best) < (1 - caution) * cost(self.plans[0]) else self.plans[0]
 
     def decide(
         self, first: dict[Span, float], second: dict[Span, float], predicted: dict[str, dict[Span, float]], call: float
     ) -> Choice:
         """``first`` and ``second``: measured microseconds of every segment, without what a call costs (``call``).
-        ``predicted``: the same by each model."""
+        ``predicted``: the same by each model; each also decides with caution ("name_cautious")."""
 
         def cost(times: dict[Span, float], plan: Plan) -> float:
             return sum(times[span] + call for span in plan)
 
         judged = {plan: cost(second, plan) for plan in self.plans}
         models = {name: judged[self.choose(partial(cost, times))] for name, times in predicted.items()}
+        models |= {
+            f"{name}_cautious": judged[self.choose(partial(cost, times), CAUTION)] for name, times in predicted.items()
+        }
         return Choice(
             self.graph.template, len(self.plans), judged[self.plans[0]], float(np.mean(list(judged.values()))),
             judged[self.choose(self.crossing)], judged[self.choose(partial(cost, first))], models,
