@@ -12,6 +12,7 @@ from command import broadsheet
 
 from broadsheet.methods.estimates.mlir_cost_model import CostModel, MLIRCostModel, order
 from broadsheet.methods.estimates.mlir_cost_model.corpus import folds
+from broadsheet.methods.estimates.mlir_cost_model.cost_model import SHIPPED
 from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, recovered
 from broadsheet.methods.estimates.mlir_cost_model.generate import whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import peak_live_bytes
@@ -263,3 +264,35 @@ def test_estimate_and_command(rows, model, tmp_path):
         failed = broadsheet("mlir-cost", *arguments, check=False)
         assert failed.returncode == 2
         assert message in failed.stderr
+
+
+PROGRAM = """func.func @main(%arg0: tensor<32x128xf32>, %arg1: tensor<128x256xf32>) -> tensor<32x256xf32> {
+  %0 = stablehlo.dot_general %arg0, %arg1, contracting_dims = [1] x [0] : (tensor<32x128xf32>, tensor<128x256xf32>) -> tensor<32x256xf32>
+  %1 = stablehlo.tanh %0 : tensor<32x256xf32>
+  %2 = stablehlo.exponential %1 : tensor<32x256xf32>
+  return %2 : tensor<32x256xf32>
+}
+"""  # noqa: E501
+
+
+def test_the_shipped_model(tmp_path):
+    assert SHIPPED["stablehlo-cpu"].stat().st_size < 5e6
+    model = CostModel.load()
+    small, large = PROGRAM, PROGRAM.replace("32x", "128x").replace("256xf", "512xf")
+    assert model.rank([large, small]) == [1, 0]
+    assert not set(model.card["templates"]) & set(model.card["held_out"])
+    (tmp_path / "p.mlir").write_text(small)
+    out = broadsheet("run", "mlir-cost-model", "-o", f"program={tmp_path / 'p.mlir'}", "--json", "-")
+    found = json.loads(out.stdout)
+    assert found["exact"]["flops"] == 2 * 32 * 256 * 128 + 2 * 32 * 256
+    assert found["exact"]["peak_bytes"] == 4 * (32 * 128 + 128 * 256 + 2 * 32 * 256)
+    low, high = found["answer"]["predictions"]["time"][1:]
+    assert 0 < low < high
+
+
+def test_prediction_and_measurement_side_by_side(tmp_path):
+    pytest.importorskip("jax")
+    report = MLIRCostModel(targets="time,kernels").estimate(PROGRAM, measure=True)
+    (table,) = report.tables()
+    assert table.columns[-1] == "measured"
+    assert all(row[-1] > 0 for row in table.rows)

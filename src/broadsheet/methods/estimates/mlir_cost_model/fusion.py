@@ -3,9 +3,8 @@
 A graph compiler that may put at most ``limit`` nodes into one compiled segment (as accelerators and their compilers bound
 it) must cut the graph somewhere. The default is greedy: fill every segment from the start. The candidates are all cut
 sets with as few cuts as the limit needs, or one more. A plan costs the sum over its segments, each with the price of a
-call. (Without a limit one
-segment is mostly the best on XLA's CPU backend, which fuses and dispatches by itself; the study says how often it is
-not.)
+call. (Without a limit one segment is mostly the best on XLA's CPU backend, which fuses and dispatches by itself; the
+study says how often it is not.)
 
 Who decides: ``default``; ``random`` (the mean over all candidates); ``bytes``, the static rule that lets the fewest bytes
 cross a cut; a model; ``oracle``, which measures all. Measured twice: the oracle chooses by the first time and is judged,
