@@ -61,8 +61,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "bag": lambda: TokenModel(NAMES, "bag", sizes=False),
     "conv_ops": lambda: TokenModel(NAMES, "conv", "ops", sizes=False),
     "conv": lambda: TokenModel(NAMES, "conv", sizes=False),
-    "lstm": lambda: TokenModel(NAMES, "lstm", sizes=False),
     "conv_sizes": lambda: TokenModel(NAMES, "conv"),
+    "lstm": lambda: TokenModel(NAMES, "lstm", sizes=False),
 }  # fmt: skip
 #: on all folds of templates; the others on the first alone, to keep the study within an hour or two of one core
 EVERY_FOLD = ("mean", "flops", "roofline", "additive", "trees")

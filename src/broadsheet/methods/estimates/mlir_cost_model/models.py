@@ -300,7 +300,7 @@ class Trees:
         for place in range(len(self.targets)):
             known = ~np.isnan(y[:, place])
             model = HistGradientBoostingRegressor(
-                max_iter=300, learning_rate=0.06, min_samples_leaf=10, random_state=self.seed
+                max_iter=150, learning_rate=0.1, min_samples_leaf=10, random_state=self.seed
             )
             self.models.append(model.fit(x[known], y[known, place]))
         return self
