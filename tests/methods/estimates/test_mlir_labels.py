@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from mlir_interpreter import interpreted_peak
 
 from broadsheet.methods.estimates.mlir_cost_model import corpus, order
@@ -267,5 +268,7 @@ def test_linalg_of_a_program_can_be_read():
     assert {"linalg.matmul", "linalg.generic"} <= {one.name for one in parse(text).walk()}
     with pytest.raises(ValueError, match="dialect 'tosa' cannot be captured"):
         capture(jax.numpy.tanh, jnp.ones(3), dialect="tosa")
+    with pytest.raises(ValueError, match="torch modules cannot be captured"):
+        capture(torch.nn.Linear(3, 3), jnp.ones(3))
     with pytest.raises(ValueError, match="MLIR refuses"):
         to_linalg("func.func @main( {}")

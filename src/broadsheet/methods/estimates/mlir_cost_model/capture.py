@@ -7,46 +7,28 @@ from typing import Any
 
 
 def capture(function: Callable[..., Any], *arguments: Any, dialect: str = "stablehlo") -> str:
-    """The text of a JAX function (or a torch module) for arguments of these shapes.
+    """The text of a JAX function for arguments of these shapes.
 
     ``arguments``: arrays, or anything with ``shape`` and ``dtype``. ``dialect``: stablehlo, or linalg (tensors), which
-    comes out of it by the passes of StableHLO. A torch module is exported with `torch.export` and lowered by torchax, if
-    that is installed; its parameters and buffers become the first arguments. Raises ValueError for another dialect
-    (affine text is read here, but nothing that is installed with JAX lowers to it) and for what is not installed.
+    comes out of it by the passes of StableHLO. Raises ValueError for another dialect (affine text is read here, but nothing
+    that is installed with JAX lowers to it), for torch modules (torchax 0.0.13, the way from `torch.export` to StableHLO, does
+    not load beside torch 2.13) and where JAX is not installed.
     """
     if dialect not in ("stablehlo", "linalg"):
         raise ValueError(
             f"dialect '{dialect}' cannot be captured, only stablehlo and linalg; lower with mlir-opt and give the text"
         )
-    text = _torch(function, arguments) if _is_module(function) else _jax(function, arguments)
-    return text if dialect == "stablehlo" else to_linalg(text)
-
-
-def _jax(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
     try:
         import jax
     except ImportError:
         raise ValueError("capturing needs jax: pip install 'broadsheet[mlir]'") from None
-    shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) if hasattr(one, "shape") else one for one in arguments]
-    return jax.jit(function).lower(*shapes).as_text()
-
-
-def _is_module(function: Any) -> bool:
-    import torch
-
-    return isinstance(function, torch.nn.Module)
-
-
-def _torch(module: Any, arguments: tuple[Any, ...]) -> str:
-    import torch
-
-    try:
-        from torchax.export import exported_program_to_stablehlo
-    except ImportError:
+    if any(kind.__module__.startswith("torch.nn") for kind in type(function).__mro__):
         raise ValueError(
-            "capturing a torch module needs torchax: pip install torchax; or write the function in JAX"
-        ) from None
-    return exported_program_to_stablehlo(torch.export.export(module.eval(), arguments))[1].mlir_module()
+            "torch modules cannot be captured; write the function in JAX, or give StableHLO text made elsewhere"
+        )
+    shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) if hasattr(one, "shape") else one for one in arguments]
+    text = jax.jit(function).lower(*shapes).as_text()
+    return text if dialect == "stablehlo" else to_linalg(text)
 
 
 def to_linalg(text: str) -> str:
