@@ -102,7 +102,7 @@ class Study:
 
     def cell(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returned for this name, from the work folder if it is there."""
-        path = self.work / "cells" / f"{name}.json"
+        path = self.path(name)
         if not path.exists():
             began = time.time()
             found = make()
@@ -111,6 +111,9 @@ class Study:
             path.with_suffix(".part").rename(path)
             print(f"{name}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def path(self, name: str) -> Path:
+        return self.work / "cells" / f"{name}.json"
 
     def kept(self, name: str) -> Any:
         """A cell that a step before has made. Raises ValueError where it has not."""
@@ -354,6 +357,9 @@ class Study:
             parts = self.folds("random" if split == "random-0" else "template")
             places = np.concatenate([parts[fold] for fold in folds])
             for name in names:
+                if name != "model" and not all(self.path(f"{split.split('-')[0]}.{name}.{n}").exists() for n in folds):
+                    print(f"{split} {name} has not run", file=sys.stderr)
+                    continue
                 found = [self.said(split.split("-")[0], name, fold) for fold in folds]
                 for column, target in enumerate(NAMES):
                     self.errors(split, name, target, np.concatenate(found)[:, column], places)

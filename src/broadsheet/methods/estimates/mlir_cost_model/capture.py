@@ -11,8 +11,8 @@ def capture(function: Callable[..., Any], *arguments: Any, dialect: str = "stabl
 
     ``arguments``: arrays, or anything with ``shape`` and ``dtype``. ``dialect``: stablehlo, or linalg (tensors), which
     comes out of it by the passes of StableHLO. Raises ValueError for another dialect (affine text is read here, but nothing
-    that is installed with JAX lowers to it), for torch modules (torchax 0.0.13, the way from `torch.export` to StableHLO, does
-    not load beside torch 2.13) and where JAX is not installed.
+    that is installed with JAX lowers to it), for torch modules (torchax 0.0.13, the way from `torch.export` to StableHLO,
+    does not load beside torch 2.13) and where JAX is not installed.
     """
     if dialect not in ("stablehlo", "linalg"):
         raise ValueError(
