@@ -315,6 +315,7 @@ class Study:
     def report(self) -> None:
         noise = np.array([row["labels"]["noise"] for row in self.rows])
         self.add("corpus", "rows", len(self.rows))
+        self.add("corpus", "duplicates", len(self.rows) - len({row["id"] for row in self.rows}), n=len(self.rows))
         self.add("corpus", "noise_median", float(np.median(noise)), n=len(noise))
         self.add("corpus", "noisy_dropped", int((noise > 0.2).sum()), n=len(noise))
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")

@@ -86,7 +86,7 @@ def test_models_beat_the_mean_on_new_programs(rows, kind):
     y = goal(rows)
     make = {
         "additive": lambda: Line(TARGETS, "additive"), "trees": lambda: Trees(TARGETS),
-        "conv": lambda: TokenModel(TARGETS, training=Training(epochs=3)),
+        "conv": lambda: TokenModel(TARGETS, training=QUICK),
     }[kind]  # fmt: skip
     fitted = make().fit(programs[:120], y[:120], list(range(0, 120, 6)))
     mean = Line(TARGETS, "mean").fit(programs[:120], y[:120])
