@@ -17,6 +17,7 @@ from .hardware import hardware, measure_hardware
 from .ingest import ingest
 from .instinct import instinct
 from .melt import melt
+from .mlir_cost import mlir_cost
 from .serve import serve
 from .study import study
 from .train_sim import train_sim
@@ -353,6 +354,7 @@ app.command()(flexsp)
 app.command(name="measure-hardware")(measure_hardware)
 app.command()(hardware)
 app.command(name="train-sim")(train_sim)
+app.command("mlir-cost")(mlir_cost)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")
