@@ -243,7 +243,7 @@ def test_an_estimate_s_tables_are_its_result():
     from broadsheet.web.worker import estimated
 
     found = estimated("llm-viewer", {"model": "llama-2-7b", "hardware": "a6000"})
-    assert [sheet["about"] for sheet in found["sheet"]][0] == "llama-2-7b on NVIDIA RTX A6000, batch 1, context 2048"
+    assert found["sheet"][0]["about"] == "llama-2-7b on NVIDIA RTX A6000, batch 1, context 2048"
     assert found["sheet"][0]["rows"][1][1][:2] == ("decode", "18.62")
     assert found["records"][1]["stage"] == "decode"
     with pytest.raises(ValueError, match="has no option 'flash'"):

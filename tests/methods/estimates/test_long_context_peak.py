@@ -173,7 +173,7 @@ def test_the_real_loop_holds_swaps_and_gives_back() -> None:
     with folder:
         size = machine.size(64)
         assert size == 2 * 2 * 4 * 16 * 64 * 4
-        visitor = machine._visitor(64, 7)
+        visitor = machine.visitor(64, 7)
         machine.prefill(visitor)
         before = [(layer.keys.clone(), layer.values.clone()) for layer in visitor.cache.layers]
         machine.swap_out(visitor)
