@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 import torch
 
-from broadsheet.core.records import Record, now, provenance, read_json, write_results
+from broadsheet.core.records import Record, home, now, provenance, read_json, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.estimates.megascale import grid_job, hang
 from broadsheet.methods.estimates.megascale import job as jobs
@@ -136,7 +136,7 @@ def _grid_run(folder: Path, faults: list[Fault]) -> tuple[Any, list[hang.HangVie
 
 
 def stalls(scratch: Path) -> list[Record]:
-    """The tiny model's state and a larger one's, on the disk of the working folder; saves alternate between the two ways."""
+    """The tiny model's state and a larger one's, on the disk of BROADSHEET_HOME; saves alternate between the two ways."""
     found = []
     for name, shape in (
         ("tiny", TinyModel()),
@@ -147,7 +147,8 @@ def stalls(scratch: Path) -> list[Record]:
         for copy in ("exp_avg", "exp_avg_sq"):  # as Adam holds them
             state |= {f"{copy}.{key}": torch.zeros_like(value) for key, value in model.state_dict().items()}
         size = sum(value.nbytes for value in state.values())
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        home().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home()) as folder:  # a disk, where the system's folder may be memory
             ways = {
                 way: Checkpointer(Path(folder) / way, background=way == "two-stage") for way in ("two-stage", "synchronous")
             }
