@@ -10,7 +10,7 @@ one's end.
 ``goodput``: measured. ``simulated``: `faults.FaultModel` plays the same moments of failure with the step, save and
 recovery times of the run; ``replayed``: so does a replay step by step that shares no code with it; ``error``: of the
 first. ``expected``: the closed form of `faults.FaultModel` at the mean of the failures. ``young``: sqrt(2 C MTBF) in
-steps. Finished runs are kept in DIR.
+steps, with the MTBF that was observed. Finished runs are kept in DIR.
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ def main() -> None:
 
     rows = [row for (interval, seed), row in sorted(kept.items()) if interval in arguments.intervals]
     recovery = statistics.fmean(row["recovery"] for row in rows if row["recovery"] is not None)
+    observed = sum(row["seconds"] for row in rows) / max(sum(len(row["kills"]) for row in rows), 1)
     step, save = (statistics.fmean(row[name] for row in rows) for name in ("step", "save"))
     for interval in arguments.intervals:
         some = [row for row in rows if row["interval"] == interval]
@@ -209,7 +210,7 @@ def main() -> None:
             row["simulated"] = own.run(row["seconds"], failures=row["kills"]).effective
         add("simulated", [row["simulated"] for row in some], interval=interval)
         add("error", [row["simulated"] / row["goodput"] - 1 for row in some], interval=interval)
-        model = FaultModel(1, arguments.mtbf, step, interval * step, save, 0.0, recovery, 0.0, 0.0, 1.0)
+        model = FaultModel(1, observed, step, interval * step, save, 0.0, recovery, 0.0, 0.0, 1.0)
         add("expected", [model.expected(interval * step)], interval=interval)
         add("kills", [float(len(row["kills"])) for row in some], "a run", interval=interval)
     worst = max(abs(row["simulated"] / row["goodput"] - 1) for row in rows)
@@ -217,7 +218,8 @@ def main() -> None:
     add("step_s", [step], "s")
     add("save_s", [save], "s")
     add("recovery_s", [recovery], "s")
-    add("young", [math.sqrt(2 * save * arguments.mtbf) / step], "steps")
+    add("mtbf_s", [observed], "s")
+    add("young", [math.sqrt(2 * save * observed) / step], "steps")
     means = {i: statistics.fmean(row["goodput"] for row in rows if row["interval"] == i) for i in arguments.intervals}
     add("best", [float(max(means, key=lambda i: means[i]))], "steps")
     write_results(records, arguments.out)
