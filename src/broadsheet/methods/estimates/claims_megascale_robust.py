@@ -37,8 +37,8 @@ def automatic_recovery(records: Sequence[Record]) -> Verdict:
     count = sum(record.n for name in KINDS if (record := _value(records, "automatic", name)))
     text = (
         f"{count} faults in 4 local ranks: {automatic:.0%} recovered without a person, {named:.0%} named rightly, "
-        f"{identical:.0%} to the bit; a kill is found in {kill.value:.2f} s (at most {heartbeats:.1f} heartbeats), a hang in "
-        f"{hang.value:.1f} s, and training goes on {again.value:.1f} s later"
+        f"{identical:.0%} to the bit; a kill is found in {kill.value:.2f} s (at most {heartbeats:.1f} heartbeats), "
+        f"a hang in {hang.value:.1f} s, and training goes on {again.value:.1f} s later"
     )
     certain = [automatic > 0.9, heartbeats < 3, identical == 1.0]
     return graded(certain, [automatic > 0.9, identical > 0.9]), text
