@@ -11,7 +11,17 @@ from broadsheet.methods.estimates.megascale.diagnosis import Stragglers, slowdow
 from broadsheet.methods.estimates.megascale.hang import Grid, hang_view
 from broadsheet.methods.estimates.megascale.report import diagnose
 from broadsheet.methods.estimates.megascale.timeline import align, chrome_trace, late
-from broadsheet.methods.estimates.megascale.timer import Answerer, Beacon, Event, Timer, Trace, ask, read_status, read_trace
+from broadsheet.methods.estimates.megascale.timer import (
+    Answerer,
+    Beacon,
+    Event,
+    Timer,
+    Trace,
+    ask,
+    read_status,
+    read_trace,
+    read_traces,
+)
 
 # --- heat map -----------------------------------------------------------------------------------------------------------
 
@@ -267,6 +277,13 @@ def test_a_timer_file_comes_back_and_a_torn_line_is_left_out(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match="no timer file"):
         read_trace(path)
+
+
+def test_a_rank_that_was_killed_at_once_does_not_hide_the_others(tmp_path):
+    for rank in (0, 1):
+        Timer(tmp_path, rank)  # not closed: killed before its first step
+    (tmp_path / "timers-0-2.jsonl").touch()
+    assert [trace.rank for trace in read_traces(tmp_path)] == [0, 1]
 
 
 def test_a_rank_says_where_it_is_and_a_dead_one_is_missing(tmp_path):

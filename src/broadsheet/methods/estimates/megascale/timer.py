@@ -122,6 +122,7 @@ class Timer:
             "clock": time.perf_counter_ns(), "channels": {name: list(ranks) for name, ranks in self.channels.items()},
         }  # fmt: skip
         self._file.write(json.dumps(head) + "\n")
+        self._file.flush()  # a rank that is killed in its first step has a file that can be read
 
     @contextlib.contextmanager
     def event(self, name: str, channel: str = "", size: int = 0) -> Iterator[None]:
@@ -212,14 +213,16 @@ def read_trace(path: str | Path) -> Trace:
 
 def read_traces(folder: str | Path, attempt: int | None = None) -> list[Trace]:
     """The traces of one attempt (the last by default) in order of rank. Raises ValueError where there are none."""
-    traces = [read_trace(path) for path in sorted(Path(folder).rglob("timers-*.jsonl"))]
-    if not traces:
+    files: dict[int, list[Path]] = {}
+    for path in sorted(Path(folder).rglob("timers-*-*.jsonl")):
+        if path.stat().st_size:  # else killed before it could say who it is
+            files.setdefault(int(path.stem.split("-")[1]), []).append(path)
+    if not files:
         raise ValueError(f"{folder} holds no timers-*.jsonl: give the folder of a run")
-    wanted = max(trace.attempt for trace in traces) if attempt is None else attempt
-    found = sorted((trace for trace in traces if trace.attempt == wanted), key=lambda trace: trace.rank)
-    if not found:
-        raise ValueError(f"{folder} has no attempt {wanted}: it has 0 to {max(trace.attempt for trace in traces)}")
-    return found
+    wanted = max(files) if attempt is None else attempt
+    if wanted not in files:
+        raise ValueError(f"{folder} has no attempt {wanted}: it has 0 to {max(files)}")
+    return sorted((read_trace(path) for path in files[wanted]), key=lambda trace: trace.rank)
 
 
 class Answerer:
