@@ -230,8 +230,10 @@ class Executor:
         """Kills the ranks with all their children, also those that are stopped."""
         for one in self.ranks.values():
             if one.code is None:
-                with contextlib.suppress(ProcessLookupError):
+                try:
                     os.killpg(one.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it was born a moment ago and leads no group yet
+                    os.kill(one.pid, signal.SIGKILL)
                 os.waitpid(one.pid, 0)
             if one.pipe >= 0:
                 self._loop.unregister(one.pipe)
