@@ -62,7 +62,7 @@ def llm_viewer() -> list[tuple[str, dict[str, Any], float, float]]:
 
 
 def long_context() -> list[tuple[str, dict[str, Any], float, float]]:
-    """(metric, setting, derived in the specification, ours): 312 T/s, 2 TB/s, 80 GB, 20 GB/s to the host, 34 B parameters."""
+    """(metric, setting, derived from its formulas, ours): 312 T/s, 2 TB/s, 80 GB, 20 GB/s to the host, 34 B parameters."""
     on = replace(device("a100-80g").rated(), bandwidth=2e12)
 
     def yi(**options: Any) -> SessionModel:

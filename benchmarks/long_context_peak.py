@@ -99,7 +99,7 @@ def laws(shared: dict[str, Any]) -> list[Record]:
     machine, folder = temporary_machine(net)
     with folder:
         for tokens in (1024, 4096):
-            visitor = machine._visitor(tokens, 1)
+            visitor = machine.visitor(tokens, 1)
             machine.prefill(visitor)
             size = machine.size(tokens)
 
@@ -156,10 +156,8 @@ def loop(shared: dict[str, Any], seconds: float) -> list[Record]:
                         )
                 ratio = simulated.steady_rounds_per_hour / real.steady_rounds_per_hour
                 told = [round(r.steady_rounds_per_hour) for r in (real, simulated)]
-                print(
-                    f"keep {keep} fit {fit} users {users}: measured {told[0]} simulated {told[1]} answers/h, ratio {ratio:.3f}",
-                    flush=True,
-                )
+                what = f"keep {keep} fit {fit} users {users}"
+                print(f"{what}: measured {told[0]} simulated {told[1]} answers/h, ratio {ratio:.3f}", flush=True)
             for method in ("measured", "simulated"):
                 rates = {
                     r.setting["users"]: r.value

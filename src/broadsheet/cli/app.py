@@ -12,10 +12,12 @@ from .chat import ledger, serve_model
 from .common import asked, options_of, print_tables, split, with_progress
 from .crash import crash
 from .digest import digest
+from .flexsp import flexsp
 from .hardware import hardware, measure_hardware
 from .ingest import ingest
 from .instinct import instinct
 from .melt import melt
+from .mlir_cost import mlir_cost
 from .serve import serve
 from .study import study
 from .train_sim import train_sim
@@ -348,9 +350,11 @@ app.add_typer(ledger, name="ledger")
 app.add_typer(melt, name="melt")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command()(flexsp)
 app.command(name="measure-hardware")(measure_hardware)
 app.command()(hardware)
 app.command(name="train-sim")(train_sim)
+app.command("mlir-cost")(mlir_cost)
 app.command()(worker)
 app.command()(ingest)
 app.add_typer(digest, name="digest")

@@ -57,19 +57,12 @@ def print_tables(tables: "Sequence[Table]") -> None:
         for place, name in enumerate(table.columns):
             numbers = all(isinstance(row[place], int | float | None) for row in table.rows)
             shown.add_column(name, justify="right" if numbers else "left")
-        for row in table.rows:
-            shown.add_row(*(_cell(cell) for cell in row))
+        for cells in table.texts():
+            shown.add_row(*cells)
         console.print(shown)
         if table.note:
             console.print(table.note, style="dim", markup=False)
         console.print()
-
-
-def _cell(value: Any) -> str:
-    """Four significant digits are what an estimate is good for."""
-    if isinstance(value, float):
-        return f"{float(f'{value:.4g}'):,.12g}"
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 @contextmanager

@@ -147,6 +147,26 @@ def test_preemption_takes_the_place_of_the_worst_and_the_rest_is_done_later():
     assert gpu.busy_time == 16.0
 
 
+def test_a_preemption_at_the_very_end_is_no_preemption_of_what_follows():
+    simulation, ended = Simulation(), {}
+    gpu = Resource(simulation)
+
+    def thief():
+        yield 2.0  # begun first, so that it comes before the victim's own end at 2
+        yield from gpu.use(3.0, 0, preempt=True)
+        ended["thief"] = simulation.now
+
+    def victim():
+        yield from gpu.use(2.0, 1)
+        ended["victim"] = simulation.now
+        yield 4.0
+        return simulation.now
+
+    simulation.process(thief())
+    assert simulation.run(until=simulation.process(victim())) == 6.0
+    assert ended == {"victim": 2.0, "thief": 5.0}
+
+
 def test_a_preempted_process_is_told_by_whom():
     simulation, causes = Simulation(), []
     gpu = Resource(simulation)

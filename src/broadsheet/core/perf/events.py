@@ -321,6 +321,8 @@ class Resource:
                     if not isinstance(cause, Preemption) or cause.by.resource is not self or turn.state != "gone":
                         raise
                     left -= self.simulation.now - cause.since
+                    if left <= 0:  # it was just done
+                        return
 
     def _victim(self) -> Request | None:
         """The holder with the worst priority, the latest of several; only processes can be interrupted."""

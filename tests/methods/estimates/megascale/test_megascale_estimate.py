@@ -28,6 +28,9 @@ def test_the_report_says_what_is_simulated(report):
         assert "SIMULATED" in tables[title].note, title
     step = {row["part"]: row["seconds"] for row in tables["One step"].records()}
     assert step.pop("step") == pytest.approx(sum(step.values()))
+    start = tables["Starting communication groups"].records()
+    assert start[0]["asynchronous store, s"] > 1000 > 30 > start[1]["asynchronous store, s"]
+    assert "SIMULATED" in tables["Flows that meet on an uplink"].note
     ladder = [row["MFU %"] for row in tables["Levers, one after the other"].records()]
     assert ladder == sorted(ladder)
     assert json.loads(json.dumps(report.to_json()))["simulated"] is True

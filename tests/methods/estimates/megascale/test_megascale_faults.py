@@ -190,5 +190,7 @@ def test_remedies_help():
     alone = hash_flows(1, 4, 400, 400)
     assert (alone.none, alone.mean, alone.slowest) == (1, 1, 1)
     assert hash_flows(8, 2, 400, 400, local=1.0).slowest == 1
+    # one uplink: four flows of half its rate get half of what they ask for; one asks for no more than it gets
+    assert (hash_flows(4, 1, 200, 400).mean, hash_flows(1, 1, 200, 400).mean) == (0.5, 1)
     with pytest.raises(ValueError, match="share from 0 to 1"):
         hash_flows(8, 2, 400, 400, local=2.0)

@@ -49,7 +49,7 @@ class LongContextPeak:
     """
 
     hardware: str = "a100-80g"
-    tp: int = 1
+    tp: int = 2
     kv_bits: float = 16
     reserve_gb: float = 0.0
     rounds: int = 5

@@ -73,9 +73,9 @@ class RealMachine:
         self.model(visitor.ids, **with_cache(cache), use_cache=True, logits_to_keep=1)
         if self.keep < 1:
             kept = max(1, round(visitor.ids.shape[1] * self.keep))
-            for layer in cache.layers:
-                layer.keys = layer.keys[:, :, -kept:].clone()  # type: ignore[union-attr,index]
-                layer.values = layer.values[:, :, -kept:].clone()  # type: ignore[union-attr,index]
+            for layer in _layers(cache):
+                layer.keys = layer.keys[:, :, -kept:].clone()
+                layer.values = layer.values[:, :, -kept:].clone()
         visitor.cache = cache
 
     @torch.inference_mode()
@@ -89,15 +89,15 @@ class RealMachine:
         """Forgets the answer."""
         assert visitor.cache is not None
         kept = max(1, round(visitor.ids.shape[1] * self.keep))
-        for layer in visitor.cache.layers:
-            layer.keys = layer.keys[:, :, :kept]  # type: ignore[union-attr,index]
-            layer.values = layer.values[:, :, :kept]  # type: ignore[union-attr,index]
+        for layer in _layers(visitor.cache):
+            layer.keys = layer.keys[:, :, :kept]
+            layer.values = layer.values[:, :, :kept]
 
     def swap_out(self, visitor: Visitor) -> None:
         """Copies keys and values into the visitor's memory-mapped file and lets go of them."""
         assert visitor.cache is not None
         if not visitor.swapped:
-            sizes = [(layer.keys, layer.values) for layer in visitor.cache.layers]
+            sizes = [(layer.keys, layer.values) for layer in _layers(visitor.cache)]
             total = sum(k.numel() + v.numel() for k, v in sizes)
             mapped, at = torch.from_file(str(visitor.file), shared=True, size=total, dtype=sizes[0][0].dtype), 0
             for pair in sizes:
@@ -106,7 +106,7 @@ class RealMachine:
                     made.append(mapped[at : at + tensor.numel()].view(tensor.shape))
                     at += tensor.numel()
                 visitor.swapped.append((made[0], made[1]))
-        for (keys, values), layer in zip(visitor.swapped, visitor.cache.layers, strict=True):
+        for (keys, values), layer in zip(visitor.swapped, _layers(visitor.cache), strict=True):
             keys.copy_(layer.keys)
             values.copy_(layer.values)
         visitor.cache = None
@@ -120,21 +120,27 @@ class RealMachine:
 
     def size(self, tokens: int) -> int:
         """Bytes of a cache of a document of ``tokens``, from a real one."""
-        visitor = self._visitor(tokens, 0)
+        visitor = self.visitor(tokens, 0)
         self.prefill(visitor)
         assert visitor.cache is not None
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in visitor.cache.layers)  # type: ignore[union-attr]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(visitor.cache))
 
-    def _visitor(self, tokens: int, number: int) -> Visitor:
+    def visitor(self, tokens: int, number: int) -> Visitor:
+        """Who comes with a document of random tokens, the same for the same number."""
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(1, self.model.config.vocab_size, (1, tokens), generator=generator)
         return Visitor(ids, self.folder / f"user-{number}.kv")
 
     def service(self, tokens: int, room: float, repeats: int = 9) -> Service:
         """What the simulation needs, each measured alone: medians of ``repeats`` (prefill: of three)."""
-        visitor = self._visitor(tokens, 1_000_000)
+        visitor = self.visitor(tokens, 1_000_000)
         prefill = _median(lambda: self.prefill(visitor), 3)
-        step = _median(lambda: (self.step(visitor), self.trim(visitor)), repeats)
+
+        def once() -> None:
+            self.step(visitor)
+            self.trim(visitor)
+
+        step = _median(once, repeats)
 
         def there_and_back() -> None:
             self.swap_out(visitor)
@@ -143,6 +149,11 @@ class RealMachine:
         switch = _median(there_and_back, repeats) / 2
         size = self.size(tokens)
         return Service(lambda _: prefill, lambda held: step * len(held), lambda _: switch, lambda _: size, room, batch=1)
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    """Of a plain cache: each has keys and values [1, kv_heads, tokens, head_dim]."""
+    return list(cache.layers)
 
 
 def _median(run: Callable[[], Any], repeats: int) -> float:
@@ -163,7 +174,7 @@ def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBu
     size = machine.size(session.tokens)
     report = SimReport(0.0, 0, 0, busy={"prefill": 0.0, "decode": 0.0, "switch": 0.0})
     start = time.perf_counter()
-    visitors = [machine._visitor(session.tokens, number) for number in range(users)]
+    visitors = [machine.visitor(session.tokens, number) for number in range(users)]
     for visitor in visitors:
         visitor.due = visitor.asked = start
     reading, decoding, coming = list(visitors), deque[Visitor](), deque[Visitor]()

@@ -9,11 +9,14 @@ dimension is enough: O(n). `start` is the protocol of one process as a generator
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from broadsheet.core.perf.events import Event, Resource, Simulation, Steps
+
+from .plan import folder
 
 #: what a process asks of the store: add 1 to a key (and get the sum), or wait until a key is there
 Request = tuple[Literal["add", "wait"], str]
@@ -86,6 +89,13 @@ def messages(topology: Topology, ordered: bool) -> int:
     count = sum(len(all_groups) for all_groups in groups.values())
     inside = sum(2 * len(ranks) + 1 for all_groups in groups.values() for ranks in all_groups)
     return inside + (len(groups) if ordered else count) * (2 * topology.size + 1)
+
+
+def store_seconds() -> dict[str, float]:
+    """Seconds a request: what the paper's start of 2,048 GPUs took with each store, over the requests that it makes."""
+    seen = json.loads((folder() / "published.json").read_text(encoding="utf-8"))["group_start"]
+    count = messages(Topology(8, 8, seen["gpus"] // 64), ordered=False)
+    return {name: seen[f"{name}_seconds"] / count for name in ("blocking", "asynchronous")}
 
 
 def run_on_store(rank: int, topology: Topology, store: Store, ordered: bool) -> int:

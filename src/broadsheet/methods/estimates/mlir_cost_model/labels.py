@@ -1,0 +1,357 @@
+"""What a program costs, found out and not predicted: analysis of the text, XLA's compiler, its object code, the clock.
+
+- `peak_live_bytes`: by linear scan over the text. No compiler.
+- `compile_text`: XLA's CPU compiler in this process, one thread. Its report of temporary bytes, FLOPs and bytes
+  accessed; fusions and kernels after optimisation; and of the object code that it made for this program (`ObjectCode`):
+  instructions, vector share, frame traffic. Calls into libraries (large matrix products, convolutions) are in the time
+  but not in that code.
+- `Compiled.measure`: CPU time of a call. The process is pinned to one core.
+
+All bytes are bytes, all times microseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .stablehlo import Block, Function, Operation, parse
+
+#: what is learnt: name -> unit
+TARGETS = {
+    "time": "us", "peak_bytes": "bytes", "temp_bytes": "bytes", "kernels": "count", "fusions": "count",
+    "instructions": "count", "spills": "count", "vector_util": "share",
+}  # fmt: skip
+
+
+# --- from the text ------------------------------------------------------------------------------------------------------
+
+
+def peak_live_bytes(function: Function) -> int:
+    """The largest sum of live values' bytes at any operation, by one scan from the end to the start.
+
+    A value lives from the operation that makes it to its last reader, both included; at an operation its operands and its
+    results exist together. Arguments are held by the caller from start to end. A region adds its own peak on top of what
+    is live around it, and keeps outer values that it reads alive to its end.
+    """
+    held = sum(function.types[name].nbytes for name in function.arguments)
+    return held + _peak(function.body, function, set(function.arguments))
+
+
+def _peak(block: Block, function: Function, outside: set[str]) -> int:
+    """The peak of the values that ``block`` itself defines."""
+    live: dict[str, int] = {}
+    now = peak = 0
+    for operation in reversed(block.operations):
+        for name in _reads(operation) - outside:
+            if name not in live:  # seen from the end, this is the last reader
+                live[name] = function.types[name].nbytes
+                now += live[name]
+        unread = sum(function.types[name].nbytes for name in operation.results if name not in live)
+        # What this block defined is outside for a region; of its own arguments the loop holds them.
+        inner = max((_inner(region, function) for region in operation.regions), default=0)
+        peak = max(peak, now + unread + inner)
+        for name in operation.results:
+            now -= live.pop(name, 0)
+    return max(peak, now)
+
+
+def _inner(region: Block, function: Function) -> int:
+    defined = {name for one in region.operations for name in one.results}
+    reads = {name for one in region.operations for name in _reads(one)}
+    arguments = sum(function.types[name].nbytes for name in region.arguments)
+    return arguments + _peak(region, function, (reads - defined) | set(region.arguments))
+
+
+def _reads(operation: Operation) -> set[str]:
+    """Values from outside that the operation or its regions read."""
+    names = set(operation.operands)
+    for region in operation.regions:
+        defined = set(region.arguments) | {name for one in region.operations for name in one.results}
+        names |= {name for one in region.operations for name in _reads(one)} - defined
+    return names
+
+
+# --- object code --------------------------------------------------------------------------------------------------------
+
+_INSTRUCTION = re.compile(
+    r"^\s+[0-9a-f]+:\s+(?:(?:rep|repz|repnz|lock|notrack|data16)\s+)*([a-z][a-z0-9]*)\s*([^#<\n]*)", re.MULTILINE
+)
+_FRAME = re.compile(r"-?(?:0x[0-9a-f]+)?\(%r[sb]p(?:,[^)]*)?\)")
+_MOVES = re.compile(r"v?mov(?!msk|nt|mskp)[a-z0-9]*$")
+_FLOAT = re.compile(
+    r"v?(?:add|sub|mul|div|min|max|sqrt|rsqrt(?:14)?|rcp(?:14)?|cmp\w*|round|rndscale|fn?m(?:add|sub)(?:132|213|231)|scalef)([ps])[sd]$"
+)
+_PADDING = frozenset(("nop", "nopw", "nopl", "int3", "xchg", "data16", "cs"))
+
+
+@dataclass(frozen=True)
+class ObjectCode:
+    """What x86-64 object code consists of.
+
+    ``spills``: moves between registers and the stack frame, the measure of register pressure: values that found no
+    register (and what the code keeps in its frame anyhow, for example arrays of accumulators). Saving the caller's
+    registers by push and pop is not among them. ``frame_bytes``: the largest frame. ``vector`` and ``scalar``:
+    floating-point arithmetic on packed and on single numbers.
+    """
+
+    instructions: int
+    spills: int
+    frame_bytes: int
+    vector: int
+    scalar: int
+
+    @property
+    def vector_util(self) -> float | None:
+        """Packed instructions of all floating-point arithmetic; None where there is none."""
+        total = self.vector + self.scalar
+        return self.vector / total if total else None
+
+
+def read_assembly(text: str) -> ObjectCode:
+    """Counts instructions of ``objdump -d --no-show-raw-insn`` (AT&T syntax)."""
+    count, spills, frame = 0, 0, 0
+    kinds: Counter[str] = Counter()
+    for name, operands in _INSTRUCTION.findall(text):
+        if name in _PADDING:
+            continue
+        count += 1
+        if _MOVES.match(name) and _FRAME.search(operands):
+            spills += 1
+        if name in ("sub", "subq") and (size := re.match(r"\$0x([0-9a-f]+),%rsp", operands)):
+            frame = max(frame, int(size[1], 16))
+        if hit := _FLOAT.match(name):
+            kinds[hit[1]] += 1
+    return ObjectCode(count, spills, frame, kinds["p"], kinds["s"])
+
+
+def disassemble(objects: Sequence[Path]) -> str:
+    """The text of object files. Raises ValueError without objdump (binutils)."""
+    tool = shutil.which("objdump")
+    if tool is None:
+        raise ValueError("object code cannot be read without objdump; install binutils")
+    if not objects:
+        return ""
+    command = [tool, "-d", "--no-show-raw-insn", *map(str, objects)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def compile_llvm(ir: str, cpu: str = "haswell") -> ObjectCode:
+    """Object code of LLVM IR for a fixed x86-64 ``cpu`` ("haswell": AVX2 and 16 vector registers), by llvmlite at -O3."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = llvm.parse_assembly(ir)
+    machine = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu=cpu, opt=3)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        path.write_bytes(machine.emit_object(module))
+        return read_assembly(disassemble([path]))
+
+
+# --- XLA ----------------------------------------------------------------------------------------------------------------
+
+
+def _flags() -> None:
+    """One thread, whatever the caller set for the rest; must come before JAX starts."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+@cache
+def _backend() -> Any:
+    _flags()
+    try:
+        from jax.extend.backend import get_backend
+    except ImportError:
+        raise ValueError("compiling needs jax: pip install 'broadsheet[mlir]'") from None
+    return get_backend("cpu")
+
+
+@cache
+def machine() -> str:
+    """The processor's name and its widest vectors."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*:\s*(.+)", info)
+    wide = next((flag for flag in ("avx512f", "avx2", "sse4_2") if re.search(rf"\b{flag}\b", info)), "")
+    return " ".join(filter(None, (name[1].strip() if name else platform.machine(), wide)))
+
+
+def compiler_version() -> str:
+    from importlib.metadata import version
+
+    return f"jaxlib {version('jaxlib')}"
+
+
+def compile_text(text: str) -> Compiled:
+    """Compiles StableHLO text with XLA for this CPU and reads what came out. Raises ValueError where XLA refuses."""
+    from jax import local_devices
+    from jaxlib import xla_client
+
+    backend = _backend()
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(dir=place, prefix="xla-"))
+    options = xla_client.CompileOptions()
+    options.env_option_overrides = [("xla_dump_to", str(folder))]
+    began = time.perf_counter()
+    try:
+        devices = xla_client.DeviceList(tuple(local_devices(backend="cpu")[:1]))
+        loaded = backend.compile_and_load(text, devices, options)
+        seconds = time.perf_counter() - began
+        code = read_assembly(disassemble(sorted(folder.glob("*.o"))))
+    except Exception as error:
+        if type(error).__module__.startswith(("jax", "xla")):
+            raise ValueError(f"XLA refuses the program: {str(error).splitlines()[0]}") from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Compiled(parse(text), loaded, code, seconds)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call. ``time``: CPU time, the median over blocks; ``again``: the same a second time; ``wall``: by the
+    clock on the wall, which other work on the machine lengthens. ``noise``: what the two differ by, relative to their
+    mean."""
+
+    time: float
+    again: float
+    wall: float
+
+    @property
+    def noise(self) -> float:
+        return abs(self.time - self.again) / ((self.time + self.again) / 2)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program that XLA compiled; ``seconds``: how long that took."""
+
+    function: Function
+    loaded: Any
+    code: ObjectCode
+    seconds: float
+
+    def labels(self) -> dict[str, float | None]:
+        """Everything but time. ``flops`` and ``bytes`` are XLA's own analysis, for the roofline."""
+        hlo = self.loaded.hlo_modules()[0].to_string()
+        cost = self.loaded.cost_analysis()
+        cost = cost[0] if isinstance(cost, list) else cost
+        kernels, fusions = count_kernels(hlo)
+        return {
+            "peak_bytes": peak_live_bytes(self.function),
+            "temp_bytes": self.loaded.get_compiled_memory_stats().temp_size_in_bytes,
+            "kernels": kernels, "fusions": fusions, "flops": cost.get("flops", 0.0),
+            "bytes": cost.get("bytes accessed", 0.0), **asdict(self.code), "vector_util": self.code.vector_util,
+            "compile_ms": self.seconds * 1e3,
+        }  # fmt: skip
+
+    def measure(self, blocks: int = 9, calls: int = 8, seed: int = 0, block_us: float = 300.0) -> Timing:
+        """Runs the program on random arguments: 2 x ``blocks`` blocks of at least ``calls`` calls (more, up to
+        ``block_us``, where a call is short). Blocks of the first and the second measurement alternate."""
+        import jax
+
+        arguments = [jax.device_put(one) for one in random_arguments(self.function, seed)]
+
+        def block(count: int) -> tuple[float, float]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                out = self.loaded.execute_sharded(arguments)
+            for one in out.disassemble_into_single_device_arrays():
+                one[0].block_until_ready()
+            return (time.process_time() - cpu) / count * 1e6, (time.perf_counter() - wall) / count * 1e6
+
+        block(2)  # the first call allocates
+        one = block(calls)[0]
+        count = max(calls, min(64, int(block_us / max(one, 1.0))))
+        pairs = [(block(count), block(count)) for _ in range(blocks)]
+        first, second = ([pair[which][0] for pair in pairs] for which in (0, 1))
+        wall = statistics.median(value[1] for pair in pairs for value in pair)
+        return Timing(statistics.median(first), statistics.median(second), wall)
+
+
+def random_arguments(function: Function, seed: int = 0) -> list[Any]:
+    """Standard normal floats and zeros for integers (an index must be in range whatever it indexes)."""
+    import numpy as np
+
+    rng, found = np.random.default_rng(seed), []
+    for name in function.arguments:
+        kind = function.types[name]
+        if kind.dtype == "f32":
+            found.append(rng.standard_normal(kind.shape, dtype=np.float32))
+        elif kind.dtype in ("i1", "i8", "i16", "i32", "i64", "ui8", "ui16", "ui32", "ui64"):
+            known = kind.dtype.replace("ui", "uint").replace("i1", "bool") if kind.dtype == "i1" else kind.dtype
+            known = known if known == "bool" or known.startswith("u") else known.replace("i", "int")
+            found.append(np.zeros(kind.shape, known))
+        elif kind.dtype in ("f64", "f16"):
+            found.append(rng.standard_normal(kind.shape).astype(kind.dtype.replace("f", "float")))
+        else:
+            raise ValueError(f"line 1: arguments of type {kind.text} cannot be made up; time the program yourself")
+    return found
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?[\w.-]+ \(.*\) -> .* \{$")
+_CALL = re.compile(r"= .*?\s([a-z][a-z0-9-]*)\(")
+_FREE = frozenset("parameter constant tuple get-tuple-element bitcast after-all opt-barrier".split())
+
+
+def count_kernels(hlo: str) -> tuple[int, int]:
+    """(kernels, fusions) of optimised HLO text: instructions of the entry that run something, and the fusions among them."""
+    kernels = fusions = 0
+    entry = False
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            entry = line.startswith("ENTRY")
+        elif entry and (hit := _CALL.search(line)) and hit[1] not in _FREE:
+            kernels += 1
+            fusions += hit[1] in ("fusion", "call")
+    return kernels, fusions
+
+
+def pin() -> int:
+    """Keeps this process (and what it starts) on the highest-numbered core it may use; returns that core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return 0
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    return core
+
+
+EMPTY = """func.func @main(%arg0: tensor<f32>) -> tensor<f32> {
+  return %arg0 : tensor<f32>
+}"""
+
+
+def dispatch_us(repeats: int = 5) -> float:
+    """What a call costs that computes nothing, in microseconds of CPU time: subtracted from every measured time."""
+    compiled = compile_text(EMPTY)
+    return min(compiled.measure(seed=seed).time for seed in range(repeats))
+
+
+def label(text: str, dispatch: float) -> dict[str, float | None]:
+    """All labels of a program. ``dispatch``: `dispatch_us`; times are above it, at least 0.1 us, and so is their noise."""
+    compiled = compile_text(text)
+    timing = compiled.measure()
+    net = Timing(max(timing.time - dispatch, 0.1), max(timing.again - dispatch, 0.1), timing.wall)
+    return {**compiled.labels(), "time": net.time, "time_again": net.again, "wall": net.wall, "noise": net.noise}
+
+
+def drop_noisy(rows: Iterable[dict[str, Any]], limit: float = 0.2) -> tuple[list[dict[str, Any]], int]:
+    """Rows whose two measured times agree within ``limit``, and how many do not."""
+    rows = list(rows)
+    kept = [row for row in rows if row["labels"]["noise"] <= limit]
+    return kept, len(rows) - len(kept)
