@@ -66,7 +66,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 #: on all folds of templates; the others on the first alone, to keep the study within an hour or two of one core
 EVERY_FOLD = ("mean", "flops", "roofline", "additive", "trees")
-ORDER = ("trees", "bag_ops", "conv_ops", "bag", "conv")
+#: model of order pairs -> programs it learns from; what can only guess guesses from fewer
+ORDER = {"trees": 3000, "bag_ops": 3000, "bag": 3000, "conv_ops": 6000, "conv": 6000}
 RANDOM = ("mean", "flops", "additive", "trees", "conv_sizes")
 
 
@@ -188,11 +189,11 @@ class Study:
 
     def order(self) -> None:
         """Pairs of programs that differ in operands or order alone: which has the larger peak?"""
-        for name in ORDER:
-            self.cell(f"order.{name}", lambda name=name: self.fit_order(name))
+        for name, count in ORDER.items():
+            self.cell(f"order.{name}.{count}", lambda name=name, count=count: self.fit_order(name, count))
 
-    def fit_order(self, name: str) -> dict[str, list[float]]:
-        programs = [parse(text) for text in order.programs(np.random.default_rng(self.arguments.seed), 3000)]
+    def fit_order(self, name: str, count: int) -> dict[str, list[float]]:
+        programs = [parse(text) for text in order.programs(np.random.default_rng(self.arguments.seed), count)]
         goal = np.array([[float(peak_live_bytes(program))] for program in programs])
         kinds = {"trees": lambda: Trees(("peak_bytes",))} | {
             f"{kind}{'_ops' * (scheme == 'ops')}": lambda kind=kind, scheme=scheme: TokenModel(
@@ -321,9 +322,10 @@ class Study:
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
         self.splits()
         self.intervals()
-        for name in ORDER:
-            for kind, right in self.kept(f"order.{name}").items():
-                self.add(name, "order_accuracy", float(np.mean(right)), ci=bootstrap_ci(right), n=len(right), pairs=kind)
+        for name, count in ORDER.items():
+            for kind, right in self.kept(f"order.{name}.{count}").items():
+                accuracy, interval = float(np.mean(right)), bootstrap_ci(right)
+                self.add(name, "order_accuracy", accuracy, ci=interval, n=len(right), pairs=kind, programs=count)
         for name, value in self.kept("speed").items():
             self.add("model", f"speed_{name}", value, "" if name in ("operations", "tokens") else "ms")
         for name, found in self.kept("dialects").items():
