@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,8 @@ class Study:
         pin()
         for number in range(self.arguments.graphs):
             self.cell(f"fusion.{number}", lambda number=number: self.measure_plans(number))
+        for number in range(self.arguments.graphs):
+            self.cell(f"choice.{number}", lambda number=number: self.choices(number))
 
     def decision(self, number: int) -> Decision:
         """Of graph ``number``: a whole program of any template, on random sizes that the corpus has not (another stream)."""
@@ -275,7 +278,7 @@ class Study:
             times.append([*span, max(timing.time - call, 0.1), max(timing.again - call, 0.1)])
         return {"call": call, "times": times}
 
-    def choices(self, number: int) -> tuple[Choice, float, float]:
+    def choices(self, number: int) -> tuple[dict[str, Any], float, float]:
         """What everyone chooses; the time of the graph as one segment; seconds of CPU that the ensemble needed a segment.
 
         "model" and "trees" have not seen the graph's template, "model_seen" and "trees_seen" have (not the graph).
@@ -298,7 +301,7 @@ class Study:
                 zip(programs, trees.predict(list(programs.values()))[:, 0].tolist(), strict=True)
             )
         choice = decision.decide(first, second, predicted, found["call"])
-        return choice, second[0, len(decision.graph.nodes)] + found["call"], spent
+        return asdict(choice), second[0, len(decision.graph.nodes)] + found["call"], spent
 
     @cache  # noqa: B019  # one study a process
     def load(self, fold: int) -> CostModel:
@@ -426,16 +429,16 @@ class Study:
 
     def decisions(self) -> None:
         """The fusion study: gain over the default on the mean, part of the oracle's, how often worse than the default."""
-        count = len(list((self.work / "cells").glob("fusion.*.json")))
-        found = [self.choices(number) for number in range(count)]
-        choices = [choice for choice, _, _ in found]
+        count = len(list((self.work / "cells").glob("choice.*.json")))
+        found = [self.kept(f"choice.{number}") for number in range(count)]
+        choices = [Choice(**choice) for choice, _, _ in found]
         for name in ("default", "random", "bytes", "oracle", *choices[0].models):
             gains = [one.gain(name) for one in choices]
             self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains), n=count, study="fusion")
             self.add(name, "recovered", recovered(choices, name), n=count, study="fusion")
             worse = [float(one.worse(name)) for one in choices]
             self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse), n=count, study="fusion")
-        whole = [1 - one / choice.oracle for choice, one, _ in found]
+        whole = [1 - one / choice.oracle for choice, (_, one, _) in zip(choices, found, strict=True)]
         self.add("whole", "gain_over_oracle", float(np.median(whole)), n=count, study="fusion")
         slower = [float(one < -0.1) for one in whole]
         self.add("whole", "slower_by_a_tenth", float(np.mean(slower)), ci=bootstrap_ci(slower), n=count, study="fusion")
