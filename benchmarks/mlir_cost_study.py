@@ -336,7 +336,7 @@ class Study:
         self.decisions()
         path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
         write_results(self.records, path)
-        sample = [row for row in self.rows if row["number"] % 3 == 0][:2000]
+        sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
         corpora.write(sample, path.with_name("mlir_cost_corpus.sample.jsonl.gz"))
         print(f"{len(self.records)} records in {path}")
 
