@@ -69,6 +69,15 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/spar_study.py
 	$(BIN)/python benchmarks/sequential_monitors_study.py
 	$(BIN)/python benchmarks/instinct_study.py
+	$(BIN)/python benchmarks/estimates.py
+	$(BIN)/python benchmarks/long_context_peak.py
+	$(BIN)/python benchmarks/flexsp_study.py
+	$(BIN)/python benchmarks/flexsp_executor.py
+	$(BIN)/python benchmarks/megascale_tables.py
+	$(BIN)/python benchmarks/megascale_faults.py
+	$(BIN)/python benchmarks/megascale_diagnosis.py
+	$(BIN)/python benchmarks/megascale_goodput.py
+	$(BIN)/python benchmarks/melt_study.py
 	$(BIN)/python benchmarks/evals_over_http.py
 	$(BIN)/python benchmarks/web_search.py
 	$(BIN)/python benchmarks/web_faults.py

@@ -332,3 +332,12 @@ def test_follows_bring_papers(client):
     assert "Follow stat.ML" in client.get("/search?tag=stat.ML").text
     press(client, "/account", "/follow", kind="author", value="Ada Lovelace", on="0")
     assert "ada lovelace" not in client.get("/account").text
+
+
+def test_a_link_whose_mail_was_not_sent_does_not_count(client):
+    (client.folder / "outbox").write_text("in the way: a file where the folder should be")
+    for _ in range(4):
+        assert press(client, "/sign-in", "/sign-in", email="late@example.org").status_code == 503
+    (client.folder / "outbox").unlink()
+    assert press(client, "/sign-in", "/sign-in", email="late@example.org").status_code == 200
+    assert len(outbox(client.folder)) == 1

@@ -44,7 +44,7 @@ def test_one_who_was_given_up_changes_nothing(engine):
     assert not queue.tell(engine, old.id, old.attempt, ["late"], {"value": 0.9, "text": "late"})
     queue.give_back(engine, old)
     assert seen(engine, new.id).state == "running"
-    assert queue.finish(engine, new.id, new.attempt, "done", log="done", records=[2], sheet={"heads": []})
+    assert queue.finish(engine, new.id, new.attempt, "done", log="done", records=[2], sheet=[{"heads": []}])
     assert not queue.finish(engine, new.id, new.attempt, "failed", "too late")
     run = seen(engine, new.id)
     assert (run.state, run.records, run.error) == ("done", [2], "")

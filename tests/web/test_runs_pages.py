@@ -245,7 +245,7 @@ def test_what_a_finished_run_shows(browser):
         "about": "model pocket-2m; 1 seed; cpu",
     }
     record = {"paper": "gear", "method": "gear", "metric": "accuracy", "value": 0.5, "unit": ""}
-    run_id = finished(browser.app.state.engine, records=[record], sheet=sheet, plot="<svg><style>a{}</style></svg>")
+    run_id = finished(browser.app.state.engine, records=[record], sheet=[sheet], plot="<svg><style>a{}</style></svg>")
     html = browser.get(f"/runs/{run_id}").text
     for part in ("50.0 %", "gear&lt;", 'colspan="2"', "A &lt;note&gt;.", "/plot.svg", "All 1 records", "done in 1.0 s"):
         assert part in html
@@ -296,7 +296,7 @@ def test_the_command_line_does_the_same():
 def test_pages_of_runs_load_no_torch(tmp_path):
     engine = open_database(settings_of(tmp_path).database)
     sheet = {"heads": ["method", "budget"], "rows": [["", ["full", "–"]]], "note": "", "about": ""}
-    finished(engine, records=[{"method": "full", "metric": "m", "value": 1, "unit": ""}], sheet=sheet, plot="<svg/>")
+    finished(engine, records=[{"method": "full", "metric": "m", "value": 1, "unit": ""}], sheet=[sheet], plot="<svg/>")
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from queues import client_of; from pathlib import Path\n"
         "browser = client_of(Path(sys.argv[2]))\n"

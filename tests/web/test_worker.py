@@ -80,8 +80,8 @@ def test_runs_end_with_what_they_are_worth(settings, engine, tmp_path):
     assert (run.state, run.error, run.attempt) == ("done", "", 1)
     assert [record["method"] for record in run.records] == ["full", "gear"]
     assert run.records[1]["value"] == 0.5
-    assert run.sheet["heads"] == ["method", "budget", "bytes", "accuracy"]
-    assert [cells[0] for _, cells in run.sheet["rows"]] == ["full", "gear"]
+    assert run.sheet[0]["heads"] == ["method", "budget", "bytes", "accuracy"]
+    assert [cells[0] for _, cells in run.sheet[0]["rows"]] == ["full", "gear"]
     assert told(engine, good)[:2] == ["full: measuring (1 of 2)", "gear: measuring (2 of 2)"]
     assert told(engine, good)[2].startswith("done in")
     assert told(engine, good, "state") == ["queued", "running", "done"]
@@ -209,7 +209,7 @@ def test_a_real_run(settings, engine):
     assert run.state == "done", run.error
     assert {record["paper"] for record in run.records} == {"longproc"}
     assert all(record["n"] >= 1 and record["revision"] is not None for record in run.records)
-    assert run.sheet["rows"][0][1][0] == "longproc"
+    assert run.sheet[0]["rows"][0][1][0] == "longproc"
 
 
 def test_the_command(settings, engine):
@@ -236,3 +236,15 @@ def processes_hold(settings):
         except BlockingIOError:
             return True
     return False
+
+
+def test_an_estimate_s_tables_are_its_result():
+    """No weights and no records: what comes out are tables, and their rows."""
+    from broadsheet.web.worker import estimated
+
+    found = estimated("llm-viewer", {"model": "llama-2-7b", "hardware": "a6000"})
+    assert found["sheet"][0]["about"] == "llama-2-7b on NVIDIA RTX A6000, batch 1, context 2048"
+    assert found["sheet"][0]["rows"][1][1][:2] == ("decode", "18.62")
+    assert found["records"][1]["stage"] == "decode"
+    with pytest.raises(ValueError, match="has no option 'flash'"):
+        estimated("llm-viewer", {"flash": True})

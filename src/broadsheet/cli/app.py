@@ -12,11 +12,15 @@ from .chat import ledger, serve_model
 from .common import asked, options_of, print_tables, split, with_progress
 from .crash import crash
 from .digest import digest
+from .flexsp import flexsp
+from .hardware import hardware, measure_hardware
 from .ingest import ingest
 from .instinct import instinct
+from .melt import melt
 from .mlir_cost import mlir_cost
 from .serve import serve
 from .study import study
+from .train_sim import train_sim
 from .weights import bitstack, dfloat11
 from .worker import worker
 
@@ -237,7 +241,8 @@ def run(
 
     family = family_of(slug)
     if family == "estimates":
-        _estimate(slug, options_of(option), {"model": model, **({"hardware": hardware} if hardware else {})}, out, as_json)
+        given = {"model": model if model != "pocket-2m" else "", "hardware": hardware}  # else each method's own default
+        _estimate(slug, options_of(option), {name: value for name, value in given.items() if value}, out, as_json)
         return
     if hardware:
         raise ValueError(f"--hardware is for estimates; {slug} runs on --device")
@@ -342,8 +347,13 @@ app.add_typer(bitstack, name="bitstack")
 app.add_typer(crash, name="crash")
 app.add_typer(study, name="study")
 app.add_typer(ledger, name="ledger")
+app.add_typer(melt, name="melt")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
+app.command()(flexsp)
+app.command(name="measure-hardware")(measure_hardware)
+app.command()(hardware)
+app.command(name="train-sim")(train_sim)
 app.command("mlir-cost")(mlir_cost)
 app.command()(worker)
 app.command()(ingest)

@@ -57,10 +57,8 @@ def print_tables(tables: "Sequence[Table]") -> None:
         for place, name in enumerate(table.columns):
             numbers = all(isinstance(row[place], int | float | None) for row in table.rows)
             shown.add_column(name, justify="right" if numbers else "left")
-        for row in table.rows:
-            shown.add_row(
-                *("–" if cell is None else f"{cell:,.6g}" if isinstance(cell, float) else str(cell) for cell in row)
-            )
+        for cells in table.texts():
+            shown.add_row(*cells)
         console.print(shown)
         if table.note:
             console.print(table.note, style="dim", markup=False)

@@ -1,7 +1,5 @@
 """``broadsheet mlir-cost``: what a program costs, from its text."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -218,3 +218,23 @@ def read_json(path: str | Path) -> Iterator[Record]:
         shared, rows = rows["shared"], rows["records"]
     for row in rows:
         yield Record.from_json({**shared, **row})
+
+
+# --- what was published ----------------------------------------------------------------------
+
+
+def results_folder() -> Path:
+    """Committed records: ``benchmarks/results`` of a checkout, or what was installed with the package."""
+    package = Path(__file__).parent.parent
+    installed = package / "results"
+    checkout = package.parent.parent / "benchmarks" / "results"
+    return checkout if checkout.is_dir() else installed
+
+
+@cache
+def committed(folder: Path | None = None) -> tuple[Record, ...]:
+    """Every committed record."""
+    found: list[Record] = []
+    for path in sorted((folder or results_folder()).glob("*.records.json")):
+        found += read_json(path)
+    return tuple(found)

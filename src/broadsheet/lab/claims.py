@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from broadsheet import resolve
 from broadsheet.catalogue import Claim, Paper, papers
-from broadsheet.core.records import Record, read_json
+from broadsheet.core.records import Record, committed
 
 #: What a claim is called that no check judges: there can be none here, or nothing was measured yet.
 UNTESTABLE = "not testable here"
@@ -21,23 +20,6 @@ class Status:
 
     status: str
     ours: str = ""
-
-
-def results_folder() -> Path:
-    """Committed records: ``benchmarks/results`` of a checkout, or what was installed with the package."""
-    package = Path(__file__).parent.parent
-    installed = package / "results"
-    checkout = package.parent.parent / "benchmarks" / "results"
-    return checkout if checkout.is_dir() else installed
-
-
-@cache
-def committed(folder: Path | None = None) -> tuple[Record, ...]:
-    """Every committed record."""
-    found: list[Record] = []
-    for path in sorted((folder or results_folder()).glob("*.records.json")):
-        found += read_json(path)
-    return tuple(found)
 
 
 def status(claim: Claim, records: tuple[Record, ...]) -> Status:

@@ -10,6 +10,7 @@ from typing import Any
 
 from broadsheet.core.records import Record, StorageError, now
 from broadsheet.core.view import View
+from broadsheet.methods.estimates.base import Table
 
 from . import plots
 from .table import Row, quality_of, rows, view
@@ -90,6 +91,11 @@ class Sheet:
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     note: str
     about: str
+
+
+def sheet_of(table: Table) -> Sheet:
+    """An estimate's table."""
+    return Sheet(table.columns, tuple(("", cells) for cells in table.texts()), table.note, table.title)
 
 
 def sheet(records: Sequence[Record]) -> Sheet:

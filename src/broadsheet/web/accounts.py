@@ -173,6 +173,8 @@ def ask_for_link(
         with mail.post(settings) as post:
             if (done := post.deliver(mail.message(settings, to, "Your link to Broadsheet", text), to)).outcome != "sent":
                 log.warning("a sign-in mail was not sent: %s", done.error)
+                with session(request.app.state.engine) as db:  # a link that nobody got counts for nobody
+                    db.execute(delete(SignIn).where(SignIn.token_hash == hashed(token)))
                 raise HTTPException(503, "The mail could not be sent just now. Try again in a few minutes.")
     return page(request, "sign_in_sent.html", email=to)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from broadsheet.catalogue import Claim, papers
 from broadsheet.catalogue import Paper as Known
-from broadsheet.lab.claims import Status, results_folder, statuses
+from broadsheet.core.records import results_folder
+from broadsheet.lab.claims import Status, statuses
 
 from . import usage
 

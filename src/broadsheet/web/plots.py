@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from broadsheet.catalogue import papers
-from broadsheet.core.records import read_json
+from broadsheet.core.records import read_json, results_folder
 from broadsheet.lab import plots
-from broadsheet.lab.claims import results_folder
 from broadsheet.lab.table import Row, quality_of, rows, view
 
 from .facts import COMPARED, drawn_papers

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, undefer
 
 from broadsheet import catalogue
 from broadsheet.core.models import pockets
+from broadsheet.core.perf.architecture import shapes
 from broadsheet.lab.run import COMMANDS, family_of
 
 from . import queue, usage
@@ -48,10 +49,12 @@ def asked(slug: str, model: str, lines: str, fresh: bool = False) -> dict[str, A
 
     What can be known without loading torch is checked here; the method checks the rest when its run begins.
     """
-    family_of(slug)
+    family = family_of(slug)
     if len(lines) > MOST:
         raise ValueError(f"the options are longer than {MOST} characters")
-    options: dict[str, Any] = {"model": _model(model.strip() or "pocket-2m", catalogue.paper(slug).family)}
+    name = model.strip() or "pocket-2m"
+    usual = family == "estimates" and name == "pocket-2m"  # each estimate has a default of its own
+    options: dict[str, Any] = {} if usual else {"model": _model(name, family)}
     for line in filter(None, map(str.strip, lines.splitlines())):
         name, sign, value = (part.strip() for part in line.partition("="))
         if not sign or not re.fullmatch(r"[a-z_][a-z0-9_]*", name, re.ASCII):
@@ -88,7 +91,13 @@ def _model(name: str, family: str) -> str:
     endpoint = family == "evals" and re.fullmatch(r"https?://\S+", name)
     if len(name) > 300 or not name.isprintable():
         raise ValueError("a model's name is a line of at most 300 characters")
-    if name in pockets() or endpoint or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or Path(name).is_dir():
+    if (
+        name in pockets()
+        or endpoint
+        or (family == "estimates" and name in shapes())
+        or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
+        or Path(name).is_dir()
+    ):
         return name
     more = ", or an endpoint's address" if family == "evals" else ""
     raise ValueError(f"no model '{name}': give a built-in one ({', '.join(pockets())}), a folder, a hub name{more}")

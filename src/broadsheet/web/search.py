@@ -111,7 +111,7 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
     shared: list[tuple[NDArray[np.int64], float]] = [(np.empty(0, np.int64), 0.0)]
     words = dict.fromkeys(word for word in _WORD.findall(paper.title.lower()) if len(word) > 2 and word not in STOP_WORDS)
     for word in list(words)[:_WORDS_MOST]:
-        ids = index.with_word(db, word, TELLING)
+        ids = index.with_word(db, word, TELLING, count)
         shared.append((ids, math.log(1 + count / max(1, len(ids))) * (1 if len(ids) < TELLING else 0.3)))
     if paper.family:
         family = db.scalars(select(Paper.id).where(Paper.family == paper.family)).all()
@@ -234,6 +234,11 @@ class Matches:
     query: str
 
 
+#: words whose papers are kept in memory, and those: at most WORDS_KEPT times TELLING numbers of 8 bytes
+WORDS_KEPT = 4_000
+_KEPT: dict[tuple[str, str, int, int], NDArray[np.int64]] = {}
+
+
 class Words:
     """A database's index of words. Ids grow with time, so that the newest matches are those with the highest."""
 
@@ -269,10 +274,17 @@ class Words:
         ids = self._ids(db, matches.query, filters, offset + limit + len(seen))
         return [number for number in ids if number not in seen][offset : offset + limit]
 
-    def with_word(self, db: Session, word: str, most: int) -> NDArray[np.int64]:
-        """The newest papers with a word."""
+    def with_word(self, db: Session, word: str, most: int, newest: int) -> NDArray[np.int64]:
+        """The newest papers with a word; kept for the words that titles repeat, until there is a paper above ``newest``."""
+        key = (str(db.get_bind().engine.url), word, most, newest)
+        if (kept := _KEPT.get(key)) is not None:
+            return kept
         found = db.scalar(self.of_word, {"query": self.query([Term((word,))]), "most": most})
-        return np.array(found.split(",") if found else [], dtype=np.int64)
+        ids = np.array(found.split(",") if found else [], dtype=np.int64)
+        if len(_KEPT) >= WORDS_KEPT:
+            _KEPT.clear()
+        _KEPT[key] = ids
+        return ids
 
     def _ids(self, db: Session, query: str, filters: list[Select[Any]], most: int) -> list[int]:
         return list(db.scalars(self.matching(query, filters).limit(most)))

@@ -218,7 +218,7 @@ class Run(Table):
     attempt: Mapped[int] = mapped_column(default=0)  # counts claims: who writes for an earlier one is not listened to
     lost: Mapped[int] = mapped_column(default=0)  # how often its worker was killed over it
     records: Mapped[list[Any] | None] = mapped_column(JSON, deferred=True)
-    sheet: Mapped[dict[str, Any] | None] = mapped_column(JSON, deferred=True)  # heads, rows, note, about
+    sheet: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON, deferred=True)  # tables: heads, rows, note, about
     plot: Mapped[str] = mapped_column(Text, default="", deferred=True)  # an SVG
 
 

@@ -140,6 +140,16 @@ same = {name}().compress(model)  # the same logits, bit for bit
 same.save_pretrained("same")  # from_pretrained loads it after: import broadsheet
 """
 
+_ESTIMATE = """\
+import broadsheet
+
+{name} = broadsheet.method("{slug}")
+report = {name}().estimate()
+for table in report.tables():
+    print(table.title, table.columns, *table.rows, sep="\\n")
+report.save("{slug}")  # plots, traces, pages
+"""
+
 _BENCHMARK = """\
 import broadsheet
 from broadsheet.core.chat import connect
@@ -230,5 +240,7 @@ def _code(slug: str, name: str, bases: tuple[str, ...]) -> str:
     if slug in _OWN:
         return _OWN[slug]
     shapes = {"CacheMethod": _CACHE, "WeightMethod": _WEIGHTS, "Benchmark": _BENCHMARK, "Solver": _LOOP}
+    if papers()[slug].family == "estimates":
+        return _ESTIMATE.format(name=name, slug=slug)
     shape = _LOSSLESS if slug == "dfloat11" else next((shapes[base] for base in bases if base in shapes), "")
     return shape.format(name=name, slug=slug)

@@ -286,26 +286,38 @@ def work(run_id: int, attempt: int) -> None:
         return
     reporter, began = Reporter(engine, run), time.monotonic()
     try:
-        records = measured(run, reporter)
+        result = outcome(run, reporter)
     except Exception as error:
         traceback.print_exc()
         state, result, said = "failed", {}, _said(error)
     else:
-        state, result, said = "done", result_of(records), ""
+        state, said = "done", ""
     reporter.close()
     words = f"done in {time.monotonic() - began:.1f} s" if state == "done" else ""
     _insist(lambda: queue.finish(engine, run_id, attempt, state, said, words, **result))
 
 
-def measured(run: Run, reporter: Reporter) -> list[Any]:
-    """The run's records, all of them or those that earlier attempts did not store."""
+def outcome(run: Run, reporter: Reporter) -> dict[str, Any]:
+    """Does the work: what is stored of it. Cells that earlier attempts stored are not measured again."""
     from broadsheet.lab.run import family_of, run_method
 
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in run.options.items()}
     fresh = options.pop("fresh", False)
     since = f"{run.created + timedelta(seconds=1):%Y-%m-%dT%H:%M:%SZ}" if fresh else ""  # records tell full seconds
     family = family_of(run.slug)
-    return run_method(family, run.slug, options, progress=reporter.progress, tick=reporter.tick, since=since)
+    if family == "estimates":
+        return estimated(run.slug, options)
+    return result_of(run_method(family, run.slug, options, progress=reporter.progress, tick=reporter.tick, since=since))
+
+
+def estimated(slug: str, options: dict[str, Any]) -> dict[str, Any]:
+    """An estimate's tables, and their rows as records."""
+    from broadsheet.lab.estimate import estimate
+    from broadsheet.lab.report import sheet_of
+
+    tables = estimate(slug, options).tables()
+    rows = [{"table": table.title, **row} for table in tables for row in table.records()]
+    return {"sheet": [asdict(sheet_of(table)) for table in tables], "records": _finite(rows)}
 
 
 def result_of(records: list[Any]) -> dict[str, Any]:
@@ -315,7 +327,7 @@ def result_of(records: list[Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"records": [_finite(record.to_json()) for record in records]}
     try:
-        found["sheet"] = asdict(report.sheet(records))
+        found["sheet"] = [asdict(report.sheet(records))]
         table, quality, how = rows(records), quality_of(records), view(records)
         if sum(quality.metric in row.values and how.price in row.values for row in table) > 1:  # one point is no picture
             found["plot"] = plots.svg(plots.quality_against_price(table, quality, how))

@@ -142,7 +142,7 @@ def test_files_and_json(tmp_path) -> None:
 def test_three_scalars_are_found_again(compute: float, memory: float, overhead: float) -> None:
     truth = replace(device("a100"), efficiency=Efficiency(compute, memory, overhead))
     samples = [
-        Sample(op.operations, op.nbytes, op.dtype, op.seconds(truth))
+        Sample.one(op.operations, op.nbytes, op.dtype, op.seconds(truth))
         for context in (1, 16, 128, 1024, 4096)
         for op in operators_of_prefill("llama-2-7b", context)
     ]
@@ -160,8 +160,8 @@ def operators_of_prefill(model: str, context: int):
 
 
 def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least six measured operators; got 1"):
-        fit(device("a100"), [Sample(1, 1, "bf16", 1)])
+    with pytest.raises(ValueError, match="at least six measured operators or passes; got 1"):
+        fit(device("a100"), [Sample.one(1, 1, "bf16", 1)])
 
 
 def test_every_device_can_be_read_and_written(tmp_path) -> None:

@@ -30,9 +30,22 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"'{self.title}' has {len(self.columns)} columns, and a row of {len(row)} cells")
 
+    def texts(self) -> list[tuple[str, ...]]:
+        """The rows as they are shown."""
+        return [tuple(map(shown, row)) for row in self.rows]
+
     def records(self) -> list[dict[str, Cell]]:
         """One dict a row."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+def shown(value: Cell) -> str:
+    """A cell as text: four significant digits are what an estimate is good for."""
+    if isinstance(value, float):
+        return f"{float(f'{value:.4g}'):,.12g}"
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, str | bool) else f"{value:,}"
 
 
 class Report(ABC):

@@ -70,7 +70,7 @@ class LLMViewer:
             raise ValueError(f"gamma is at least 1; got {self.gamma}")
         self._setting(1, 1, None)
 
-    def estimate(self, model: Any, batch: int = 1, context: int = 2048, generate: int = 0) -> RooflineReport:
+    def estimate(self, model: Any = "pocket-2m", batch: int = 1, context: int = 2048, generate: int = 0) -> RooflineReport:
         """Prefill of ``context`` tokens, one decode step behind them, and where ``generate`` is given all of an answer.
 
         ``model``: what `core.perf.architecture.architecture` takes. The decode step attends to ``context`` keys. Raises
