@@ -18,6 +18,7 @@ from .ingest import ingest
 from .instinct import instinct
 from .melt import melt
 from .mlir_cost import mlir_cost
+from .robust import diagnose, robust_run
 from .serve import serve
 from .study import study
 from .train_sim import train_sim
@@ -351,6 +352,8 @@ app.add_typer(melt, name="melt")
 app.command(name="serve-model")(serve_model)
 app.command()(instinct)
 app.command()(flexsp)
+app.command(name="robust-run")(robust_run)
+app.command()(diagnose)
 app.command(name="measure-hardware")(measure_hardware)
 app.command()(hardware)
 app.command(name="train-sim")(train_sim)
