@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 #: on all folds of templates; the others on the first alone, to keep the study within an hour or two of one core
 EVERY_FOLD = ("mean", "flops", "roofline", "additive", "trees")
-ORDER = ("trees", "bag_ops", "conv_ops", "bag", "conv")
+#: model of order pairs -> programs it learns from; what can only guess guesses from fewer
+ORDER = {"trees": 3000, "bag_ops": 3000, "bag": 3000, "conv_ops": 6000, "conv": 6000}
 RANDOM = ("mean", "flops", "additive", "trees", "conv_sizes")
 
 
@@ -188,11 +190,11 @@ class Study:
 
     def order(self) -> None:
         """Pairs of programs that differ in operands or order alone: which has the larger peak?"""
-        for name in ORDER:
-            self.cell(f"order.{name}", lambda name=name: self.fit_order(name))
+        for name, count in ORDER.items():
+            self.cell(f"order.{name}.{count}", lambda name=name, count=count: self.fit_order(name, count))
 
-    def fit_order(self, name: str) -> dict[str, list[float]]:
-        programs = [parse(text) for text in order.programs(np.random.default_rng(self.arguments.seed), 3000)]
+    def fit_order(self, name: str, count: int) -> dict[str, list[float]]:
+        programs = [parse(text) for text in order.programs(np.random.default_rng(self.arguments.seed), count)]
         goal = np.array([[float(peak_live_bytes(program))] for program in programs])
         kinds = {"trees": lambda: Trees(("peak_bytes",))} | {
             f"{kind}{'_ops' * (scheme == 'ops')}": lambda kind=kind, scheme=scheme: TokenModel(
@@ -254,6 +256,8 @@ class Study:
         pin()
         for number in range(self.arguments.graphs):
             self.cell(f"fusion.{number}", lambda number=number: self.measure_plans(number))
+        for number in range(self.arguments.graphs):
+            self.cell(f"choice.{number}", lambda number=number: self.choices(number))
 
     def decision(self, number: int) -> Decision:
         """Of graph ``number``: a whole program of any template, on random sizes that the corpus has not (another stream)."""
@@ -274,7 +278,7 @@ class Study:
             times.append([*span, max(timing.time - call, 0.1), max(timing.again - call, 0.1)])
         return {"call": call, "times": times}
 
-    def choices(self, number: int) -> tuple[Choice, float, float]:
+    def choices(self, number: int) -> tuple[dict[str, Any], float, float]:
         """What everyone chooses; the time of the graph as one segment; seconds of CPU that the ensemble needed a segment.
 
         "model" and "trees" have not seen the graph's template, "model_seen" and "trees_seen" have (not the graph).
@@ -297,7 +301,7 @@ class Study:
                 zip(programs, trees.predict(list(programs.values()))[:, 0].tolist(), strict=True)
             )
         choice = decision.decide(first, second, predicted, found["call"])
-        return choice, second[0, len(decision.graph.nodes)] + found["call"], spent
+        return asdict(choice), second[0, len(decision.graph.nodes)] + found["call"], spent
 
     @cache  # noqa: B019  # one study a process
     def load(self, fold: int) -> CostModel:
@@ -321,9 +325,10 @@ class Study:
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
         self.splits()
         self.intervals()
-        for name in ORDER:
-            for kind, right in self.kept(f"order.{name}").items():
-                self.add(name, "order_accuracy", float(np.mean(right)), ci=bootstrap_ci(right), n=len(right), pairs=kind)
+        for name, count in ORDER.items():
+            for kind, right in self.kept(f"order.{name}.{count}").items():
+                accuracy, interval = float(np.mean(right)), bootstrap_ci(right)
+                self.add(name, "order_accuracy", accuracy, ci=interval, n=len(right), pairs=kind, programs=count)
         for name, value in self.kept("speed").items():
             self.add("model", f"speed_{name}", value, "" if name in ("operations", "tokens") else "ms")
         for name, found in self.kept("dialects").items():
@@ -331,7 +336,7 @@ class Study:
         self.decisions()
         path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
         write_results(self.records, path)
-        sample = [row for row in self.rows if row["number"] % 3 == 0][:2000]
+        sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
         corpora.write(sample, path.with_name("mlir_cost_corpus.sample.jsonl.gz"))
         print(f"{len(self.records)} records in {path}")
 
@@ -424,16 +429,16 @@ class Study:
 
     def decisions(self) -> None:
         """The fusion study: gain over the default on the mean, part of the oracle's, how often worse than the default."""
-        count = len(list((self.work / "cells").glob("fusion.*.json")))
-        found = [self.choices(number) for number in range(count)]
-        choices = [choice for choice, _, _ in found]
+        count = len(list((self.work / "cells").glob("choice.*.json")))
+        found = [self.kept(f"choice.{number}") for number in range(count)]
+        choices = [Choice(**choice) for choice, _, _ in found]
         for name in ("default", "random", "bytes", "oracle", *choices[0].models):
             gains = [one.gain(name) for one in choices]
             self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains), n=count, study="fusion")
             self.add(name, "recovered", recovered(choices, name), n=count, study="fusion")
             worse = [float(one.worse(name)) for one in choices]
             self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse), n=count, study="fusion")
-        whole = [1 - one / choice.oracle for choice, one, _ in found]
+        whole = [1 - one / choice.oracle for choice, (_, one, _) in zip(choices, found, strict=True)]
         self.add("whole", "gain_over_oracle", float(np.median(whole)), n=count, study="fusion")
         slower = [float(one < -0.1) for one in whole]
         self.add("whole", "slower_by_a_tenth", float(np.mean(slower)), ci=bootstrap_ci(slower), n=count, study="fusion")

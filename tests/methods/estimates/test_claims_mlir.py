@@ -59,7 +59,7 @@ def test_bag_and_sequence_over_all_targets():
         records = [
             record(name, "rmse", 1.0 if name == "bag" else 1.1 if n < worse else 0.9, split="template-0", target=target)
             for n, target in enumerate(targets)
-            for name in ("bag", "conv")
+            for name in ("bag", "conv", "lstm")
         ]
         return sequence_over_bag(records)[0]
 

@@ -18,7 +18,6 @@ from broadsheet.methods.estimates.mlir_cost_model.labels import (
     compile_llvm,
     compile_text,
     count_kernels,
-    drop_noisy,
     label,
     peak_live_bytes,
     random_arguments,
@@ -182,8 +181,6 @@ def test_random_arguments_fit_the_function():
 
 def test_noisy_times_are_dropped_and_counted():
     rows = [{"labels": {"noise": noise, "time": 1.0}} for noise in (0.0, 0.19, 0.21, 3.0)]
-    kept, dropped = drop_noisy(rows)
-    assert (len(kept), dropped) == (2, 2)
     found, noisy = values(rows, ("time", "spills"))
     assert noisy == 2
     assert np.isnan(found[2:, 0]).all()

@@ -105,6 +105,22 @@ def test_regions_and_several_results():
     assert function.operations[2].operands == ("%0#1",)
 
 
+def test_regions_side_by_side_may_use_the_same_names():
+    function = parse(
+        WHILE.replace(
+            "  return %0#1", WHILE.split("\n", 2)[2].rsplit("  return", 1)[0].replace("%0:2", "%5:2") + "  return %0#1"
+        )
+    )
+    first, second = (one for one in function.operations if one.opcode == "while")
+    assert function.types[first.regions[0].operations[0].results[0]].text == "tensor<i1>"
+    values = [
+        name for loop in (first, second) for region in loop.regions for one in region.operations for name in one.results
+    ]
+    assert len(set(values)) == len(values) == 8
+    assert set(first.regions[0].arguments).isdisjoint(second.regions[0].arguments)
+    assert first.regions[0].arguments == first.regions[1].arguments
+
+
 def test_generic_form_and_other_dialects():
     reduce = parse(GENERIC).operations[1]
     assert reduce.opcode == "reduce"

@@ -47,13 +47,15 @@ def size_decides_speed(records: Sequence[Record]) -> Verdict:
             decode, prefill = (gain.value for gain in gains if gain)
             shown += f", 4 bits over 16: decode x{decode:.2f}, prefill x{prefill:.2f}"
         parts.append(shown)
-    peaks = [
-        f"{form} {_mega(found.value)}"
+    peaks = {
+        form: found
         for form in ("f32", "f16", "q8_0", "q4_0")
         if (found := _one(records, method="llama.cpp", metric="peak_rss", format=form))
-    ]
+    }
     if peaks:
-        parts.append(f"peak RSS (llama.cpp) {', '.join(peaks)}")
+        shown = ", ".join(f"{form} {_mega(found.value)}" for form, found in peaks.items())
+        before = max(found.setting["before"] for found in peaks.values())
+        parts.append(f"peak RSS (llama.cpp) {shown}, of which {_mega(before)} before loading")
     return graded(certain, likely), "107M random weights, one thread: " + "; ".join(parts)
 
 

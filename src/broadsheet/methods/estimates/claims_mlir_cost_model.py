@@ -42,18 +42,21 @@ def low_error(records: Sequence[Record]) -> Verdict:
 
 
 def sequence_over_bag(records: Sequence[Record]) -> Verdict:
-    """Convolutions against a bag of the same tokens, both without our sizes, over all targets."""
-    better, parts = [], []
+    """Convolutions and the LSTM against a bag of the same tokens, all without our sizes, over all targets."""
+    conv, lstm, parts = list[bool](), list[bool](), list[str]()
     for target in ("time", "peak_bytes", "temp_bytes", "kernels", "fusions", *_PRESSURE):
-        conv, bag = (_one(records, name, "rmse", split="template-0", target=target) for name in ("conv", "bag"))
-        if not conv or not bag:
+        found = [_one(records, name, "rmse", split="template-0", target=target) for name in ("conv", "lstm", "bag")]
+        values = [record.value for record in found if record]
+        if len(values) < 3:
             return None
-        better.append(conv.value < bag.value)
-        parts.append(f"{target} {conv.value:.2f}/{bag.value:.2f}")
+        conv.append(values[0] < values[2])
+        lstm.append(values[1] < values[2])
+        parts.append(f"{target} {'/'.join(f'{value:.2f}' for value in values)}")
     shuffled = _one(records, "conv_sizes", "r2", split="shuffled-0", target="time")
     control = f"; shuffled labels R² {shuffled.value:.2f}" if shuffled else ""
-    text = f"RMSE of convolution/bag on held-out templates: {', '.join(parts)}{control}"
-    return graded([all(better)], [sum(better) > len(better) / 2]), text
+    count = f"convolution better in {sum(conv)}, LSTM in {sum(lstm)} of {len(conv)} targets"
+    text = f"RMSE of convolution/LSTM/bag on held-out templates: {', '.join(parts)}; {count}{control}"
+    return graded([all(conv), all(lstm)], [sum(one) > len(one) / 2 for one in (conv, lstm)]), text
 
 
 def operands_help(records: Sequence[Record]) -> Verdict:

@@ -1,6 +1,7 @@
 """Configs, dialogues, runs on the built-in model, their files, and what is read back."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -248,15 +249,22 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         run_session(torch_runtime(form="int8"), CONVERSATIONS, Meter(), tmp_path)
 
 
-def test_a_sustained_run_goes_on_until_its_time_is_over(tmp_path):
-    settings = replace(QUICK, sustain=1.0, conversations=1, repetitions=1)
-    run = run_session(torch_runtime(settings), CONVERSATIONS, Meter(), tmp_path)
-    assert len({turn.iteration for turn in run.turns}) > 1
-    began = run.stages[0].window.start
-    starts = [min(t.whole.start for t in run.turns if t.iteration == i) for i in {turn.iteration for turn in run.turns}]
-    assert max(starts) - began < 1.5
+def test_a_sustained_run_goes_on_until_its_time_is_over(tmp_path, monkeypatch):
+    later = [0.0]
+    clock = Clock(lambda: time.time() + later[0])
+
+    def heat():  # called after every iteration, which takes 400 s by this clock
+        later[0] += 400
+        clock._began += 400
+        return 40.0 + later[0] / 100
+
+    monkeypatch.setattr("broadsheet.methods.estimates.melt.machine.temperature", heat)
+    settings = replace(QUICK, sustain=1000.0, conversations=1, repetitions=1)
+    run = run_session(TorchRuntime("pocket-2m", "fp32", GREEDY, settings, clock), CONVERSATIONS, Meter(), tmp_path)
+    assert {turn.iteration for turn in run.turns} == {0, 1, 2}  # the third began at 800 s
     table = read_report([tmp_path]).sustained().records()
     assert table[0]["of the first"] == "100 %"
+    assert len({row["minute"] for row in table}) >= 3
     assert sum(row["turns"] for row in table) == len(run.turns)
 
 

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -348,10 +348,3 @@ def label(text: str, dispatch: float) -> dict[str, float | None]:
     timing = compiled.measure()
     net = Timing(max(timing.time - dispatch, 0.1), max(timing.again - dispatch, 0.1), timing.wall)
     return {**compiled.labels(), "time": net.time, "time_again": net.again, "wall": net.wall, "noise": net.noise}
-
-
-def drop_noisy(rows: Iterable[dict[str, Any]], limit: float = 0.2) -> tuple[list[dict[str, Any]], int]:
-    """Rows whose two measured times agree within ``limit``, and how many do not."""
-    rows = list(rows)
-    kept = [row for row in rows if row["labels"]["noise"] <= limit]
-    return kept, len(rows) - len(kept)

@@ -206,6 +206,7 @@ class _Reader:
     lexemes: list[_Lexeme] = field(init=False)
     at: int = 0
     types: dict[str, TensorType] = field(default_factory=dict)
+    scope: dict[str, str] = field(default_factory=dict)  #: printed name -> name; regions side by side may print the same
 
     def __post_init__(self) -> None:
         self.lexemes = _lex(self.text)
@@ -247,7 +248,7 @@ class _Reader:
         return before != "attributes" and not (self.lexemes[self.at + 1].kind == "word" and self.peek(2) == "=")
 
     def function(self) -> Function:
-        self.types = {}
+        self.types, self.scope = {}, {}
         self.at += 1
         public = True
         while self.lexemes[self.at].kind == "word":
@@ -276,18 +277,25 @@ class _Reader:
                 raise self.fail("the list of arguments is never closed")
             depth += (one.text in ("(", "{")) - (one.text in (")", "}"))
             if one.kind == "value" and depth == 1 and self.peek(1) == ":":
-                names.append(one.text)
-                self.types[one.text] = self.type_at(self.at + 2)
+                names.append(self.define(one.text, self.type_at(self.at + 2)))
             self.at += 1
             if depth == 0:
                 return tuple(names)
+
+    def define(self, printed: str, kind: TensorType) -> str:
+        """The name of a new value: as printed, made unique."""
+        name = printed
+        while name in self.types:
+            name += "'"
+        self.scope[printed], self.types[name] = name, kind
+        return name
 
     def type_at(self, place: int) -> TensorType:
         return tensor_type(self.lexemes[place].text, self.lexemes[place].line)
 
     def region(self, arguments: tuple[str, ...] = ()) -> Block:
         """``{ operations }`` from its brace; a ``^bb0(%a: type):`` adds arguments. One block a region."""
-        opened = self.lexemes[self.at].line
+        opened, outer = self.lexemes[self.at].line, dict(self.scope)
         self.at += 1
         if self.lexemes[self.at].kind == "block":
             self.at += 1
@@ -302,6 +310,7 @@ class _Reader:
                 raise self.fail("several blocks in a region are not supported; lower to structured control flow")
             operations.append(self.operation())
         self.at += 1
+        self.scope = outer
         return Block(arguments, tuple(operations))
 
     def _starts_operation(self, place: int) -> bool:
@@ -363,7 +372,7 @@ class _Reader:
 
     def _rest(self, name: str, results: tuple[str, ...], line: int) -> Operation:
         """All after the operation's name, up to where the next statement starts."""
-        start, depth, opened = self.at, 0, self.at
+        start, depth, outer = self.at, 0, dict(self.scope)
         operands: list[str] = []
         inner: list[str] = []  # arguments that its regions bring in: reducer(%a: type), while(%a = %b), for %a = 0 to
         regions, listed, attributes = [], list[TensorType](), list[str]()
@@ -391,7 +400,6 @@ class _Reader:
                 listed = self.type_list()
                 continue
             depth += (one.text in ("(", "[", "{", "<")) - (one.text in (")", "]", "}", ">"))
-            opened = self.at if one.text in ("(", "[", "{") else opened
             if one.kind == "value":
                 self.operand(one, depth, start, operands, inner, initial)
             elif one.kind not in ("punct", "type") or one.text in "[]":
@@ -400,7 +408,8 @@ class _Reader:
                 self.type_at(self.at)
             self.at += 1
         types = self.result_types(name, results, listed, line)
-        self.types.update(zip(results, types, strict=True))
+        self.scope = outer
+        results = tuple(self.define(result, kind) for result, kind in zip(results, types, strict=True))
         return Operation(name, results, tuple(operands), types, " ".join(attributes), tuple(regions), line)
 
     def operand(
@@ -408,18 +417,16 @@ class _Reader:
     ) -> None:
         """Files one value: an operand, or an argument that a region of the operation brings in."""
         name, following = one.text, self.peek(1)
-        if name not in self.types:
+        if name not in self.scope:
             if following == "=" and (depth > 0 or self.at == start):
-                inner.append(name)
+                inner.append(self.define(name, tensor_type("index")))
                 initial.append(name)
-                self.types[name] = self.types.get(self.peek(2)) or tensor_type("index")
                 return
             if following == ":" and depth > 0:
-                inner.append(name)
-                self.types[name] = self.type_at(self.at + 2)
+                inner.append(self.define(name, self.type_at(self.at + 2)))
                 return
             raise ValueError(f"line {one.line}: {name} is used before it is defined")
-        operands.append(name)
+        operands.append(self.scope[name])
 
     def type_list(self) -> list[TensorType]:
         """Types after ``:`` or ``->``; of ``(a, b) -> c`` those after the arrow."""
