@@ -187,19 +187,21 @@ def test_pairs_differ_in_peak_and_not_in_operations(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_only_operands_tell_pairs_apart():
-    texts = order.programs(np.random.default_rng(0), 2000)
+    """With half of these programs the convolution finds 89 % of such pairs, with a third of them 76 %."""
+    texts = order.programs(np.random.default_rng(0), 6000)
     programs = [parse(text) for text in texts]
     y = np.array([[float(peak_live_bytes(program))] for program in programs])
     pairs = [order.pair(np.random.default_rng([1, seed])) for seed in range(100)]
     right = {}
     for scheme in ("ops", "operands"):
-        model = TokenModel(("peak_bytes",), "conv", scheme, False, Training(epochs=12, lr=1e-3))
-        model.fit(programs, y, list(range(0, 2000, 10)))
+        model = TokenModel(("peak_bytes",), "conv", scheme, False, Training(epochs=16, lr=1e-3))
+        model.fit(programs, y, list(range(0, 6000, 10)))
         more, less = (model.predict([parse(pair[side]) for pair in pairs])[:, 0] for side in (0, 1))
         right[scheme] = np.where(np.isclose(more, less, rtol=1e-6), 0.5, more > less).mean()
     assert right["ops"] <= 0.55
-    assert right["operands"] >= 0.85
+    assert right["operands"] >= 0.9
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
