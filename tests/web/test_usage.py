@@ -63,6 +63,7 @@ LESS = {
     "BitStack()": "BitStack(n_iter=2)",
     "n_init=6": "n_init=6, n_domain=300, n_eval=100",
     "ENAMEL()": "ENAMEL(allow_noise=True)",
+    "MELT()": "MELT(conversations=1, repetitions=1, max_gen=4, idle=0, tail=0, max_busy=1)",
 }
 
 
@@ -79,6 +80,9 @@ def test_the_snippet_runs(slug, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("\n".join(json.dumps(s.to_json()) for s in make_sessions("kv", 12, 256)))
     rows = [{"input": f"Give {n}.", "output": str(n)} for n in range(60)]
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    program = "module @m {\n  func.func public @main(%a: tensor<8xf32>) -> tensor<8xf32> {\n"
+    program += "    %0 = stablehlo.add %a, %a : tensor<8xf32>\n    return %0 : tensor<8xf32>\n  }\n}\n"
+    (tmp_path / "program.mlir").write_text(program)
     code = usage(slug).code
     for whole, part in LESS.items():
         code = code.replace(whole, part)

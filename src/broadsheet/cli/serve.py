@@ -1,5 +1,6 @@
 """`broadsheet serve`: the web page, and the process that works off its runs."""
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,8 +72,8 @@ def serve(
         child = Worker() if worker else None
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both end here, and the worker with us
         try:
-            server.run([listening])
-        except KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended, mostly
+                server.run([listening])
             typer.echo("stopped")
         finally:
             if child:

@@ -202,6 +202,14 @@ factors = {"model": ["pocket-code"], "method": ["rtn"], "precision": [4], "calib
 results = Study(factors, make_tasks(4), n_samples=1, max_new_tokens=128).run("study.jsonl")
 print(list(results.rows()))
 """,
+    "mlir-cost-model": """\
+import broadsheet
+
+MLIRCostModel = broadsheet.method("mlir-cost-model")
+report = MLIRCostModel().estimate("program.mlir")  # StableHLO text: jax.jit(f).lower(x).as_text()
+for name, one in report.answer.predictions.items():
+    print(name, one.value, one.low, one.high)
+""",
     "instinct": """\
 import broadsheet
 from broadsheet.core.chat import connect
