@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import socket
 import sys
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from fastapi.testclient import TestClient
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "web"))
 
 from opened import open_site
+
+from broadsheet.cli.serve import _listening
 
 
 def fill(client: TestClient, file: Path) -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         fill(client, given.file)
     filled.touch()
     logging.basicConfig(level=logging.WARNING)
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+    with _listening("127.0.0.1", 0) as listening:
         print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(client.app, log_config=None, access_log=False)).run([listening])
 

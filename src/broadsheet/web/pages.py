@@ -176,7 +176,7 @@ def one_paper(request: Request, name: str) -> Response:
             return RedirectResponse(address, 308, {"cache-control": "public, max-age=300"})
         known = catalogue.papers().get(paper.slug or "")
         return page(
-            request, "paper.html", shared=True, paper=paper, related=_whole(db, search.related(db, paper)),
+            request, "paper.html", shared=True, paper=paper, related=search.related(db, paper),
             entry=facts.Entry(known) if known else None, marked=_marked(request, db, [paper]),
         )  # fmt: skip
 
@@ -225,8 +225,9 @@ def find_paper(db: Session, name: str) -> Paper | None:
     query = select(Paper).options(*_WHOLE)
     if name.isascii() and name.isdecimal():
         return db.scalar(query.where(Paper.id == int(name))) if len(name) < 10 else None
-    found = db.scalar(query.where(Paper.slug == name))
-    return found or db.scalar(query.where(Paper.arxiv_id == re.sub(r"v\d+$", "", name)))
+    by_slug, by_number = Paper.slug == name, Paper.arxiv_id == re.sub(r"v\d+$", "", name)
+    likely = (by_number, by_slug) if name[:4].isdecimal() else (by_slug, by_number)
+    return db.scalar(query.where(likely[0])) or db.scalar(query.where(likely[1]))
 
 
 @router.get("/about")

@@ -41,7 +41,7 @@ from sqlalchemy import (
     text,
     true,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only, selectinload
 
 from .library import author_key
 from .tables import Author, Paper, Tag
@@ -98,14 +98,15 @@ def search(
 
 
 def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
-    """Papers about the same, nearest first: by meaning where there are embeddings, else those that share the words of the
-    title which few papers have (each counts the logarithm of its rarity), a family, or a tag of the catalogue."""
+    """Papers about the same with their authors, nearest first: by meaning where there are embeddings, else those that share
+    the words of the title which few papers have (each counts the logarithm of its rarity), a family, or a tag of the
+    catalogue."""
     from . import embeddings
 
     if found := embeddings.of(db):
         near = [number for number in found.like(paper.id, limit + 1) if number != paper.id]
         if near:
-            return _papers(db, near[:limit])
+            return _papers(db, near[:limit], *_BRIEF)
     index = _INDEXES[db.get_bind().dialect.name]
     count = db.scalar(select(func.max(Paper.id))) or 1
     shared: list[tuple[NDArray[np.int64], float]] = [(np.empty(0, np.int64), 0.0)]
@@ -119,7 +120,7 @@ def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
     numbers, place = np.unique(np.concatenate([ids for ids, _ in shared]), return_inverse=True)
     scores = np.bincount(place, np.concatenate([np.full(len(ids), weight) for ids, weight in shared]), len(numbers))
     best = numbers[np.lexsort((-numbers, -scores))][: limit + 1].tolist()
-    return _papers(db, [number for number in best if number != paper.id][:limit])
+    return _papers(db, [number for number in best if number != paper.id][:limit], *_BRIEF)
 
 
 # --- what was typed ---------------------------------------------------------------------------------------------
@@ -215,10 +216,17 @@ def _near(db: Session, query: str, filters: list[Select[Any]]) -> list[int]:
     return near
 
 
-def _papers(db: Session, ids: Sequence[int]) -> list[Paper]:
+#: What a list of related papers shows of each.
+_BRIEF = (
+    load_only(Paper.title, Paper.day, Paper.slug, Paper.arxiv_id, Paper.running),
+    selectinload(Paper.authors),
+)
+
+
+def _papers(db: Session, ids: Sequence[int], *options: Any) -> list[Paper]:
     if not ids:
         return []
-    rows = {row.id: row for row in db.scalars(select(Paper).where(Paper.id.in_(ids)))}
+    rows = {row.id: row for row in db.scalars(select(Paper).where(Paper.id.in_(ids)).options(*options))}
     return [rows[number] for number in ids if number in rows]
 
 
