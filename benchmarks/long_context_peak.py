@@ -15,9 +15,6 @@ the budget is full and what comes behind it is the swapping.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from broadsheet.core.perf.measure import bandwidth, peak
 from broadsheet.core.perf.timing import pinned
 from broadsheet.core.records import Record, now, provenance, read_json, write_results
 from broadsheet.methods.estimates.long_context_peak import Session, simulate
-from broadsheet.methods.estimates.long_context_peak.loop import CacheBudget, run_loop, temporary_machine
+from broadsheet.methods.estimates.long_context_peak.loop import CacheBudget, median, run_loop, temporary_machine
 
 OUT = Path(__file__).parent / "results" / "long_context_peak.records.json"
 LAYERS, HEADS, HEAD_DIM = 8, 8, 64
@@ -47,16 +44,6 @@ def model() -> LlamaForCausalLM:
         num_key_value_heads=HEADS, head_dim=HEAD_DIM, max_position_embeddings=8192,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-def median(run: Callable[[], Any], repeats: int = 5) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def laws(shared: dict[str, Any]) -> list[Record]:

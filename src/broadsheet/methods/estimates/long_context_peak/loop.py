@@ -134,19 +134,19 @@ class RealMachine:
     def service(self, tokens: int, room: float, repeats: int = 9) -> Service:
         """What the simulation needs, each measured alone: medians of ``repeats`` (prefill: of three)."""
         visitor = self.visitor(tokens, 1_000_000)
-        prefill = _median(lambda: self.prefill(visitor), 3)
+        prefill = median(lambda: self.prefill(visitor), 3)
 
         def once() -> None:
             self.step(visitor)
             self.trim(visitor)
 
-        step = _median(once, repeats)
+        step = median(once, repeats)
 
         def there_and_back() -> None:
             self.swap_out(visitor)
             self.swap_in(visitor)
 
-        switch = _median(there_and_back, repeats) / 2
+        switch = median(there_and_back, repeats) / 2
         size = self.size(tokens)
         return Service(lambda _: prefill, lambda held: step * len(held), lambda _: switch, lambda _: size, room, batch=1)
 
@@ -156,7 +156,8 @@ def _layers(cache: DynamicCache) -> list[Any]:
     return list(cache.layers)
 
 
-def _median(run: Callable[[], Any], repeats: int) -> float:
+def median(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the median run, after one that is not counted."""
     run()
     times = []
     for _ in range(repeats):
