@@ -47,18 +47,18 @@ class Sample:
 def fit(device: Device, samples: Sequence[Sample], origin: Origin = "measured", source: str = "") -> Efficiency:
     """``t = Σ (max(F / (eF·peak), Q / (eB·bandwidth)) + t0)`` with the smallest mean absolute relative error on ``samples``.
 
-    Errors are relative, so that a decode step's microseconds weigh as much as a prefill's seconds. Which side of the maximum an
-    operator is on depends on its intensity and on eF / eB alone: between two neighbouring intensities the times are linear in
-    (1 / eF, 1 / eB, t0), and a linear program finds the best three scalars. The best of all intervals is the best there is;
-    above 64 intensities a coarse pass picks the neighbourhood in which all are tried. A scalar that binds nothing measured
-    stays at the rated 1. Raises ValueError for fewer than six samples.
+    Errors are relative, so that a decode step's microseconds weigh as much as a prefill's seconds. Which side of the maximum
+    an operator is on depends on its intensity and on eF / eB alone: between two neighbouring intensities the times are
+    linear in (1 / eF, 1 / eB, t0), and a linear program finds the best three scalars. The best of all intervals is the best
+    there is; above 64 intensities a coarse pass picks the neighbourhood in which all are tried. A scalar that binds nothing
+    measured stays at the rated 1. Raises ValueError for fewer than six samples.
     """
     if len(samples) < 6:
         raise ValueError(f"three scalars want at least six measured operators or passes; got {len(samples)}")
     rows = [(at, *operator) for at, sample in enumerate(samples) for operator in sample.operators]
     starts_at = np.unique([row[0] for row in rows], return_index=True)[1]
     count = np.array([row[4] for row in rows])
-    measured = np.array([sample.seconds for sample in samples])
+    measured, n = np.array([sample.seconds for sample in samples]), len(samples)
 
     def relative(each: np.ndarray) -> np.ndarray:
         return np.add.reduceat(each * count, starts_at) / measured
@@ -76,25 +76,18 @@ def fit(device: Device, samples: Sequence[Sample], origin: Origin = "measured", 
         """The smallest error with eF / eB between two neighbouring edges, and the scalars that reach it."""
         low, high = edges[at], edges[at + 1]
         waits = memory * np.sqrt(low * high) > compute
-        terms = np.column_stack(
-            (relative(np.where(waits, 0, compute)), relative(np.where(waits, memory, 0)), overhead * unit)
-        )
+        of_compute, of_memory = relative(np.where(waits, 0, compute)), relative(np.where(waits, memory, 0))
         # two rows more than samples: what nothing binds is drawn to 1, by less than what any sample could lose
-        terms = np.vstack((terms, [[1e-7, 0, 0], [0, 1e-7, 0]]))
-        wanted = np.concatenate((np.ones(len(samples)), [1e-7, 1e-7]))
-        off = -eye_array(len(wanted))
-        within = csr_array(np.array([[low, -1.0, 0.0], [-high, 1.0, 0.0]]))
+        terms = np.vstack((np.column_stack((of_compute, of_memory, overhead * unit)), 1e-7 * np.eye(2, 3)))
+        wanted = np.concatenate((np.ones(n), [1e-7, 1e-7]))
+        between = np.array([[low, -1.0, 0.0], [-high, 1.0, 0.0]])
+        above = csr_array(np.vstack((terms, -terms, between)))
+        slack = vstack((-eye_array(n + 2), -eye_array(n + 2), csr_array((2, n + 2))))
         found = linprog(
-            np.concatenate((np.zeros(3), np.ones(len(wanted)))),
-            A_ub=vstack(
-                (
-                    hstack((csr_array(terms), off)),
-                    hstack((csr_array(-terms), off)),
-                    hstack((within, csr_array((2, len(wanted))))),
-                )
-            ),
+            np.concatenate((np.zeros(3), np.ones(n + 2))),
+            A_ub=hstack((above, slack)),
             b_ub=np.concatenate((wanted, -wanted, [0.0, 0.0])),
-            bounds=[(1e-3, None), (1e-3, None), *[(0, None)] * (1 + len(wanted))],
+            bounds=[(1e-3, None), (1e-3, None), *[(0, None)] * (n + 3)],
         )
         return float(found.fun), (float(found.x[0]), float(found.x[1]), float(found.x[2]) * unit)
 
