@@ -139,6 +139,17 @@ def test_the_knee_is_where_caches_stop_fitting(part: float, fit: int) -> None:
     assert abs(knee - fit) <= 1
 
 
+def test_who_asks_while_its_cache_goes_out_brings_it_back() -> None:
+    """One user more than caches, who ask as soon as they can: the longest reader is always the next to ask, so every answer
+    takes a swap, and copies that stop compute are not cut in two by a step."""
+    service = Service(lambda _: 0.4, lambda held: 0.03 * len(held), lambda _: 0.01, lambda _: 1.0, 4.0, batch=1)
+    run = simulate(service, Session(1024, 1_000_000, 1, 0.06), 5, overlap=False, random_think=False, seconds=30, trace=True)
+    assert run.swaps / run.rounds == pytest.approx(1, abs=0.02)
+    assert run.steady_rounds_per_hour == pytest.approx(3600 / (0.03 + 2 * 0.01), rel=0.01)
+    copies = [span for span in run.trace.spans if span.track[1] == "switch"]
+    assert all(back.start == pytest.approx(out.end) for out, back in zip(copies[1::2], copies[2::2], strict=False))
+
+
 def test_a_trace_of_arrivals(tmp_path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,4096,10\n0.5,50000,20\n3.0,1000,5\n")

@@ -131,23 +131,31 @@ class RealMachine:
         ids = torch.randint(1, self.model.config.vocab_size, (1, tokens), generator=generator)
         return Visitor(ids, self.folder / f"user-{number}.kv")
 
-    def service(self, tokens: int, room: float, repeats: int = 9) -> Service:
-        """What the simulation needs, each measured alone: medians of ``repeats`` (prefill: of three)."""
-        visitor = self.visitor(tokens, 1_000_000)
-        prefill = median(lambda: self.prefill(visitor), 3)
+    def service(self, tokens: int, room: float, rounds: int = 3) -> Service:
+        """What the simulation needs, as it costs among others: as many caches as fit ``room`` take turns, so that none is
+        left in the processor's caches from its last turn, then one more than fit, each out to its own file and back.
 
-        def once() -> None:
-            self.step(visitor)
-            self.trim(visitor)
-
-        step = median(once, repeats)
-
-        def there_and_back() -> None:
-            self.swap_out(visitor)
-            self.swap_in(visitor)
-
-        switch = median(there_and_back, repeats) / 2
+        Means, since users pay for slow ones too, over ``rounds`` turns of every cache, after one that is not counted (it
+        makes the files). No loop of users is run.
+        """
         size = self.size(tokens)
+        held = deque(self.visitor(tokens, 1_000_000 + number) for number in range(max(1, int(room // size))))
+        prefill = statistics.median([_timed(self.prefill, visitor) for visitor in held])
+        steps, switches = [], []
+        for _ in range((rounds + 1) * len(held)):
+            steps.append(_timed(self.step, held[0]))
+            self.trim(held[0])
+            held.rotate(-1)
+        away = self.visitor(tokens, 2_000_000)
+        self.prefill(away)
+        self.swap_out(away)
+        for _ in range((rounds + 1) * (len(held) + 1)):
+            held.append(away)
+            away = held.popleft()
+            switches.append((_timed(self.swap_out, away) + _timed(self.swap_in, held[-1])) / 2)
+            self.step(held[-1])
+            self.trim(held[-1])
+        step, switch = statistics.mean(steps[len(held) :]), statistics.mean(switches[len(held) + 1 :])
         return Service(lambda _: prefill, lambda held: step * len(held), lambda _: switch, lambda _: size, room, batch=1)
 
 
@@ -156,15 +164,11 @@ def _layers(cache: DynamicCache) -> list[Any]:
     return list(cache.layers)
 
 
-def median(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the median run, after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _timed(run: Callable[[Visitor], None], visitor: Visitor) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run(visitor)
+    return time.perf_counter() - start
 
 
 def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBudget, seconds: float) -> SimReport:
@@ -181,9 +185,7 @@ def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBu
     reading, decoding, coming = list(visitors), deque[Visitor](), deque[Visitor]()
 
     def timed(what: str, run: Callable[[Visitor], None], visitor: Visitor) -> None:
-        begun = time.perf_counter()
-        run(visitor)
-        report.busy[what] += time.perf_counter() - begun
+        report.busy[what] += _timed(run, visitor)
 
     def make_room() -> bool:
         """Whether a cache more can be taken, after the longest readers' went."""
