@@ -145,7 +145,7 @@ def test_acceptance_3_bytes_are_those_of_the_stored_tensors(mha, gqa, kv_heads, 
     run(model, cache, prompt(1, 75), sizes=(70, 1))
     report = cache.report()
     assert report["nbytes"] == cache.nbytes == sum(report["parts"].values())
-    assert cache.nbytes == method.row_bytes(75, Geometry.of(model.config))
+    assert cache.nbytes == method.expected_bytes(75, Geometry.of(model.config))
     assert (report["factor_bytes"] > 0) == (kv_heads == GQA)
     assert (report["accumulator_bytes"] > 0) == cross_layer
 
@@ -188,7 +188,7 @@ def test_acceptance_4_no_keys_or_values_survive(mha, gqa, kv_heads, cross_layer)
     assert len(kept_states(model, tokens)) == before + 2  # the audit does see what is kept
     del held
     geometry = Geometry.of(model.config)
-    assert sizes == [method.row_bytes(turn * tokens, geometry) for turn in range(2, 5)]
+    assert sizes == [method.expected_bytes(turn * tokens, geometry) for turn in range(2, 5)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1]  # whole blocks of 16: linear
     # X of 64 in one group, or key latents in groups of 16 tokens and value latents in one of 16 channels.
     bits = 64 * 4 + 32 if kv_heads == MHA else 2 * (16 * 4 + 32)
@@ -459,7 +459,9 @@ def test_at_budget_fills_and_takes_the_least_error():
     for cross_layer, fraction, filled in ((False, 0.5, 0.43), (False, 0.25, 0.235), (True, 0.5, 0.49), (True, 0.25, 0.24)):
         family = XQuant(cross_layer=cross_layer)
         method = family.at_budget(fraction, 512, geometry)
-        assert filled * geometry.full_bytes(512) < method.row_bytes(512, geometry) <= fraction * geometry.full_bytes(512)
+        assert (
+            filled * geometry.full_bytes(512) < method.expected_bytes(512, geometry) <= fraction * geometry.full_bytes(512)
+        )
         assert method.bits <= method.accumulator_bits
         coarser = replace(method, group_size=128, bits=2, base_bits=2)
         assert method.expected_error(512, geometry) < coarser.expected_error(512, geometry)
