@@ -259,9 +259,11 @@ def bits_a_weight(held: Callable[[int, int], float], layers: Iterable[Shape]) ->
 
 @dataclass(frozen=True)
 class GroupedWeight(WeightFormat):
-    """Codes in groups along the inputs, and per column (input) and layer so many bytes more."""
+    """Codes in groups along the inputs, rows filled up to a multiple of ``fill``; ``column`` and ``layer``: bytes that an
+    input and a layer have besides."""
 
     groups: Groups = EXACT
+    fill: int = 1
     column: float = 0
     layer: float = 0
 
@@ -270,7 +272,12 @@ class GroupedWeight(WeightFormat):
         return self.groups.bits
 
     def nbytes(self, rows: int, columns: int) -> float:
-        return self.groups.nbytes(rows, columns) + self.column * columns + self.layer
+        filled = -(-columns // self.fill) * self.fill
+        return self.groups.nbytes(rows, filled) + self.column * columns + self.layer
+
+
+#: how n:m sparsity may store the places of what it keeps
+PLACES = ("patterns", "indices")
 
 
 @dataclass(frozen=True)
@@ -311,9 +318,6 @@ class Sparsity:
     def row_bytes(self, columns: int) -> int:
         """Bytes that the places of a row take."""
         return 0 if self.dense else packed_size(columns // self.m * self.numbers, self.bits)
-
-
-PLACES = ("patterns", "indices")
 
 
 @dataclass(frozen=True)
@@ -374,15 +378,16 @@ def grouped_weight(bits: float = 4, group_size: int | None = 128) -> GroupedWeig
 
 
 def integer_weight(bits: float = 8, zeros: bool = True, channels: bool = False) -> GroupedWeight:
-    """A row's codes with a scale in 32 bits and a zero in 8 (SmoothQuant, OutlierTune). ``channels``: with 16-bit scales of
-    the inputs, of which every second layer is charged with a float32 one a channel."""
+    """A row's codes with a scale in 32 bits and a zero in 8 (SmoothQuant, OutlierTune). ``channels``: norms keep a float32
+    scale a channel for all the layers that they feed. Which those are cannot be told from shapes: half of it is charged to
+    every layer, which covers two norms in a block of four layers or more."""
     return GroupedWeight(Groups(bits, None, 4, int(zeros), by_row=True), column=2 * channels)
 
 
 def pair_weight(bits: float = 4, activations: bool = True, spread: bool = False) -> GroupedWeight:
     """OliVe's outlier-victim pairs: a float32 scale a row, with ``activations`` one for the inputs, and where channels were
     ``spread`` the place of each."""
-    return GroupedWeight(Groups(bits, None, 4, 0, by_row=True), column=4 * spread, layer=4 * activations)
+    return GroupedWeight(Groups(bits, None, 4, 0, by_row=True), fill=2, column=4 * spread, layer=4 * activations)
 
 
 def sparse_weight(bits: float = 2, group_size: int = 32, n: int = 2, m: int = 4, places: str = "patterns") -> SparseWeight:
