@@ -120,8 +120,7 @@ class CacheFormat:
     keys, values: `Stream`s; a latent cache has the first alone. sinks: first tokens that stay, exact; window: so many of the
     newest are in sight, the next one included, and what is not goes in steps of the keys (None: all stay). share: of the
     tokens, those that have a slot. slot: bytes that a slot and kv head has besides; shared: that a slot of all heads has.
-    summaries: for each, slots come in runs of so many, which have an exact vector of a key's size. token, layer: bytes a
-    token of the whole cache, and a layer. whole: so many layers keep every token exactly and have nothing besides.
+    summaries: for each, slots come in runs of so many, which have an exact vector of a key's size. layer: bytes a layer.
     """
 
     keys: Stream = Stream()
@@ -132,9 +131,7 @@ class CacheFormat:
     slot: float = 0
     shared: float = 0
     summaries: tuple[int, ...] = ()
-    token: float = 0
     layer: float = 0
-    whole: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -154,9 +151,11 @@ class CacheFormat:
         over = max(tokens - min(self.sinks, tokens) - (self.window - 1), 0)
         return tokens - over // self.keys.step * self.keys.step
 
-    def slots_bytes(self, slots: int, heads: int, dim: int, value_dim: int | None = None) -> float:
-        """Bytes of one layer that holds so many slots. ``value_dim``: 0 for a latent cache; None: as ``dim``."""
-        value_dim = dim if value_dim is None else value_dim
+    def layer_bytes(self, tokens: int, heads: int, dim: int, value_dim: int | None = None) -> float:
+        """Bytes of one layer after ``tokens`` tokens. ``value_dim``: 0 for a latent cache; None: as ``dim``."""
+        return self._held(self.slots(tokens), heads, dim, dim if value_dim is None else value_dim)
+
+    def _held(self, slots: int, heads: int, dim: int, value_dim: int) -> float:
         sinks = min(self.sinks, slots)
         size = 2 * heads * (dim + value_dim) * sinks + self.keys.nbytes(slots - sinks, heads, dim)
         size += self.values.nbytes(slots - sinks, heads, value_dim) if value_dim else 0
@@ -164,18 +163,12 @@ class CacheFormat:
         return size + (self.slot * heads + self.shared) * slots + self.layer
 
     def nbytes(self, tokens: int, layers: int, heads: int, dim: int) -> float:
-        """Bytes of one sequence of ``tokens`` tokens in a cache of equal layers."""
-        return self._layers_bytes(self.slots(tokens), tokens, layers, heads, dim)
+        """Bytes of a cache of equal layers after ``tokens`` tokens."""
+        return layers * self.layer_bytes(tokens, heads, dim)
 
     def most_slots(self, room: float, tokens: int, layers: int, heads: int, dim: int) -> int:
-        """The most slots a layer, at most ``tokens``, with which a sequence of ``tokens`` tokens takes at most ``room``
-        bytes; 0 where one is too many."""
-        return bisect_right(range(1, tokens + 1), room, key=lambda n: self._layers_bytes(n, tokens, layers, heads, dim))
-
-    def _layers_bytes(self, slots: int, tokens: int, layers: int, heads: int, dim: int) -> float:
-        whole = min(self.whole, layers)
-        size = (layers - whole) * self.slots_bytes(slots, heads, dim) + whole * FULL.slots_bytes(tokens, heads, dim)
-        return size + self.token * tokens
+        """The most slots a layer, at most ``tokens``, that all layers have in ``room`` bytes; 0 where one is too many."""
+        return bisect_right(range(1, tokens + 1), room, key=lambda slots: layers * self._held(slots, heads, dim, dim))
 
 
 FULL = CacheFormat()
@@ -272,10 +265,13 @@ class GroupedWeight(WeightFormat):
         return self.groups.bits
 
     def nbytes(self, rows: int, columns: int) -> float:
+        """Bytes of a weight [rows, columns]."""
         filled = -(-columns // self.fill) * self.fill
         return self.groups.nbytes(rows, filled) + self.column * columns + self.layer
 
 
+#: 16 bits a weight
+EXACT_WEIGHT = GroupedWeight()
 #: how n:m sparsity may store the places of what it keeps
 PLACES = ("patterns", "indices")
 

@@ -539,12 +539,13 @@ class KVMerger(CacheMethod):
         whole = len(skipped(skip, layers))
         sizes = 0 if self.value_mass != "bias" or not self.merge else 2 if tokens < 2**15 else 4
         starts = 4 * geometry.kv_heads * (self.layout == "ragged")
-        stored = CacheFormat(share=1 / tokens, slot=sizes, layer=starts, whole=whole)
-        sides = (tokens, layers, geometry.kv_heads, geometry.head_dim)
+        stored = CacheFormat(share=1 / tokens, slot=sizes, layer=starts)
+        sides = (tokens, layers - whole, geometry.kv_heads, geometry.head_dim)
         full = geometry.full_bytes(tokens)
-        count = stored.most_slots(fraction * full, *sides) if whole < layers else 0
+        exact = whole / layers * full
+        count = stored.most_slots(fraction * full - exact, *sides) if whole < layers else 0
         if count < 1:
-            raise Unreachable(stored.nbytes(*sides) / full)
+            raise Unreachable((exact + stored.nbytes(*sides)) / full)
         # The ceiling of a share just above count - 1 is count here, and never dearer on a longer prompt.
         share = (count - 1 + 1e-3) / tokens
         recent, heavy = paper_protection(share)

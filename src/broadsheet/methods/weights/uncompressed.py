@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
-from broadsheet.core.perf.storage import GroupedWeight, WeightFormat
+from broadsheet.core.perf.storage import EXACT_WEIGHT, WeightFormat
 
 from .base import Progress, Shape, Unreachable, WeightMethod
 
@@ -27,7 +27,7 @@ class Uncompressed(WeightMethod):
         return model
 
     def format(self) -> WeightFormat:
-        return GroupedWeight()
+        return EXACT_WEIGHT
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         if bits < 16:
