@@ -241,7 +241,7 @@ def test_rewrites() -> None:
     arch = architecture("llama-3.1-8b")
     assert kv_bytes_per_token(arch.grouped(1)) * 8 == kv_bytes_per_token(arch)
     assert arch.kept(8).layers == 8
-    half = operators(arch, Setting(context=4097, queries=1, cache=cache_format("evict:share=0.5")))
+    half = operators(arch, Setting(context=4097, queries=1, cache=cache_format("snapkv:share=0.5")))
     assert sum(op.load_kv * op.count for op in half) == 2049 * kv_bytes_per_token(arch)
     assert activation_bytes(half) > 0
     windowed = architecture("mistral-7b")

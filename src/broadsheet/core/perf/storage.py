@@ -214,9 +214,10 @@ def block_float_cache(
     return CacheFormat(keys, values, layer=layer)
 
 
-def evicting_cache(share: float = 0.25, slot: float = 0) -> CacheFormat:
-    """Exact slots for a ``share`` of the tokens, with ``slot`` bytes a slot and head besides (scores)."""
-    return CacheFormat(share=share, slot=slot)
+def evicting_cache(share: float = 0.25, slot: float = 0, layer: float = 0) -> CacheFormat:
+    """Exact slots for a ``share`` of the tokens; ``slot`` bytes a slot and head besides (scores), and ``layer`` a layer (how
+    many tokens it has seen, where it goes on evicting)."""
+    return CacheFormat(share=share, slot=slot, layer=layer)
 
 
 #: what a what-if may name; the methods of the caches family make theirs by the same functions
@@ -226,8 +227,9 @@ CACHES: Mapping[str, Callable[..., CacheFormat]] = {
     "lambda-kv4": window_cache,
     "quantized": token_cache,
     "bfp": block_float_cache,
-    "evict": evicting_cache,
-    "h2o": partial(evicting_cache, slot=4),
+    "snapkv": evicting_cache,
+    "streaming-llm": partial(evicting_cache, layer=8),
+    "h2o": partial(evicting_cache, slot=4, layer=8),
 }
 
 

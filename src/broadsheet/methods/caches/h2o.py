@@ -60,7 +60,7 @@ class H2O(CacheMethod):
         check_fraction("recent", self.recent)
 
     def format(self, geometry: Geometry) -> CacheFormat:
-        return evicting_cache(self.budget, slot=4)  # a float32 of score a slot and head
+        return evicting_cache(self.budget, slot=4, layer=8)  # a float32 of score a slot and head, and the length
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         if fraction >= 1:

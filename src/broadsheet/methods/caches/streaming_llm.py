@@ -82,7 +82,7 @@ class StreamingLLM(CacheMethod):
         check_fraction("budget", self.budget)
 
     def format(self, geometry: Geometry) -> CacheFormat:
-        return evicting_cache(self.budget)
+        return evicting_cache(self.budget, layer=8)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         return replace(self, budget=fraction)

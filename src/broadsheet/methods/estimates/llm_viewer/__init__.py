@@ -37,7 +37,7 @@ class LLMViewer:
         weights: of linear layers: how many bits, or a format of `core.perf.storage`, "gptq:bits=3,group_size=64", with all
             the bytes that the method of that name stores.
         activation_bits: 16, 8 (the 8-bit rate, where the weights have 8 bits at most) or 32.
-        cache: as ``weights``: 8, "kivi:bits=2,group_size=32,residual=128", "evict:share=0.25"; None: as activations.
+        cache: as ``weights``: 8, "kivi:bits=2,group_size=32,residual=128", "snapkv:share=0.25"; None: as activations.
         kv_heads: other kv heads than the model has (1: multi-query attention).
         layers: only the first so many (pruned depth, early exit).
         fused: attention in one kernel.
