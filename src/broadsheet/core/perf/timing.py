@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -33,6 +34,34 @@ def alternately(
         if tick:
             tick(repeat, repeats)
     return seconds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one thing, repeated."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        """What the thing takes when nothing is in its way; whatever else a machine does only slows it down."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        return spread(self.seconds)
+
+
+def repeated(run: Callable[[], object], seconds: float = 0.3, least: int = 5) -> Timing:
+    """At least ``least`` runs, as many as ``seconds`` of wall time allow, after one that is not counted."""
+    run()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < until:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return Timing(tuple(times))
 
 
 def spread(seconds: Sequence[float]) -> float:

@@ -266,8 +266,8 @@ def _here(workload: Workload, tick: Callable[[int, int], None] | None) -> Cases:
 
     wanted = [(*one, dtype) for dtype in workload.dtypes for one in (*FITTED, *PASSES)]
     with pinned(workload.threads):
-        peaks = {dtype: peak(DTYPES[dtype]) for dtype in workload.dtypes}
-        on = Device("here", "this machine", bandwidth(), peaks)
+        peaks = {dtype: peak(DTYPES[dtype]).value for dtype in workload.dtypes}
+        on = Device("here", "this machine", bandwidth().value, peaks)
         found: dict[tuple[str, int, int], list[Case]] = {}
         for number, (model, batch, context, dtype) in enumerate(wanted):
             found.setdefault((model, batch, context), []).extend(_passes(model, batch, context, dtype, workload))
