@@ -19,6 +19,7 @@ from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
 
