@@ -4,9 +4,9 @@ python benchmarks/long_context_peak.py [--seconds 12] [--parts laws,loop,loop-qu
 
 A Llama with random weights and large caches (8 layers of 8 key/value heads of 64, 32 KB a token in fp32), one thread.
 
-laws: prefill of 256 to 4,096 tokens and the linear and quadratic law through them, also with heads of 128; what a flash
-kernel's products and its softmax take alone, which is what the quadratic term is made of; a decode step against the length of
-the cache, beside merely reading it; a cache's way into a memory-mapped file and back. All are the best of repeats.
+laws: prefill of 256 to 4,096 tokens and the linear and quadratic law through them, also with heads of 128; what the products
+and the softmax of a flash kernel take alone, which the quadratic term is made of; a decode step against the length of the
+cache, beside merely reading it; a cache's way into a memory-mapped file and back. All are the best of repeats.
 loop: users who repeat rounds, their caches within a budget of four; loop-quarter: with a quarter of the tokens kept, so
 sixteen. Answers an hour, measured and simulated from service times that were measured without users; the knee is the largest
 number of users with at least 95 % of the best rate. Reading takes half of what all that fit take to be served, so that the

@@ -12,9 +12,12 @@ count by too), fused attention, other heads (`Architecture.grouped`), fewer laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .architecture import Architecture, Attention, Block, LatentAttention, Mlp
 from .hardware import Device
@@ -422,6 +425,20 @@ def _feed_forward(
 def distinct_experts(experts: int, active: int, tokens: float) -> float:
     """Experts that ``tokens`` tokens meet, each with ``active`` of them: E (1 - (1 - k/E)^tokens), under even routing."""
     return experts * (1 - (1 - active / experts) ** tokens)
+
+
+def expert_op(arch: Architecture, mlp: Mlp, loads: Sequence[int] | NDArray[np.integer], setting: Setting) -> Op:
+    """The experts of one rank in one layer as one operator: ``loads`` [its experts] tokens each, as a trace has them
+    (`core.perf.routing`), instead of even routing. A token pays for the products of its expert; the weights of every expert
+    that has a token are read once, however many it has."""
+    tokens, met = int(np.sum(loads)), int(np.count_nonzero(loads))
+    rows = [op for op in _feed_forward("", arch, mlp.intermediate, mlp, tokens, setting, "") if op.kind == "linear"]
+    weights = sum(op.weight_held for op in rows)
+    return Op(
+        "experts", "linear", operations=sum(op.operations for op in rows), load_weight=met * weights,
+        load_act=sum(op.load_act for op in rows), store_act=sum(op.store_act for op in rows),
+        weight_held=len(loads) * weights, dtype=setting.linear_dtype,
+    )  # fmt: skip
 
 
 def _experts(arch: Architecture, mlp: Mlp, setting: Setting, before: str) -> list[Op]:
