@@ -30,7 +30,7 @@ from transformers.cache_utils import CacheLayerMixin
 from broadsheet.core.models.rotary import find_rotary
 from broadsheet.core.models.taps import Tokens, attach, attention_modules
 from broadsheet.core.numerics.ledger import nbytes, tree_map
-from broadsheet.core.perf.storage import CacheFormat
+from broadsheet.core.perf.storage import FULL, CacheFormat
 
 from .attention import Slots, as_slots, attend_slots
 
@@ -57,9 +57,9 @@ class Geometry:
             hidden_size=config.hidden_size,
         )
 
-    def full_bytes(self, tokens: int, bytes_per_element: int = 2) -> int:
-        """Bytes of an uncompressed cache of ``tokens`` tokens, one batch row."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_element
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of an uncompressed cache of ``tokens`` tokens in 16 bits, one batch row."""
+        return int(FULL.nbytes(tokens, self.layers, self.kv_heads, self.head_dim))
 
 
 class CacheLayer(CacheLayerMixin):

@@ -421,7 +421,7 @@ class XQuant(CacheMethod):
             for index in range(geometry.layers)
             for width, bits in self.stream_sizes(index, geometry)
         )
-        return bits / (16 * geometry.full_bytes(1, bytes_per_element=1))
+        return bits / (8 * geometry.full_bytes(1))
 
     def stream(self, index: int, number: int, geometry: Geometry) -> Stream:
         """How stream ``number`` of layer ``index`` is stored."""
