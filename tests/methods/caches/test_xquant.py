@@ -11,11 +11,12 @@ from tiny import positions, random_ids, tiny
 from transformers import DynamicCache, LlamaConfig, Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from broadsheet.core.numerics.groups import quantise_groups
+from broadsheet.core.perf.hardware import Device, device
 from broadsheet.methods.caches import xquant
 from broadsheet.methods.caches.base import Geometry, Unreachable
 from broadsheet.methods.caches.full import Full
 from broadsheet.methods.caches.xquant import XQuant
-from broadsheet.methods.caches.xquant.cost import Hardware, break_even
+from broadsheet.methods.caches.xquant.cost import break_even
 from broadsheet.methods.caches.xquant.factors import Factors
 from broadsheet.methods.caches.xquant.streams import ChannelStream, fit_group
 
@@ -275,7 +276,7 @@ def test_acceptance_7_only_full_blocks_are_quantised():
 
 
 def test_acceptance_8_break_even_lengths():
-    ridge = Hardware(756e12, 2e12).ridge
+    ridge = device("h100-pcie").turning_point("bf16")
     assert break_even(4096, 2, ridge) == pytest.approx(2281, rel=5e-3)
     assert break_even(4096, 2, ridge, group=4, streams=1) == pytest.approx(40_628, rel=5e-3)
     assert break_even(4096, 2, ridge, group=4) == pytest.approx(41_610, rel=5e-3)
@@ -583,7 +584,7 @@ def test_cost_model():
     assert plain.accumulator_bytes == 0 < crossed.accumulator_bytes
     assert plain.flop == 8 * 4 * 1000 * 1024**2
     assert crossed.flop == 1000 * (2 * 4 * 1024**2 + 6 * 8 * 1024 * 4096 + 5 * 2 * 4096)
-    with pytest.raises(ValueError, match="unknown hardware 'abacus'"):
+    with pytest.raises(ValueError, match="no device 'abacus'"):
         XQuant().cost_model(llama, 10, hardware="abacus")
-    config = replace(Hardware(1e12, 1e11), bandwidth=1e12)
-    assert XQuant().cost_model(llama, 10, hardware=config).ridge == 1
+    level = Device("level", "level", 1e12, {"bf16": 1e12})
+    assert XQuant().cost_model(llama, 10, hardware=level).ridge == 1

@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.rotary import find_rotary, rotate
 from broadsheet.core.models.taps import Tokens, attention_modules
+from broadsheet.core.perf.hardware import Device
 from broadsheet.core.perf.storage import Stream, groups
 
 from ..attention import Slots, attend_slots
@@ -493,6 +494,6 @@ class XQuant(CacheMethod):
             for name in ((CROSS_FACTOR,) if self.crosses(index) else PLAIN_FACTORS)
         ]
 
-    def cost_model(self, config: Any, seq_len: int, batch: int = 1, hardware: str | cost.Hardware = "h100") -> cost.Cost:
+    def cost_model(self, config: Any, seq_len: int, batch: int = 1, hardware: str | Device = "h100-pcie") -> cost.Cost:
         """FLOP, bytes, bound and break-even length of a decode step over ``seq_len`` stored tokens a row."""
         return cost.decode_cost(self, config, seq_len, batch, hardware)
