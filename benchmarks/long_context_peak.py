@@ -6,11 +6,12 @@ A Llama with random weights and large caches (8 layers of 8 key/value heads of 6
 
 laws: prefill of 256 to 4,096 tokens and the linear and quadratic law through them, also with heads of 128; what the products
 and the softmax of a flash kernel take alone, which the quadratic term is made of; a decode step against the length of the
-cache, beside merely reading it; a cache's way into a memory-mapped file and back. All are the best of repeats.
+cache, beside merely reading it; a cache's way into a memory-mapped file and back. All are the best of repeats, in CPU time.
 loop: users who repeat rounds, their caches within a budget of four; loop-quarter: with a quarter of the tokens kept, so
-sixteen. Answers an hour, measured and simulated from service times that were measured without users; the knee is the largest
-number of users with at least 95 % of the best rate. Reading takes half of what all that fit take to be served, so that the
-machine is busy before the budget is full and what comes behind it is the swapping.
+sixteen. Answers an hour (of CPU time, and of reading, which is not waited for), measured and simulated from service times
+that were measured without users; the knee is the largest number of users with at least 95 % of the best rate. Reading takes
+half of what all that fit take to be served, so that the machine is busy before the budget is full and what comes behind it is
+the swapping.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from broadsheet.core.perf.measure import bandwidth, peak
 from broadsheet.core.perf.timing import pinned, repeated
 from broadsheet.core.records import Record, now, provenance, read_json, write_results
 from broadsheet.methods.estimates.long_context_peak import Session, simulate
-from broadsheet.methods.estimates.long_context_peak.loop import CacheBudget, run_loop, temporary_machine
+from broadsheet.methods.estimates.long_context_peak.loop import CacheBudget, OwnClock, run_loop, temporary_machine
 
 OUT = Path(__file__).parent / "results" / "long_context_peak.records.json"
 LAYERS, HEADS, HEAD_DIM = 8, 8, 64
@@ -147,7 +148,7 @@ def loop(shared: dict[str, Any], keep: float, counts: Sequence[int], seconds: fl
     whole, folder = temporary_machine(net)
     with folder:
         room = FIT * whole.size(TOKENS)
-    machine, folder = temporary_machine(net, keep)
+    machine, folder = temporary_machine(net, keep, OwnClock())
     fit = room // machine.size(TOKENS)
 
     def record(method: str, metric: str, value: float, n: int = 1, unit: str = "", **setting: Any) -> None:

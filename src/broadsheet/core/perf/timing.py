@@ -12,18 +12,19 @@ from dataclasses import dataclass
 import torch
 
 
+def own_clock() -> Callable[[], float]:
+    """The process's CPU time where torch has one thread (what else runs on the machine does not count), else the wall's."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def alternately(
     contenders: Mapping[str, Callable[[], object]],
     repeats: int,
     clock: Callable[[], float] | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every repeat, after one that is not counted.
-
-    ``clock``: by default the process's CPU time where torch has one thread (what else runs on the machine does not count),
-    else the wall clock.
-    """
-    now = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+    """Seconds of every contender in every repeat, after one that is not counted, by ``clock`` (`own_clock`)."""
+    now = clock or own_clock()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, run in contenders.items():
@@ -53,14 +54,15 @@ class Timing:
 
 
 def repeated(run: Callable[[], object], seconds: float = 0.3, least: int = 5) -> Timing:
-    """At least ``least`` runs, as many as ``seconds`` of wall time allow, after one that is not counted."""
+    """At least ``least`` runs, as many as ``seconds`` allow, after one that is not counted; by `own_clock`."""
+    now = own_clock()
     run()
     times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < until:
-        start = time.perf_counter()
+    until = now() + seconds
+    while len(times) < least or now() < until:
+        start = now()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return Timing(tuple(times))
 
 
