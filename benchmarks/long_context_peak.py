@@ -10,8 +10,8 @@ cache, beside merely reading it; a cache's way into a memory-mapped file and bac
 loop: users who repeat rounds, their caches within a budget of four; loop-quarter: with a quarter of the tokens kept, so
 sixteen. Answers an hour (of CPU time, and of reading, which is not waited for), measured and simulated from service times
 that were measured without users; the knee is the largest number of users with at least 95 % of the best rate. Reading takes
-half of what all that fit take to be served, so that the machine is busy before the budget is full and what comes behind it is
-the swapping.
+half of what all that fit take to be served, so that the machine is busy before the budget is full, and what comes behind it
+is the swapping.
 """
 
 from __future__ import annotations
