@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,14 @@ from broadsheet.methods.estimates.long_context_peak import (
     service_of,
     simulate,
 )
-from broadsheet.methods.estimates.long_context_peak.loop import CacheBudget, NoRoom, OwnClock, run_loop, temporary_machine
+from broadsheet.methods.estimates.long_context_peak.loop import (
+    CacheBudget,
+    NoRoom,
+    OwnClock,
+    WallClock,
+    run_loop,
+    temporary_machine,
+)
 from broadsheet.methods.estimates.long_context_peak.sessions import measured_reductions
 from broadsheet.methods.estimates.long_context_peak.simulate import Service
 
@@ -204,6 +212,15 @@ def test_the_real_loop_holds_swaps_and_gives_back() -> None:
         assert alone.swaps == 0
     with pytest.raises(NoRoom, match="are allowed"):
         CacheBudget(10, 5).take(6)
+
+
+@pytest.mark.parametrize(("clock", "slept"), [(WallClock(), True), (OwnClock(), False)])
+def test_waiting_takes_time_on_both_clocks_and_none_on_our_own(clock, slept: bool) -> None:
+    begun, wall = clock.now(), time.monotonic()
+    clock.wait(begun + 0.05)
+    assert clock.now() - begun >= 0.05
+    assert (time.monotonic() - wall >= 0.05) == slept
+    clock.wait(begun)  # already past
 
 
 def test_lossless_is_said_of_retrieval_at_every_depth_only() -> None:

@@ -8,12 +8,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from broadsheet.core.models import with_cache
 from broadsheet.core.perf.hardware import device
+from broadsheet.methods.caches.base import Geometry
 from broadsheet.methods.caches.block_quant_outliers import KSortBFP
+from broadsheet.methods.caches.elastic_cache import ElasticCache
 from broadsheet.methods.caches.full import Full
 from broadsheet.methods.caches.gear import GEAR
 from broadsheet.methods.caches.h2o import H2O
 from broadsheet.methods.caches.kivi import KIVI
 from broadsheet.methods.caches.lambda_kv4 import LambdaKV4
+from broadsheet.methods.caches.mpcache import MPCache
 from broadsheet.methods.caches.snapkv import SnapKV
 from broadsheet.methods.caches.streaming_llm import StreamingLLM
 from broadsheet.methods.estimates.llm_viewer import LLMViewer
@@ -46,20 +49,27 @@ CACHES = [
     (H2O(budget=0.3), "h2o:share=0.3"),
     (StreamingLLM(budget=0.3), "streaming-llm:share=0.3"),
     (SnapKV(budget=0.4), "snapkv:share=0.4"),
+    (MPCache(static_keep=0.6, similarity="max"), None),
+    (ElasticCache(discard="frequency", mass_bias=True), None),
+    (ElasticCache(discard="frequency", granularity="head"), None),
 ]
 
 
 @pytest.mark.parametrize(("method", "text"), CACHES, ids=[f"{type(m).__name__}-{i}" for i, (m, _) in enumerate(CACHES)])
 @pytest.mark.parametrize("tokens", [128, 301])
-def test_a_cache_holds_what_is_estimated(method, text: float | str, tokens: int) -> None:
+def test_a_cache_holds_what_is_estimated(method, text: float | str | None, tokens: int) -> None:
+    """Formats by name, or where there is none the method's own."""
     net = model()
     cache = method.cache(net, dtype=torch.bfloat16)
     with torch.no_grad():
         net(torch.randint(1, 160, (1, tokens)), **with_cache(cache), use_cache=True, logits_to_keep=1)
     cache.end_prefill()
-    report = LLMViewer("a100", cache=text).estimate(net, 1, tokens)
+    geometry = Geometry.of(net.config)
+    stored = method.format(geometry) if text is None else text
+    report = LLMViewer("a100", cache=stored).estimate(net, 1, tokens)
     assert report.memory.cache == cache.nbytes
-    assert SessionModel(net, "a100", cache=text).cache_bytes(tokens) == cache.nbytes
+    assert method.expected_bytes(tokens, geometry) == cache.nbytes
+    assert SessionModel(net, "a100", cache=stored).cache_bytes(tokens) == cache.nbytes
     if cache.report()["stored"][0] == tokens:  # a step reads what is held
         read = sum(row["load_kv"] for row in report.ops if row["stage"] == "decode")
         assert read == pytest.approx(cache.nbytes)

@@ -286,7 +286,8 @@ class CacheMethod:
         """Raises ValueError when these parameters do not fit a model of this geometry."""
 
     def format(self, geometry: Geometry) -> CacheFormat:
-        """How a cache of this method stores a prompt."""
+        """How a cache of this method stores a prompt. Methods whose layers are not alike (XQuant), or whose slots the prompt
+        decides (KVMerger), have none."""
         raise NotImplementedError
 
     def expected_bytes(self, tokens: int, geometry: Geometry) -> int:

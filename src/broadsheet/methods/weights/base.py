@@ -94,7 +94,8 @@ class WeightMethod:
         """Raises ValueError when these parameters do not fit layers of these shapes [out_features, in_features]."""
 
     def format(self) -> WeightFormat:
-        """How a layer is stored."""
+        """How a layer is stored. Methods whose bytes the weights or the layer's place decide (DFloat11, BitStack, CRaSh)
+        have none."""
         raise NotImplementedError
 
     def stored_bits(self, layers: Sequence[Shape]) -> float:

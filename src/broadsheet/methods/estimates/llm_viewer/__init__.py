@@ -22,7 +22,7 @@ import numpy as np
 from broadsheet.core.perf.architecture import Architecture, architecture
 from broadsheet.core.perf.hardware import Device, device
 from broadsheet.core.perf.ops import Op, Setting, activation_bytes, cache_bytes, operators, parameters, weight_bytes
-from broadsheet.core.perf.storage import cache_format, weight_format
+from broadsheet.core.perf.storage import CacheFormat, WeightFormat, cache_format, weight_format
 
 from .compat import compat_device, compat_operators
 from .report import Memory, RooflineReport, Stage
@@ -48,9 +48,9 @@ class LLMViewer:
     """
 
     hardware: str = "a100"
-    weights: float | str = 16
+    weights: float | str | WeightFormat = 16
     activation_bits: float = 16
-    cache: float | str | None = None
+    cache: float | str | CacheFormat | None = None
     kv_heads: int | None = None
     layers: int | None = None
     fused: bool = True

@@ -20,6 +20,7 @@ from functools import cached_property, reduce
 from typing import Any, Literal
 
 from broadsheet.core.perf.hardware import device
+from broadsheet.core.perf.storage import CacheFormat
 from broadsheet.core.records import committed
 
 from ..base import Report, Table
@@ -51,7 +52,7 @@ class LongContextPeak:
 
     hardware: str = "a100-80g"
     tp: int = 2
-    cache: float | str = 16
+    cache: float | str | CacheFormat = 16
     reserve_gb: float = 0.0
     rounds: int = 5
     answer: int = 250

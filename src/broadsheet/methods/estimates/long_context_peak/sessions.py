@@ -10,7 +10,7 @@ from typing import Any, Literal
 from broadsheet.core.perf.architecture import Architecture, architecture
 from broadsheet.core.perf.hardware import Device, device
 from broadsheet.core.perf.ops import Setting, cache_bytes, parameters
-from broadsheet.core.perf.storage import cache_format
+from broadsheet.core.perf.storage import CacheFormat, cache_format
 
 #: when a reduction acts: on what is held (and moved), on what a decode step reads, on prefill's attention
 Phase = Literal["rest", "decode", "prefill"]
@@ -80,7 +80,7 @@ class SessionModel:
     config: Any
     hardware: str | Device = "a100-80g"
     tp: int = 1
-    cache: float | str = 16
+    cache: float | str | CacheFormat = 16
     reserve_gb: float = 0.0
     reduction: KVReduction = NONE
     weights: float | None = None
