@@ -20,8 +20,8 @@ run: install                ## the main job: a ranked table and plots of the KV-
 test: install               ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: install           ## the slow ones too
-	$(BIN)/python -m pytest -m "not gpu and not peers"
+test-all: install           ## the slow ones too, and new examples for the properties
+	HYPOTHESIS_PROFILE=default $(BIN)/python -m pytest -m "not gpu and not peers"
 
 check: install              ## lint, types, fast tests
 	$(BIN)/ruff check src tests benchmarks

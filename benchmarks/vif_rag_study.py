@@ -14,7 +14,7 @@ from broadsheet.core.chat.simulated import SimulatedChat
 from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.evals.vif_rag import FollowRAG, contradictory, filter_responses, load_followrag
-from broadsheet.methods.evals.vif_rag.synthesis import VerifierSet, asynthesize_verifiers
+from broadsheet.methods.evals.vif_rag.synthesis import VerifierSet, aback_translate, asynthesize_verifiers
 from broadsheet.methods.evals.vif_rag.world import Library, SimSupervisor
 
 RESULTS = Path(__file__).parent / "results" / "vif_rag_study.records.json"
@@ -58,6 +58,26 @@ def purity(library: Library) -> list[Record]:
     return rows
 
 
+def back_translation(library: Library) -> list[Record]:
+    """The share of right functions after cross-validation, and after back-translation too, by how good the judge is."""
+    rows = []
+    for correlated in (False, True):
+        for p_nli in (0.7, 0.9):
+            for seed in SEEDS:
+                world = SimSupervisor(library, 0.45, correlated=correlated, p_nli=p_nli)
+                chat = Chat(SimulatedChat(world, name="sim:supervisor", seed=seed))
+                made = chat.map(lambda text: asynthesize_verifiers(chat, text, executor=library.run), list(library.atoms))  # noqa: B023
+                told = chat.map(lambda one: aback_translate(chat, one), made)  # noqa: B023
+                for step, sets in (("cross-validation", made), ("back-translation", told)):
+                    pairs = [(one.instruction, function) for one in sets for function in one.functions]
+                    right, groups = [float(library.right(*pair)) for pair in pairs], [text for text, _ in pairs]
+                    setting = {"after": step, "p_function": 0.45, "p_nli": p_nli, "correlated": correlated}
+                    rows.append(record("purity_after", right, groups, seed, "sim:supervisor", **setting))
+                    kept = [float(bool(one.functions)) for one in sets]
+                    rows.append(record("instructions_after", kept, None, seed, "sim:supervisor", **setting))
+    return rows
+
+
 def acceptance(library: Library) -> list[Record]:
     """Of answers that obey half the time: the share of accepted ones that do, and how many are accepted."""
     rows = []
@@ -85,7 +105,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS))
     given = parser.parse_args()
     library = Library(given.count)
-    rows = purity(library) + acceptance(library)
+    rows = purity(library) + back_translation(library) + acceptance(library)
     items = FollowRAG(count=200).items()
     rows.append(record("contradictory", [contradictory([item]) for item in items], data="own"))
     for path in given.data:

@@ -1,9 +1,14 @@
-"""Every test gets its own state folder; torch is kept to two threads."""
+"""Every test gets its own state folder; torch is kept to two threads; examples are drawn the same way in every run."""
 
+import os
 import shutil
 
 import pytest
 import torch
+from hypothesis import settings
+
+# `make test-all` looks at new examples
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 from dataclasses import replace
 from functools import lru_cache
@@ -11,17 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broadsheet.core.chat import Chat
+from broadsheet.core.chat import Chat, run
 from broadsheet.core.chat.simulated import SimulatedChat
 from broadsheet.core.constraints import Constraint
 from broadsheet.core.constraints.ifeval import check_loose, constraint, joint_witness
 from broadsheet.methods.evals.vif_rag import (
     CHECKERS,
     VIFRAG,
+    Composition,
     FollowRAG,
     Query,
     Remembering,
     VerifierSet,
+    aback_translate,
     accepted,
     alias_match,
     contradictory,
@@ -31,6 +34,7 @@ from broadsheet.methods.evals.vif_rag import (
     load_followrag,
     read_rating,
     read_verifier,
+    transformers_nli,
 )
 from broadsheet.methods.evals.vif_rag.followrag import own_items, own_prompt
 from broadsheet.methods.evals.vif_rag.synthesis import asynthesize_verifiers
@@ -431,8 +435,99 @@ def test_augmenting_and_composing():
     assert new == list(library.atoms)[2:]
     sets = pipeline.compose(new, 8)
     assert len(set(sets)) == len(sets) == 8
-    assert {len(some) for some in sets} <= {2, 3}
+    assert {len(some.parts) for some in sets} <= {2, 3}
+    assert not any(some.chain for some in sets)
     assert sets == pipeline.compose(new, 8)
+    assert all(some.chain for some in VIFRAG(chains=1.0).compose(new, 8))
+
+
+def test_conditions_hold_by_the_branch_that_is_taken():
+    chain = Composition(("A.", "B", "C"), chain=True)
+    assert (
+        chain.text == "If your answer obeys this: “A”, it must also obey this: “B”; if it does not, it must obey this: “C”."
+    )
+    yes, no, unknown = [True], [False], [None]
+    for a, b, c, passes in (
+        (yes, yes, no, True), (yes, no, yes, False), (no, no, yes, True), (no, yes, no, False), (unknown, yes, yes, False),
+    ):  # fmt: skip
+        assert chain.accepted({"A.": a, "B": b, "C": c}) is passes
+    # two say that the condition is not met, one that it is: "any" may not choose the branch
+    assert not chain.accepted({"A.": [True, False, False], "B": yes, "C": no}, "any")
+    pair = Composition(("A", "B"), chain=True)
+    assert pair.text == "If your answer obeys this: “A”, it must also obey this: “B”."
+    assert pair.accepted({"A": no, "B": no})
+    assert not pair.accepted({"A": yes, "B": no})
+    assert not Composition(("A", "B")).accepted({"A": yes, "B": no})
+
+
+def test_the_pipeline_makes_conditions():
+    library = _library(14)
+    world = SimSupervisor(library, p_function=0.95, p_label=0.95)
+    made = VIFRAG(chains=1.0, sizes=(3,)).make(
+        Chat(SimulatedChat(world, name="sim:supervisor")), list(library.atoms), [Query("What is it?")], 8, library.run
+    )
+    chains = [one for one in made.examples if one.instruction.startswith("If your answer")]
+    assert chains
+    for one in chains:
+        condition, then, otherwise = (library.atoms[text] for text in re.findall(r"“(.*?)”", one.instruction))
+        met = condition.true(one.response)
+        assert (then if met else otherwise).true(one.response)
+
+
+def test_functions_that_say_something_else_in_words_fall():
+    """SIMULATED: a right verdict drops every wrong function that cross-validation let through."""
+    library = _library(28)
+
+    def made(p_nli):
+        world = SimSupervisor(library, p_function=0.5, p_label=0.95, p_nli=p_nli)
+        chat = Chat(SimulatedChat(world, name="sim:supervisor"))
+        before = chat.map(lambda text: asynthesize_verifiers(chat, text, executor=library.run), list(library.atoms))
+        return before, chat.map(lambda one: aback_translate(chat, one), before)
+
+    def wrong(sets):
+        return sum(not library.right(one.instruction, function) for one in sets for function in one.functions)
+
+    before, after = made(1.0)
+    assert wrong(before) > 0
+    assert wrong(after) == 0
+    kept = [one for one in after if one.functions]
+    assert all(one.translations == (one.instruction,) * len(one.functions) for one in kept)
+    assert all(len(one.accuracies) == len(one.functions) for one in kept)
+    assert [one.rejected for one in after if one not in kept and one not in before] == ["all functions contradict it"] * sum(
+        bool(old.functions) and not new.functions for old, new in zip(before, after)
+    )
+    before, after = made(0.8)
+    assert 0 < wrong(after) < wrong(before)
+    # a judge of one's own, which sees the words
+    chat, seen = Chat(SimulatedChat(SimSupervisor(library), name="sim:supervisor")), []
+    one = next(one for one in before if one.functions)
+    refused = run(aback_translate(chat, one, lambda first, second: seen.append((first, second)) or "contradiction"))
+    assert refused.rejected == "all functions contradict it"
+    assert {first for first, _ in seen} == {one.instruction}
+
+
+def test_a_local_classifier_judges(tmp_path):
+    """Random weights: what is tried is the way there, and that a classifier of something else is refused."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "no": 2, "commas": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=32)
+
+    def saved(name, labels):
+        config = BertConfig(
+            vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            id2label=dict(enumerate(labels)), label2id={label: place for place, label in enumerate(labels)},
+        )  # fmt: skip
+        BertForSequenceClassification(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    judge = transformers_nli(saved("nli", ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"]))
+    assert judge("no commas", "commas") in {"entailment", "neutral", "contradiction"}
+    with pytest.raises(ValueError, match="no NLI classifier"):
+        transformers_nli(saved("mood", ["good", "bad"]))
 
 
 class _Says:
@@ -451,7 +546,7 @@ def test_useless_replies_are_rejections_and_never_verified(text):
 
 
 def test_bad_settings():
-    for chosen in ({"accept": "most"}, {"k": 0}, {"sizes": (1,)}):
+    for chosen in ({"accept": "most"}, {"k": 0}, {"sizes": (1,)}, {"chains": 2.0}):
         with pytest.raises(ValueError):
             VIFRAG(**chosen)
     with pytest.raises(ValueError, match="nothing to combine"):

@@ -7,23 +7,27 @@ al., AAAI 2025, arXiv 2410.09584).
 from .followrag import CHECKERS, FollowRAG, Item, alias_match, contradictory, load_followrag, read_rating
 from .synthesis import (
     VIFRAG,
+    Composition,
     Example,
     Instruction,
     Made,
     Query,
     Remembering,
     VerifierSet,
+    aback_translate,
     accepted,
     cross_validate,
     filter_responses,
     in_sandbox,
     read_verifier,
     synthesize_verifiers,
+    transformers_nli,
 )
 
 __all__ = [
     "CHECKERS",
     "VIFRAG",
+    "Composition",
     "Example",
     "FollowRAG",
     "Instruction",
@@ -32,6 +36,7 @@ __all__ = [
     "Query",
     "Remembering",
     "VerifierSet",
+    "aback_translate",
     "accepted",
     "alias_match",
     "contradictory",
@@ -42,4 +47,5 @@ __all__ = [
     "read_rating",
     "read_verifier",
     "synthesize_verifiers",
+    "transformers_nli",
 ]

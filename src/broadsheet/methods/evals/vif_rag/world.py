@@ -224,6 +224,15 @@ class Library:
     def _function(self, source: str) -> Function:
         return self._known[_VARIANT.sub("", source)]
 
+    def told(self, function: str) -> str:
+        """What a function checks, in words: the instruction of a true one, other words for a wrong one."""
+        source = _VARIANT.sub("", function)
+        for atom in self.atoms.values():
+            for place, (known, _) in enumerate(atom.functions):
+                if known == source:
+                    return f"{atom.text}, in wrong reading {place}" if place else atom.text
+        raise KeyError(function)
+
     def right(self, instruction: str, function: str) -> bool:
         """Whether a function agrees with the true one on all of the instruction's texts."""
         atom = self.atoms[instruction]
@@ -235,8 +244,9 @@ class SimSupervisor:
     """Answers the synthesis's prompts.
 
     ``p_function``: how often its function is right, else one of the wrong ones (always the same one, of its instruction,
-    where ``correlated``: models repeat their mistakes). ``p_label``: how often a case's label is right. ``p_response``: how
-    often an answer obeys. ``p_consistent``: how often an answer still answers (told by the judge without error).
+    where ``correlated``: models repeat their mistakes). ``p_label``: how often a case's label is right. ``p_nli``: how often
+    it tells rightly whether a function that was put back into words contradicts its instruction. ``p_response``: how often
+    an answer obeys. ``p_consistent``: how often an answer still answers (told by the judge without error).
     """
 
     library: Library = field(default_factory=Library)
@@ -245,11 +255,18 @@ class SimSupervisor:
     p_response: float = 0.5
     p_consistent: float = 1.0
     correlated: bool = False
+    p_nli: float = 0.9
 
     def reply(self, request: Request, draw: Draw) -> str:
         text = request.messages[-1]["content"]  # type: ignore[index]  # a chat, never a string
         if "INSTRUCTION\n" in text:
             return self._verifier(self.library.atoms[text.rsplit("INSTRUCTION\n", 1)[1]], draw)
+        if text.startswith("Which instruction"):
+            return self.library.told(text.rsplit("FUNCTION\n", 1)[1])
+        if text.startswith("Two instructions"):
+            first, second = text.rsplit("FIRST\n", 1)[1].split("\n\nSECOND\n")
+            contradicts = (first != second) == draw.chance("nli", self.p_nli)
+            return f"So it seems.\nLabel: {'contradiction' if contradicts else 'entailment'}"
         if text.startswith("Answer the query"):
             return self._answer([atom for atom in self.library.atoms.values() if atom.text in text], draw)
         if text.startswith("Does the response"):
