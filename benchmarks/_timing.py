@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from broadsheet.core.perf.timing import spread
 from broadsheet.core.records import Record, now, provenance, write_json
 
 
 def record(
     paper: str, bench: str, metric: str, values: Sequence[float], unit: str, method: str, setting: dict, model: str = ""
 ) -> Record:
-    """The median of ``values``, with their least and most in its setting."""
-    spread = {"least": min(values), "most": max(values)}
+    """The median of ``values``, with their least, most and spread in its setting."""
+    noise = {"least": min(values), "most": max(values), "spread": spread(values)}
     return Record(
         paper=paper, method=method, bench=bench, metric=metric, value=statistics.median(values), unit=unit,
-        n=len(values), model=model, setting={**setting, **spread}, time=now(), **provenance(),
+        n=len(values), model=model, setting={**setting, **noise}, time=now(), **provenance(),
     )  # fmt: skip
 
 
@@ -74,11 +75,13 @@ def clock_name() -> str:
 
 
 def show(records: list[Record]) -> None:
-    table = Table("method", "metric", "setting", "median", "range", "unit")
+    table = Table("method", "metric", "setting", "median", "range", "spread", "unit")
     for one in records:
         setting = dict(one.setting)
-        spread = f"{setting.pop('least'):.4g} to {setting.pop('most'):.4g}"
+        least, most, noise = (setting.pop(name) for name in ("least", "most", "spread"))
         what = ", ".join(f"{name}={value}" for name, value in setting.items())
         what = f"{one.model}: {what}" if one.model else what
-        table.add_row(one.method, one.metric, what, f"{one.value:.4g}", spread, one.unit)
+        table.add_row(
+            one.method, one.metric, what, f"{one.value:.4g}", f"{least:.4g} to {most:.4g}", f"{noise:.1%}", one.unit
+        )
     Console(width=180).print(table)

@@ -37,7 +37,7 @@ def main() -> None:
     rest = sum(2 * p.numel() for p in model.parameters()) - 2 * weights
     bits = {(16, layout): 16.0 for layout in ("packed", "official")}
     for called, arm in ARMS.items():
-        bits[called, "packed"] = arm.bits(layers)
+        bits[called, "packed"] = arm.stored_bits(layers)
         unused = 16 - arm.nbits_per_codebook
         bits[called, "official"] = bits[called, "packed"] + arm.num_codebooks * unused / arm.in_group_size
     table, records = Table("called", "layout", "bits a weight", "GB"), list[Record]()

@@ -42,14 +42,14 @@ def llm_viewer() -> list[tuple[str, dict[str, Any], float, float]]:
         ours = (row["operations"] / row["count"], row["bytes"] / row["count"], row["intensity"], row["attainable"])
         for name, theirs, one in zip(("operations", "bytes", "intensity", "attainable"), numbers, ours, strict=True):
             found.append((f"q_proj_{name}", {"stage": stage}, theirs, one))
-    step, quantised = seven.stage("decode"), official(weight_bits=4).estimate("llama-2-7b", 1, 2048).stage("decode")
+    step, quantised = seven.stage("decode"), official(weights=4).estimate("llama-2-7b", 1, 2048).stage("decode")
     for bits, stage, numbers in ((16, step, (14.17e9, 14.31e9, 18.64e-3)), (4, quantised, (14.17e9, 4.40e9, 5.73e-3))):
         ours = (stage.operations, stage.nbytes, stage.seconds)
         for name, theirs, one in zip(("operations", "bytes", "seconds"), numbers, ours, strict=True):
             found.append((f"step_{name}", {"weight_bits": bits}, theirs, one))
     for batch, times in {1: (34.6, 17.9, 9.5, 5.3), 32: (69.5, 52.8, 44.4, 41.0)}.items():
         for bits, milliseconds in zip((16, 8, 4, 2), times, strict=True):
-            stage = official(weight_bits=bits).estimate("llama-2-13b", batch, 1024).stage("decode")
+            stage = official(weights=bits).estimate("llama-2-13b", batch, 1024).stage("decode")
             found.append(
                 (
                     "step_seconds",

@@ -27,6 +27,7 @@ from broadsheet.core.perf.ops import (
     parameters,
     weight_bytes,
 )
+from broadsheet.core.perf.storage import CacheFormat, cache_format, weight_format
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -86,7 +87,7 @@ def test_a_table_holds_the_weights_that_a_real_model_holds(family: str) -> None:
     model = small(family)
     held = sum(p.numel() for p in model.parameters())
     assert parameters(architecture(model.config)) == held
-    setting = Setting(context=1, weight_bits=32, head_bits=32)
+    setting = Setting(context=1, weights=weight_format(32), head_bits=32)
     assert weight_bytes(architecture(model.config), setting) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -155,7 +156,7 @@ def test_absorbed_latent_attention_reads_the_latent_and_costs_less_than_expandin
 )
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_fused_attention_never_reads_more_than_unfused(name: str, batch: int, context: int, queries: int, bits: int) -> None:
-    setting = Setting(batch=batch, context=context, queries=min(queries, context), kv_bits=bits)
+    setting = Setting(batch=batch, context=context, queries=min(queries, context), cache=cache_format(bits))
     arch = architecture(name)
 
     def moved(fused: bool) -> tuple[float, float]:
@@ -169,10 +170,11 @@ def test_fused_attention_never_reads_more_than_unfused(name: str, batch: int, co
 @given(st.integers(1, 64), st.integers(1, 64), st.none() | st.integers(1, 40), st.sampled_from([1.0, 0.5, 0.25]))
 def test_pairs_are_those_that_a_mask_leaves(context: int, queries: int, window: int | None, ratio: float) -> None:
     queries = min(queries, context)
-    past = (context - queries) * ratio
+    cache = CacheFormat(share=ratio)
+    past = cache.slots(context - queries)
     expected = sum(min(window or context, past + i) for i in range(1, queries + 1))
-    found = pairs(Setting(context=context, queries=queries, kv_ratio=ratio), window)
-    assert found == pytest.approx(expected, abs=1)  # a kept half token is worth less than one pair
+    found = pairs(Setting(context=context, queries=queries, cache=cache), window)
+    assert found == expected
 
 
 @given(st.integers(2, 64), st.data())
@@ -239,9 +241,7 @@ def test_rewrites() -> None:
     arch = architecture("llama-3.1-8b")
     assert kv_bytes_per_token(arch.grouped(1)) * 8 == kv_bytes_per_token(arch)
     assert arch.kept(8).layers == 8
-    assert Setting(weight_bits=4, weight_group=32).weight_bytes * 8 == 4.5
-    assert Setting(kv_bits=2, kv_group=64).kv_bytes * 8 == 2.5
-    half = operators(arch, Setting(context=4097, queries=1, kv_ratio=0.5))
+    half = operators(arch, Setting(context=4097, queries=1, cache=cache_format("snapkv:share=0.5")))
     assert sum(op.load_kv * op.count for op in half) == 2049 * kv_bytes_per_token(arch)
     assert activation_bytes(half) > 0
     windowed = architecture("mistral-7b")
@@ -253,10 +253,8 @@ def test_rewrites() -> None:
     [
         ({"batch": 0}, "batch is a whole number of at least 1"),
         ({"context": -5}, "context is a whole number"),
-        ({"weight_bits": 64}, "weight_bits is between 1 and 32"),
+        ({"head_bits": 64}, "head_bits is between 1 and 32"),
         ({"queries": 4000}, "queries is between 1 and the context"),
-        ({"kv_ratio": 0}, "kv_ratio is above 0"),
-        ({"weight_group": 0}, "weight_group is a whole number"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(wrong: dict, says: str) -> None:

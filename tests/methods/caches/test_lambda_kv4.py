@@ -133,7 +133,7 @@ def test_acceptance_3_memory_is_constant_in_the_length(bits):
     assert sizes[-period:] == sizes[-2 * period : -period]
     assert max(sizes[-period:]) == max(sizes)
     assert cache.get_seq_length() == 240
-    assert max(sizes) < geometry.full_bytes(240, 4) * (0.3 if bits == 16 else 0.11)
+    assert max(sizes) < 2 * geometry.full_bytes(240) * (0.3 if bits == 16 else 0.11)
 
 
 @torch.no_grad()

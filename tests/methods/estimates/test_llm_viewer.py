@@ -43,7 +43,7 @@ def test_the_decode_step_of_the_official_code() -> None:
     step = official().estimate("llama-2-7b", 1, 2048).stage("decode")
     assert (f"{step.operations / 1e9:.2f}", f"{step.nbytes / 1e9:.2f}") == ("14.17", "14.31")
     assert step.seconds * 1e3 == pytest.approx(18.64, abs=0.005)
-    quantised = official(weight_bits=4).estimate("llama-2-7b", 1, 2048).stage("decode")
+    quantised = official(weights=4).estimate("llama-2-7b", 1, 2048).stage("decode")
     assert quantised.nbytes / 1e9 == pytest.approx(4.40, abs=0.005)
     assert quantised.seconds * 1e3 == pytest.approx(5.73, abs=0.005)
 
@@ -52,7 +52,7 @@ def test_weight_only_quantisation_helps_one_user_and_hardly_helps_thirty_two() -
     by_bits = {1: (34.6, 17.9, 9.5, 5.3), 32: (69.5, 52.8, 44.4, 41.0)}
     for batch, expected in by_bits.items():
         for bits, milliseconds in zip((16, 8, 4, 2), expected, strict=True):
-            step = official(weight_bits=bits).estimate("llama-2-13b", batch, 1024)
+            step = official(weights=bits).estimate("llama-2-13b", batch, 1024)
             assert step.stage("decode").seconds * 1e3 == pytest.approx(milliseconds, abs=0.05)
             assert step.stage("prefill").seconds == pytest.approx(0.194 if batch == 1 else 6.2, rel=0.02)
 
@@ -125,7 +125,7 @@ def test_memory_says_what_would_fit() -> None:
 
 
 def test_files_and_json(tmp_path) -> None:
-    report = LLMViewer("a100", kv_bits=4, kv_group=64).estimate("deepseek-v2-lite", 2, 512)
+    report = LLMViewer("a100", cache="quantized:bits=4,group_size=64").estimate("deepseek-v2-lite", 2, 512)
     assert isinstance(report, RooflineReport)
     names = {path.name for path in report.save(tmp_path)}
     assert names == {"operators.csv", "layer.svg", "roofline-prefill.svg", "roofline-decode.svg", "report.html"}
@@ -205,7 +205,9 @@ def test_peaks_that_a_device_lacks() -> None:
         (["-o", "hardware=h10000"], "no device 'h10000'; known: a100-40g"),
         (["-o", "model=llama-9"], "did you mean llama-2-"),
         (["-o", "batch=0"], "batch is a whole number of at least 1"),
-        (["-o", "weight_bits=0"], "weight_bits is between 1 and 32"),
+        (["-o", "weights=0"], "bits is between 1 and 32; got 0"),
+        (["-o", "weights=rtx"], "no format 'rtx' for weights: give bits from 1 to 32, or one of rtn, gptq"),
+        (["-o", "cache=kivi:bit=2"], "kivi has no 'bit'; it takes bits, group_size, residual"),
         (["-o", "tensor_parallel=3", "-o", "model=llama-2-7b"], "32 heads cannot be shared by 3 ranks"),
         (["-o", "flash=true"], "llm-viewer has no option 'flash'; it has model, batch"),
         (["-o", "compat=true", "-o", "hardware=h200"], "LLM-Viewer's own table has no 'h200'"),

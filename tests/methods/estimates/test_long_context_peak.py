@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,14 @@ from broadsheet.methods.estimates.long_context_peak import (
     service_of,
     simulate,
 )
-from broadsheet.methods.estimates.long_context_peak.loop import CacheBudget, NoRoom, run_loop, temporary_machine
+from broadsheet.methods.estimates.long_context_peak.loop import (
+    CacheBudget,
+    NoRoom,
+    OwnClock,
+    WallClock,
+    run_loop,
+    temporary_machine,
+)
 from broadsheet.methods.estimates.long_context_peak.sessions import measured_reductions
 from broadsheet.methods.estimates.long_context_peak.simulate import Service
 
@@ -133,10 +141,21 @@ def test_the_knee_is_where_caches_stop_fitting(part: float, fit: int) -> None:
     session = Session(1024, 1_000_000, 1, 0.01 * fit / 2)
     rates = {
         users: simulate(service, session, users, overlap=False, random_think=False, seconds=60).steady_rounds_per_hour
-        for users in range(1, 2 * fit + 2)
+        for users in (1, *range(fit - 2, fit + 4), 2 * fit)
     }
     knee = max(users for users, rate in rates.items() if rate >= 0.95 * max(rates.values()))
     assert abs(knee - fit) <= 1
+
+
+def test_who_asks_while_its_cache_goes_out_brings_it_back() -> None:
+    """One user more than caches, who ask as soon as they can: the longest reader is always the next to ask, so every answer
+    takes a swap, and copies that stop compute are not cut in two by a step."""
+    service = Service(lambda _: 0.4, lambda held: 0.03 * len(held), lambda _: 0.01, lambda _: 1.0, 4.0, batch=1)
+    run = simulate(service, Session(1024, 1_000_000, 1, 0.06), 5, overlap=False, random_think=False, seconds=30, trace=True)
+    assert run.swaps / run.rounds == pytest.approx(1, abs=0.02)
+    assert run.steady_rounds_per_hour == pytest.approx(3600 / (0.03 + 2 * 0.01), rel=0.01)
+    copies = [span for span in run.trace.spans if span.track[1] == "switch"]
+    assert all(back.start == pytest.approx(out.end) for out, back in zip(copies[1::2], copies[2::2], strict=False))
 
 
 def test_a_trace_of_arrivals(tmp_path) -> None:
@@ -169,7 +188,7 @@ def test_the_real_loop_holds_swaps_and_gives_back() -> None:
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    machine, folder = temporary_machine(LlamaForCausalLM(config).eval())
+    machine, folder = temporary_machine(LlamaForCausalLM(config).eval(), clock=OwnClock())
     with folder:
         size = machine.size(64)
         assert size == 2 * 2 * 4 * 16 * 64 * 4
@@ -193,6 +212,15 @@ def test_the_real_loop_holds_swaps_and_gives_back() -> None:
         assert alone.swaps == 0
     with pytest.raises(NoRoom, match="are allowed"):
         CacheBudget(10, 5).take(6)
+
+
+@pytest.mark.parametrize(("clock", "slept"), [(WallClock(), True), (OwnClock(), False)])
+def test_waiting_takes_time_on_both_clocks_and_none_on_our_own(clock, slept: bool) -> None:
+    begun, wall = clock.now(), time.monotonic()
+    clock.wait(begun + 0.05)
+    assert clock.now() - begun >= 0.05
+    assert (time.monotonic() - wall >= 0.05) == slept
+    clock.wait(begun)  # already past
 
 
 def test_lossless_is_said_of_retrieval_at_every_depth_only() -> None:

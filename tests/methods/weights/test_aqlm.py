@@ -74,10 +74,10 @@ def stored_of(codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor) ->
 )
 def test_acceptance_1_the_formula_is_what_is_stored(rows, columns, books, nbits, group, bits):
     method = AQLM(books, nbits, group)
-    assert method.bits([(rows, columns)]) == pytest.approx(bits, abs=6e-3 if rows == 256 else 5e-4)
+    assert method.stored_bits([(rows, columns)]) == pytest.approx(bits, abs=6e-3 if rows == 256 else 5e-4)
     codes = torch.randint(0, 2**nbits, (rows, columns // group, books), dtype=torch.int32)
     layer = AQLMLinear.of(Additive(codes, torch.zeros(books, 2**nbits, 1, group), torch.ones(rows)))
-    assert layer.nbytes * 8 / (rows * columns) == pytest.approx(method.bits([(rows, columns)]), rel=1e-9)
+    assert layer.nbytes * 8 / (rows * columns) == pytest.approx(method.stored_bits([(rows, columns)]), rel=1e-9)
     assert torch.equal(layer.stored.codes, codes)
     paper = (rows * columns // group * books * nbits + books * 2**nbits * group * 16 + 16 * rows) / (rows * columns)
     assert layer.nbytes * 8 / (rows * columns) == pytest.approx(paper, rel=0.005)
@@ -150,7 +150,7 @@ def test_first_codebooks_are_the_official_ones(official, case):
     if f"{case}.init.weight" in tensors:
         assert torch.allclose(start.weight, tensors[f"{case}.init.weight"], atol=1e-5)
     # theirs does not fill the last byte of a row; here 8 codes of 4 bits, or 8 of 3, do
-    assert AQLM(*CASES[case]).bits([tuple(weight.shape)]) == pytest.approx(float(metadata[f"{case}.bits"]))
+    assert AQLM(*CASES[case]).stored_bits([tuple(weight.shape)]) == pytest.approx(float(metadata[f"{case}.bits"]))
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
@@ -341,7 +341,7 @@ def test_a_model_is_saved_and_loaded_to_the_bit(kind, method, tmp_path):
         assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert size(again) == size(model)
-    assert size(model).bits == pytest.approx(method.bits(shapes(model), blocks=2))
+    assert size(model).bits == pytest.approx(method.stored_bits(shapes(model), blocks=2))
     assert all(parameter.grad is None and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
@@ -391,7 +391,7 @@ def test_budgets_are_met_by_what_is_stored():
             method = replace(QUICK, shared_codebooks=shared).at_budget(bits, shapes(model))
             small = method.compress(tiny("gqa", num_hidden_layers=2, **sizes), random_ids(4, 16))
             assert bits - 0.6 < size(small).bits <= bits
-            assert size(small).bits == pytest.approx(method.bits(shapes(model)))
+            assert size(small).bits == pytest.approx(method.stored_bits(shapes(model)))
     with pytest.raises(Unreachable, match="the least this method can do"):
         AQLM().at_budget(0.1, shapes(model))
     assert AQLM().at_budget(4.9, [(64, 63)]).in_group_size == 1  # nothing else divides an odd width

@@ -696,7 +696,7 @@ def test_a_budget_that_cannot_be_met_says_what_can():
     with pytest.raises(Unreachable) as caught:
         BitStack().at_budget(1.0, layers)
     least = caught.value.least
-    assert BitStack().at_budget(least, layers).least_bits(layers) == least
+    assert BitStack().at_budget(least, layers).stored_bits(layers) == least
     wide = [(256, 256), (384, 256)]
     assert [BitStack().at_budget(bits, wide).k for bits in (1.12, 1.5, 16.0)] == [1, "auto", "auto"]
     assert BitStack(k=2).at_budget(2.0, wide).k == 2

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import torch
 
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of a packed row of ``count`` codes."""
-    return -(-count * bits // 8)
+from broadsheet.core.perf.storage import packed_size
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -25,7 +25,7 @@ import torch
 
 from .calibration import Sample, fit
 from .hardware import Device, Origin
-from .timing import pinned
+from .timing import Timing, pinned, repeated, spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: widths of square layers in the sweep for a peak
@@ -39,39 +39,37 @@ FLUSHED = 256_000_000
 Tick = Callable[[str, int, int], None]
 
 
-def best(run: Callable[[], object], seconds: float = 0.3, least: int = 5) -> float:
-    """The shortest of at least ``least`` runs, as many as ``seconds`` allow, after one that warms up."""
-    run()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < until:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-        if len(times) >= least and time.perf_counter() >= until:
-            break
-    return min(times)
+@dataclass(frozen=True)
+class Rate:
+    """Units a second of the best repeat; ``spread``: of the repeats' seconds, see `timing.spread`."""
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, units: float, timing: Timing) -> Rate:
+        return cls(units / timing.best, timing.spread)
 
 
-def bandwidth(megabytes: int = 192) -> float:
+def bandwidth(megabytes: int = 192) -> Rate:
     """Bytes a second over arrays of ``megabytes``: the better of a triad and of a dot product, which only reads, as decode
     steps mostly do (a store also reads the line that it writes)."""
     count = megabytes * 250_000
     a, b, c = (torch.ones(count) for _ in range(3))
-    triad = 12 * count / best(lambda: torch.add(a, b, alpha=2.0, out=c), 0.7)
-    return max(triad, 8 * count / best(lambda: torch.dot(a, b), 0.7))
+    triad = Rate.of(12 * count, repeated(lambda: torch.add(a, b, alpha=2.0, out=c), 0.7))
+    return max(triad, Rate.of(8 * count, repeated(lambda: torch.dot(a, b), 0.7)), key=lambda rate: rate.value)
 
 
-def peak(dtype: torch.dtype) -> float:
+def peak(dtype: torch.dtype) -> Rate:
     """Operations a second of the fastest square layer."""
-    found = 0.0
+    found = []
     for width in WIDTHS:
         x, weight = torch.rand(width, width).to(dtype), torch.rand(width, width).to(dtype)
-        seconds = best(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))  # type: ignore[misc]
-        found = max(found, 2 * width**3 / seconds)
-        if seconds > 1.0:  # no fast kernel for this dtype here: larger ones only take longer
+        timing = repeated(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))  # type: ignore[misc]
+        found.append(Rate.of(2 * width**3, timing))
+        if timing.best > 1.0:  # no fast kernel for this dtype here: larger ones only take longer
             break
-    return found
+    return max(found, key=lambda rate: rate.value)
 
 
 def samples(dtype: str, tick: Tick | None = None) -> Iterator[Sample]:
@@ -82,22 +80,23 @@ def samples(dtype: str, tick: Tick | None = None) -> Iterator[Sample]:
         weights = cycle(torch.rand(copies, outer, inner).to(kind))
         for rows in ROWS:
             x = torch.rand(rows, inner).to(kind)
-            seconds = best(lambda x=x, w=weights: torch.nn.functional.linear(x, next(w)), 0.05)  # type: ignore[misc]
+            seconds = repeated(lambda x=x, w=weights: torch.nn.functional.linear(x, next(w)), 0.05).best  # type: ignore[misc]
             nbytes = size * (inner * outer + rows * (inner + outer))
             yield Sample.one(2 * rows * inner * outer, nbytes, dtype, seconds)
         if tick:
             tick(f"{dtype} layers", number + 1, len(SHAPES))
     for count in (1_000, 100_000, 4_000_000):
         a = torch.rand(count).to(kind)
-        yield Sample.one(count, 3 * size * count, dtype, best(lambda a=a: a + a, 0.05))  # type: ignore[misc]
+        seconds = repeated(lambda a=a: a + a, 0.05).best  # type: ignore[misc]
+        yield Sample.one(count, 3 * size * count, dtype, seconds)
 
 
-def host_link(megabytes: int = 64) -> float:
+def host_link(megabytes: int = 64) -> Rate:
     """Bytes a second of a tensor's way into a memory-mapped file."""
     source = torch.ones(megabytes * 250_000)
     with tempfile.NamedTemporaryFile() as file:
         mapped = torch.from_file(file.name, shared=True, size=source.numel())
-        return source.nbytes / best(lambda: mapped.copy_(source), 0.5)
+        return Rate.of(source.nbytes, repeated(lambda: mapped.copy_(source), 0.5))
 
 
 def _peer(rank: int, address: str, out: Queue | None, sizes: tuple[int, ...]) -> None:
@@ -115,13 +114,13 @@ def _peer(rank: int, address: str, out: Queue | None, sizes: tuple[int, ...]) ->
             start = time.perf_counter()
             distributed.all_reduce(x)
             times.append(time.perf_counter() - start)
-        found.append(min(times))
+        found.append(times)
     if out is not None:
         out.put(found)
     distributed.destroy_process_group()
 
 
-def link(megabytes: int = 16) -> tuple[float, float]:
+def link(megabytes: int = 16) -> tuple[Rate, float]:
     """Bytes a second that each of two gloo processes sends in an all-reduce (a ring of two sends each byte once), and the
     seconds of an all-reduce of almost nothing. Raises RuntimeError where processes cannot meet."""
     context = get_context("spawn")
@@ -140,7 +139,7 @@ def link(megabytes: int = 16) -> tuple[float, float]:
             for peer in peers:
                 peer.join(10)
                 peer.kill()
-    return sizes[1] / max(large - small, 1e-9), small
+    return Rate(sizes[1] / max(min(large) - min(small), 1e-9), spread(large)), min(small)
 
 
 def measure_hardware(name: str = "here", threads: int = 1, tick: Tick | None = None) -> Device:
@@ -148,18 +147,23 @@ def measure_hardware(name: str = "here", threads: int = 1, tick: Tick | None = N
     told = tick or (lambda *_: None)
     with pinned(threads):
         told("bandwidth", 0, 1)
-        source = f"best of repeats, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        numbers: dict[str, Any] = {"bandwidth": bandwidth(), "memory": float(memory), "host_link": host_link()}
-        peaks = {}
+        rates = {"bandwidth": bandwidth(), "host_link": host_link(), "link": link()[0]}
         for place, (dtype, kind) in enumerate(DTYPES.items()):
             told(f"{dtype} products", place, len(DTYPES))
-            peaks[dtype] = peak(kind)
-        measured: tuple[Origin, str] = ("measured", source)
-        origins = {**dict.fromkeys((*numbers, "link"), measured), **{f"peaks.{dtype}": measured for dtype in peaks}}
-        plain = Device(name, _title(), peaks=peaks, link=link()[0], origins=origins, **numbers)
+            rates[f"peaks.{dtype}"] = peak(kind)
+        how = f"{threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+        origins: dict[str, tuple[Origin, str]] = {
+            name: ("measured", f"best of repeats, whose interquartile range is {rate.spread:.1%} of their median, {how}")
+            for name, rate in rates.items()
+        }
+        numbers: dict[str, Any] = {name: rates[name].value for name in ("bandwidth", "host_link", "link")}
+        if hasattr(os, "sysconf"):
+            numbers["memory"] = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            origins["memory"] = ("measured", "what the system says")
+        peaks = {dtype: rates[f"peaks.{dtype}"].value for dtype in DTYPES}
+        plain = Device(name, _title(), peaks=peaks, origins=origins, **numbers)
         timed = [one for dtype in DTYPES for one in samples(dtype, told)]
-    reached = fit(plain, timed, "measured", f"linear layers and additions in {', '.join(DTYPES)}, {source}")
+    reached = fit(plain, timed, "measured", f"linear layers and additions in {', '.join(DTYPES)}, {how}")
     return replace(plain, efficiency=reached)
 
 

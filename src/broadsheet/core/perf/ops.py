@@ -5,18 +5,23 @@ query heads and K kv heads of size d, t tensor-parallel ranks. Operations count 
 pass between memory and units once: weights, activations read and written, cache read and written; an operator's output is
 written and read again by the next unless an attention kernel is fused. All rows are per rank.
 
-This is what every method of the toolkit changes: fewer bits (`Setting.weight_bits`, ...), fewer tokens kept (``kv_ratio``),
-fused attention, other heads (`Architecture.grouped`), fewer layers (`Architecture.kept`), more tokens a pass (``queries``).
+This is what every method of the toolkit changes: weights and cache stored otherwise (`core.perf.storage`, which the methods
+count by too), fused attention, other heads (`Architecture.grouped`), fewer layers (`Architecture.kept`), more tokens a pass
+(``queries``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .architecture import Architecture, Attention, Block, LatentAttention, Mlp
 from .hardware import Device
+from .storage import EXACT, EXACT_WEIGHT, CacheFormat, GroupedWeight, Stream, WeightFormat, plain
 
 Kind = Literal["embedding", "norm", "linear", "rope", "attention", "softmax", "elementwise", "collective"]
 
@@ -29,12 +34,9 @@ class Setting:
         batch: sequences.
         context: keys that the last new token sees, itself included.
         queries: new tokens a sequence; None: all of the context (prefill). 1 is a decode step, 1 + gamma a verification.
-        weight_bits: of linear layers in blocks; 16-bit scales of a group of ``weight_group`` weights come on top
-            (4 bits in groups of 32 are 4.5). head_bits: of embeddings, head and norms.
-        activation_bits, kv_bits: of activations and of the cache (None: as activations); ``kv_group`` as weight_group, with
-            a 16-bit scale and a 16-bit zero point a group.
+        weights: how linear layers in blocks are stored. head_bits: of embeddings, head and norms.
+        activation_bits: of activations. cache: how keys and values are stored (None: as activations).
         fused: attention in one kernel (FlashAttention): no score matrix in memory, and masked blocks are skipped.
-        kv_ratio: the part of the cached tokens that a decode step keeps and reads (token eviction).
         absorb: latent attention works on the latent cache itself where that is cheaper (every pass but prefill).
         all_logits: the head sees every position, not only the last.
         tensor_parallel: ranks that share heads and MLP columns; two all-reduces a layer.
@@ -43,14 +45,11 @@ class Setting:
     batch: int = 1
     context: int = 2048
     queries: int | None = None
-    weight_bits: float = 16
-    weight_group: int | None = None
+    weights: WeightFormat = EXACT_WEIGHT
     head_bits: float = 16
     activation_bits: float = 16
-    kv_bits: float | None = None
-    kv_group: int | None = None
+    cache: CacheFormat | None = None
     fused: bool = True
-    kv_ratio: float = 1.0
     absorb: bool = True
     all_logits: bool = False
     tensor_parallel: int = 1
@@ -60,28 +59,17 @@ class Setting:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is a whole number of at least 1; got {value!r}")
-        for name in ("weight_bits", "head_bits", "activation_bits", "kv_bits"):
+        for name in ("head_bits", "activation_bits"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 1 <= value <= 32):
+            if not (isinstance(value, int | float) and 1 <= value <= 32):
                 raise ValueError(f"{name} is between 1 and 32; got {value!r}")
-        for name in ("weight_group", "kv_group"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a whole number of at least 1, or None; got {value!r}")
         if self.queries is not None and not (isinstance(self.queries, int) and 1 <= self.queries <= self.context):
             raise ValueError(f"queries is between 1 and the context of {self.context}; got {self.queries!r}")
-        if not 0 < self.kv_ratio <= 1:
-            raise ValueError(f"kv_ratio is above 0 and at most 1; got {self.kv_ratio}")
 
     @property
     def new(self) -> int:
         """Tokens that a sequence puts through."""
         return self.context if self.queries is None else self.queries
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of one weight of a quantised linear layer, its part of the scale included."""
-        return (self.weight_bits + (16 / self.weight_group if self.weight_group else 0)) / 8
 
     @property
     def head_bytes(self) -> float:
@@ -92,19 +80,26 @@ class Setting:
         return self.activation_bits / 8
 
     @property
-    def kv_bytes(self) -> float:
-        """Bytes of one cached number, its part of scale and zero point included."""
-        bits = self.activation_bits if self.kv_bits is None else self.kv_bits
-        return (bits + (32 / self.kv_group if self.kv_group else 0)) / 8
+    def stored(self) -> CacheFormat:
+        """How the cache is stored."""
+        if self.cache:
+            return self.cache
+        stream = Stream(EXACT if self.activation_bits == 16 else plain(self.activation_bits))
+        return CacheFormat(stream, stream)
+
+    @property
+    def past(self) -> int:
+        """Slots that the new tokens find in the cache."""
+        return self.stored.slots(self.context - self.new)
 
     @property
     def linear_dtype(self) -> str:
         """The rate linear layers run at: 8-bit units need 8-bit weights and activations (W4A16 is dequantised first)."""
-        return _dtype(max(self.weight_bits, self.activation_bits))
+        return _dtype(max(self.weights.bits, self.activation_bits))
 
     @property
     def attention_dtype(self) -> str:
-        return _dtype(max(self.activation_bits, self.activation_bits if self.kv_bits is None else self.kv_bits))
+        return _dtype(max(self.activation_bits, self.stored.bits))
 
 
 def _dtype(bits: float) -> str:
@@ -211,7 +206,7 @@ def _linear(
 ) -> Op:
     """``width`` -> ``out``; ``stored``: bytes of the output that go to the cache instead of to activations."""
     ba = setting.activation_bytes
-    weights = width * out * setting.weight_bytes + out * bias * setting.head_bytes
+    weights = setting.weights.nbytes(out, width) + out * bias * setting.head_bytes
     return Op(
         name, "linear", operations=2 * width * out * tokens + out * bias * tokens, load_weight=weights,
         load_act=width * tokens * ba, store_act=out * tokens * ba if stored < 0 else 0.0, store_kv=max(stored, 0.0),
@@ -284,7 +279,7 @@ def _attention(arch: Architecture, attention: Attention, setting: Setting, befor
     else:
         kv_heads = max(1, attention.kv_heads // t)  # more ranks than kv heads hold copies of them
         q, kv, v = heads * attention.head_dim, kv_heads * attention.head_dim, kv_heads * attention.value_dim
-        bias, bk = attention.qkv_bias, setting.kv_bytes
+        bias, bk = attention.qkv_bias, _number_bytes(attention, setting)
         rows = [
             _linear("q_proj", arch.hidden, q, tokens, setting, (before,), bias),
             _linear("k_proj", arch.hidden, kv, tokens, setting, (before,), bias, stored=kv * tokens * bk),
@@ -310,8 +305,7 @@ def _attention(arch: Architecture, attention: Attention, setting: Setting, befor
 
 def keys_read(setting: Setting, window: int | None) -> float:
     """Keys of a sequence that a pass reads: the kept part of the past and the new ones, as far as windows reach."""
-    past = (setting.context - setting.new) * setting.kv_ratio
-    return min(past + setting.new, (window or setting.context) + setting.new - 1)
+    return min(setting.past + setting.new, (window or setting.context) + setting.new - 1)
 
 
 def pairs(setting: Setting, window: int | None) -> float:
@@ -320,14 +314,15 @@ def pairs(setting: Setting, window: int | None) -> float:
     n, limit = setting.new, window or setting.context
     if not setting.fused:
         return n * keys_read(setting, window)
-    past = (setting.context - n) * setting.kv_ratio
-    short = min(n, max(0, int(limit - past)))  # queries that meet less than a full window
+    past = setting.past
+    short = min(n, max(0, limit - past))  # queries that meet less than a full window
     return short * past + short * (short + 1) / 2 + (n - short) * limit
 
 
 def _scores(heads: int, kv_heads: int, attention: Attention, setting: Setting, inputs: tuple[str, ...]) -> list[Op]:
     """Queries against keys, softmax (five operations: max, subtract, exp, sum, divide), times values."""
-    b, n, ba, bk, dtype = setting.batch, setting.new, setting.activation_bytes, setting.kv_bytes, setting.attention_dtype
+    b, n, ba, dtype = setting.batch, setting.new, setting.activation_bytes, setting.attention_dtype
+    bk = _number_bytes(attention, setting)
     d, v = attention.head_dim, attention.value_dim
     met = b * heads * pairs(setting, attention.window)
     read = keys_read(setting, attention.window)
@@ -367,7 +362,7 @@ def _latent(
 ) -> list[Op]:
     """Latent attention (arXiv 2405.04434, section 2.1.2 and appendix C). Prefill expands keys and values of all tokens;
     other passes absorb the expansion into queries and outputs and attend to the latent itself, shared by all heads."""
-    tokens, bk = setting.batch * setting.new, setting.kv_bytes
+    tokens, bk = setting.batch * setting.new, _number_bytes(attention, setting)
     width, bias = latent.kv_rank + latent.rope_dim, attention.qkv_bias
     rows: list[Op] = []
     source = before
@@ -432,10 +427,24 @@ def distinct_experts(experts: int, active: int, tokens: float) -> float:
     return experts * (1 - (1 - active / experts) ** tokens)
 
 
+def expert_op(arch: Architecture, mlp: Mlp, loads: Sequence[int] | NDArray[np.integer], setting: Setting) -> Op:
+    """The experts of one rank in one layer as one operator: ``loads`` [its experts] tokens each, as a trace has them
+    (`core.perf.routing`), instead of even routing. A token pays for the products of its expert; the weights of every expert
+    that has a token are read once, however many it has."""
+    tokens, met = int(np.sum(loads)), int(np.count_nonzero(loads))
+    rows = [op for op in _feed_forward("", arch, mlp.intermediate, mlp, tokens, setting, "") if op.kind == "linear"]
+    weights = sum(op.weight_held for op in rows)
+    return Op(
+        "experts", "linear", operations=sum(op.operations for op in rows), load_weight=met * weights,
+        load_act=sum(op.load_act for op in rows), store_act=sum(op.store_act for op in rows),
+        weight_held=len(loads) * weights, dtype=setting.linear_dtype,
+    )  # fmt: skip
+
+
 def _experts(arch: Architecture, mlp: Mlp, setting: Setting, before: str) -> list[Op]:
     """Every token pays for its own experts' operations; a step reads the experts that its tokens meet together."""
     t, tokens = setting.tensor_parallel, setting.batch * setting.new
-    router = replace(setting, weight_bits=setting.head_bits, weight_group=None)
+    router = replace(setting, weights=GroupedWeight(plain(setting.head_bits)))
     rows = [_linear("router", arch.hidden, mlp.experts, tokens, router, (before,), mlp.router_bias)]
     width = _split("expert columns", mlp.intermediate, t)
     met = distinct_experts(mlp.experts, mlp.active, tokens)
@@ -466,28 +475,34 @@ def weight_bytes(arch: Architecture, setting: Setting | None = None) -> float:
 
 def parameters(arch: Architecture) -> int:
     """Weights, tied ones once."""
-    return round(weight_bytes(arch, Setting(context=1, weight_bits=16, head_bits=16)) / 2)
-
-
-def kv_bytes_per_token(arch: Architecture, setting: Setting | None = None) -> float:
-    """Bytes that the cache of one rank grows by with each token (2·L·K·d·Bk), as long as no window is full."""
-    setting = setting or Setting()
-    t, total = setting.tensor_parallel, 0.0
-    for count, block in arch.blocks:
-        attention = block.attention
-        share = 1 if attention.latent else max(1, attention.kv_heads // t) / attention.kv_heads
-        total += count * attention.kv_width * share * setting.kv_bytes
-    return total
+    return round(weight_bytes(arch, Setting(context=1)) / 2)
 
 
 def cache_bytes(arch: Architecture, setting: Setting) -> float:
     """Bytes of the cache of one rank with ``context`` tokens of every sequence; a window holds no more than its keys."""
-    total = 0.0
-    for count, block in arch.blocks:
-        one = replace(arch, blocks=((count, block),))
-        kept = min(setting.context * setting.kv_ratio, block.attention.window or setting.context)
-        total += setting.batch * kept * kv_bytes_per_token(one, setting)
-    return total
+    return setting.batch * sum(count * _layer_bytes(block.attention, setting) for count, block in arch.blocks)
+
+
+def kv_bytes_per_token(arch: Architecture, setting: Setting | None = None) -> float:
+    """Bytes that an exact cache of one rank grows by with each token (2·L·K·d·Bk), as long as no window is full."""
+    return cache_bytes(arch, replace(setting or Setting(), batch=1, context=1, queries=None, cache=None))
+
+
+def _layer_bytes(attention: Attention, setting: Setting) -> float:
+    """Bytes of one layer's cache of one sequence. More ranks than kv heads hold copies of them; latents are never split."""
+    tokens = min(setting.context, attention.window or setting.context)
+    if attention.latent:
+        return setting.stored.layer_bytes(tokens, 1, attention.kv_width, 0)
+    heads = max(1, attention.kv_heads // setting.tensor_parallel)
+    return setting.stored.layer_bytes(tokens, heads, attention.head_dim, attention.value_dim)
+
+
+def _number_bytes(attention: Attention, setting: Setting) -> float:
+    """Bytes of one of the numbers that a layer's full cache stands for, with its part of all that is stored besides."""
+    slots = setting.stored.slots(min(setting.context, attention.window or setting.context))
+    heads = max(1, attention.kv_heads // setting.tensor_parallel)
+    width = attention.kv_width if attention.latent else heads * (attention.head_dim + attention.value_dim)
+    return _layer_bytes(attention, setting) / (max(slots, 1) * width)
 
 
 def activation_bytes(table: Iterable[Op]) -> float:

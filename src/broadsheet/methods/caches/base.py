@@ -30,6 +30,7 @@ from transformers.cache_utils import CacheLayerMixin
 from broadsheet.core.models.rotary import find_rotary
 from broadsheet.core.models.taps import Tokens, attach, attention_modules
 from broadsheet.core.numerics.ledger import nbytes, tree_map
+from broadsheet.core.perf.storage import FULL, CacheFormat
 
 from .attention import Slots, as_slots, attend_slots
 
@@ -56,9 +57,9 @@ class Geometry:
             hidden_size=config.hidden_size,
         )
 
-    def full_bytes(self, tokens: int, bytes_per_element: int = 2) -> int:
-        """Bytes of an uncompressed cache of ``tokens`` tokens, one batch row."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_element
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of an uncompressed cache of ``tokens`` tokens in 16 bits, one batch row."""
+        return int(FULL.nbytes(tokens, self.layers, self.kv_heads, self.head_dim))
 
 
 class CacheLayer(CacheLayerMixin):
@@ -283,6 +284,20 @@ class CacheMethod:
 
     def check(self, geometry: Geometry) -> None:
         """Raises ValueError when these parameters do not fit a model of this geometry."""
+
+    def format(self, geometry: Geometry) -> CacheFormat:
+        """How a cache of this method stores a prompt. Methods whose layers are not alike (XQuant), or whose slots the prompt
+        decides (KVMerger), have none."""
+        raise NotImplementedError
+
+    def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
+        """Bytes of one row after a prompt of ``tokens``, exact parts in 16 bits: what ``nbytes`` will say."""
+        return int(self.format(geometry).nbytes(tokens, geometry.layers, geometry.kv_heads, geometry.head_dim))
+
+    def most_slots(self, fraction: float, tokens: int, geometry: Geometry) -> int:
+        """The most slots a layer within ``fraction`` of a 16-bit cache; 0 where one is too many."""
+        room = fraction * geometry.full_bytes(tokens)
+        return self.format(geometry).most_slots(room, tokens, geometry.layers, geometry.kv_heads, geometry.head_dim)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """This method with the parameters that come closest to, and not above, ``fraction`` of a 16-bit cache's bytes.

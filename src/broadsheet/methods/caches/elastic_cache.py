@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.rotary import rotate
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.storage import CacheFormat
 
 from .attention import attention_mass, attention_received, attention_rows
 from .base import CacheLayer, CacheMethod, Geometry, MethodCache, Unreachable, check_fraction
@@ -360,17 +361,18 @@ class ElasticCache(CacheMethod):
         plain = super().cache(model, chunked, dtype)
         return ElasticStore(self, cast("list[CacheLayer]", plain.layers), chunked, dtype)
 
+    def format(self, geometry: Geometry) -> CacheFormat:
+        """A float32 a slot for masses and for frequencies; two integers a row: tokens seen, and the exit."""
+        frequencies, by_head = self.discard == "frequency", self.granularity == "head"
+        slot = 4 * (self.mass_bias and self.merge) + 4 * (frequencies and by_head)
+        return CacheFormat(share=self.budget, slot=slot, shared=4 * (frequencies and not by_head), layer=16)
+
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         if fraction >= 1 and not self.mass_bias and self.discard != "frequency":
             return replace(self, budget=1.0)
-        heads = geometry.kv_heads
-        slot = 4 * heads * geometry.head_dim  # a key and a value of 16 bits
-        full = slot * tokens
-        slot += 4 * heads * (self.mass_bias and self.merge)
-        slot += 4 * (heads if self.granularity == "head" else 1) * (self.discard == "frequency")
-        rows = 16  # two integers a row: tokens seen, and the exit
-        count = min(int((fraction * full - rows) // slot), tokens - 1)
+        count = min(self.most_slots(fraction, tokens, geometry), tokens - 1)
         least = max(self.n_sink + self.n_recent, 1)
         if count < least:
-            raise Unreachable((least * slot + rows) / full)
+            smallest = replace(self, budget=least / tokens).expected_bytes(tokens, geometry)
+            raise Unreachable(smallest / geometry.full_bytes(tokens))
         return replace(self, budget=count / tokens)

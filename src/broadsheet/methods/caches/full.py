@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.storage import FULL, CacheFormat
 
 from .attention import Slots
 from .base import CacheLayer, CacheMethod, Geometry, Unreachable
@@ -96,6 +97,9 @@ class Full(CacheMethod):
 
     Layer: ClassVar[type[CacheLayer]] = SlotLayer
     budgeted: ClassVar[bool] = False
+
+    def format(self, geometry: Geometry) -> CacheFormat:
+        return FULL
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         if fraction < 1:

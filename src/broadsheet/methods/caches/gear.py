@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.ledger import nbytes, tensors, tree_map
-from broadsheet.core.numerics.packing import packed_size
+from broadsheet.core.perf.storage import CacheFormat, outlier_count, place_size, sparse_low_rank_cache
 
 from .attention import Slots
 from .base import CacheLayer, CacheMethod, Geometry, Unreachable
@@ -196,7 +196,7 @@ def compress_block(
     # 1. Outliers: along each channel for keys, along each token's channels, over all heads, for values.
     vectors = _vectors(states.transpose(1, 2).flatten(2), kind)
     length = vectors.shape[-1]
-    count = math.floor(sparsity / 2 * length + 1e-9)  # the last term: 0.29 * 100 is 28.999999999999996
+    count = outlier_count(sparsity, length) // 2
     largest = vectors.topk(count, -1).indices
     smallest = vectors.scatter(-1, largest, math.inf).topk(count, -1, largest=False).indices
     places = torch.cat([smallest, largest], -1)
@@ -236,7 +236,7 @@ def power_iteration(residual: torch.Tensor, start: torch.Tensor, loops: int = 3)
 
 def _index_dtype(length: int) -> torch.dtype:
     """The smallest type for places in a vector."""
-    return torch.uint8 if length <= 2**8 else torch.int16 if length <= 2**15 else torch.int32
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[place_size(length)]
 
 
 def _vectors(flat: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -484,22 +484,9 @@ class GEAR(CacheMethod):
         if max(self.rank_prefill, self.rank_decode) > geometry.head_dim:
             raise ValueError(f"rank_prefill and rank_decode must be at most head_dim, {geometry.head_dim} here")
 
-    def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
-        """Bytes of one row after a prompt of ``tokens``, the buffer in 16 bits: what ``nbytes`` will say."""
-        heads, dim = geometry.kv_heads, geometry.head_dim
-        channels = heads * dim
-        kivi = self.backend == "kivi"
-        n = tokens // self.group_size * self.group_size if kivi else tokens
-        key_group, value_group = (self.group_size, self.group_size) if kivi else (n, channels)
-        size = 4 * channels * (tokens - n)
-        if n:
-            size += channels * (n // key_group) * (packed_size(key_group, self.bits) + 4)
-            size += n * (channels // value_group) * (packed_size(value_group, self.bits) + 4)
-            for vectors, length in ((channels, n), (n, channels)):
-                entry = 2 + _index_dtype(length).itemsize
-                size += vectors * 2 * math.floor(self.sparsity / 2 * length + 1e-9) * entry
-            size += 2 * heads * 2 * min(self.rank_prefill, n) * (n + dim)
-        return geometry.layers * size
+    def format(self, geometry: Geometry) -> CacheFormat:
+        group = self.group_size if self.backend == "kivi" else None
+        return sparse_low_rank_cache(self.bits, group, self.sparsity, self.rank_prefill)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """Bits, group size and rank with the least expected error within the budget.

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.storage import CacheFormat, evicting_cache
 
 from .attention import attention_mass, attention_received
 from .base import CacheLayer, CacheMethod, Geometry, check_fraction
@@ -58,8 +59,10 @@ class H2O(CacheMethod):
         check_fraction("budget", self.budget)
         check_fraction("recent", self.recent)
 
+    def format(self, geometry: Geometry) -> CacheFormat:
+        return evicting_cache(self.budget, slot=4, layer=8)  # a float32 of score a slot and head, and the length
+
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
-        # One float32 of score a slot and head beside 2 * head_dim elements of 16 bits.
-        overhead = 4 / (4 * geometry.head_dim)
-        slots = max(1, int(fraction * tokens / (1 + overhead)))
-        return replace(self, budget=slots / tokens if fraction < 1 else 1.0)
+        if fraction >= 1:
+            return replace(self, budget=1.0)
+        return replace(self, budget=max(1, self.most_slots(fraction, tokens, geometry)) / tokens)

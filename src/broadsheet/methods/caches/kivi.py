@@ -31,7 +31,8 @@ import torch
 
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
-from broadsheet.core.numerics.packing import pack, packed_size, unpack
+from broadsheet.core.numerics.packing import pack, unpack
+from broadsheet.core.perf.storage import CacheFormat, grouped_cache
 
 from .attention import Slots
 from .base import CacheLayer, CacheMethod, Geometry
@@ -360,14 +361,8 @@ class KIVI(CacheMethod):
                 f"group_size {self.group_size} does not divide the {channels} channels of a token's values; choose a divisor"
             )
 
-    def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
-        """Bytes of one row after ``tokens`` tokens, exact parts in 16 bits: what ``nbytes`` will say."""
-        channels, group = geometry.kv_heads * geometry.head_dim, self.group_size
-        keys = tokens // self.period * self.period
-        values = max(tokens - self.residual, 0)
-        packed = keys // group * channels * (packed_size(group, self.bits) + 4)
-        packed += values * (channels // group) * (packed_size(group, self.bits_of_values) + 4)
-        return geometry.layers * (packed + 2 * channels * (2 * tokens - keys - values))
+    def format(self, geometry: Geometry) -> CacheFormat:
+        return grouped_cache(self.bits, self.group_size, self.residual, self.bits_of_values)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """Bits, group size and residual of the least error on normal data within the budget."""

@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from broadsheet.core.models import with_cache
 from broadsheet.core.models.rotary import find_rotary
 from broadsheet.core.models.taps import Tokens, attention_modules
+from broadsheet.core.perf.storage import CacheFormat
 
 from .attention import Slots, attention_mass, attention_received
 from .base import CacheLayer, CacheMethod, Geometry, MethodCache, Unreachable, check_fraction
@@ -536,13 +537,15 @@ class KVMerger(CacheMethod):
         layers = geometry.layers
         skip = self.skip_layers if layers >= 8 or self.skip_layers == "all" else ()
         whole = len(skipped(skip, layers))
-        slot = 4 * geometry.head_dim
-        size = 0 if self.value_mass != "bias" or not self.merge else 2 if tokens < 2**15 else 4
-        fixed = whole * tokens * slot + (layers - whole) * 4 * (self.layout == "ragged")  # of one head
-        room = fraction * layers * tokens * slot - fixed
-        count = int(room // ((layers - whole) * (slot + size))) if whole < layers else 0
+        sizes = 0 if self.value_mass != "bias" or not self.merge else 2 if tokens < 2**15 else 4
+        starts = 4 * geometry.kv_heads * (self.layout == "ragged")
+        stored = CacheFormat(share=1 / tokens, slot=sizes, layer=starts)
+        sides = (tokens, layers - whole, geometry.kv_heads, geometry.head_dim)
+        full = geometry.full_bytes(tokens)
+        exact = whole / layers * full
+        count = stored.most_slots(fraction * full - exact, *sides) if whole < layers else 0
         if count < 1:
-            raise Unreachable((fixed + (layers - whole) * (slot + size)) / (layers * tokens * slot))
+            raise Unreachable((exact + stored.nbytes(*sides)) / full)
         # The ceiling of a share just above count - 1 is count here, and never dearer on a longer prompt.
         share = (count - 1 + 1e-3) / tokens
         recent, heavy = paper_protection(share)

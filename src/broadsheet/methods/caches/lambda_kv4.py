@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.rotary import rotate
 from broadsheet.core.models.taps import Tokens, sdpa
-from broadsheet.core.numerics.packing import packed_size
+from broadsheet.core.perf.storage import CacheFormat, window_cache
 
 from .attention import Slots
 from .base import CacheLayer, CacheMethod, Geometry, MethodCache, Unreachable
@@ -346,19 +346,8 @@ class LambdaKV4(CacheMethod):
                 f"group_size {self.group_size} does not divide the {channels} channels of a token's values; choose a divisor"
             )
 
-    def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
-        """Bytes of one row after ``tokens`` tokens, exact parts in 16 bits: what ``nbytes`` will say."""
-        channels, group = geometry.kv_heads * geometry.head_dim, self.group_size
-        sinks = min(self.sink, tokens)
-        held = tokens - sinks
-        held -= longest(self.over(held))
-        coded = held // group * group if self.key_bits < 16 else 0
-        size = 2 * channels * (held - coded) + coded // group * channels * (packed_size(group, self.key_bits % 16) + 4)
-        wide = self.value_group(channels)
-        size += held * (
-            2 * channels if self.value_bits == 16 else channels // wide * (packed_size(wide, self.value_bits) + 4)
-        )
-        return geometry.layers * (size + 4 * channels * sinks)
+    def format(self, geometry: Geometry) -> CacheFormat:
+        return window_cache(self.sink, self.reach, self.key_bits, self.value_bits, self.group_size)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """Everything in as many bits as fit (16, 8, then these), else these bits and the longest window that fits."""

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -43,6 +42,7 @@ import torch
 import torch.nn.functional as F
 
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.storage import CacheFormat
 
 from .attention import Slots, attend_slots, attention_mass
 from .base import CacheLayer, CacheMethod, Geometry, Unreachable, check_fraction
@@ -529,6 +529,11 @@ class MPCache(CacheMethod):
 
     # --- budget -------------------------------------------------------------------------------------------
 
+    def format(self, geometry: Geometry) -> CacheFormat:
+        """Slots, and summaries of clusters."""
+        clusters = self.clusters if self.selects else ()
+        return CacheFormat(share=self.static_keep, summaries=clusters * (2 if self.similarity == "max" else 1))
+
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """The largest ``static_keep`` whose slots and cluster state fit; ``ratios`` (what is read) stay.
 
@@ -536,19 +541,10 @@ class MPCache(CacheMethod):
         """
         if fraction >= 1:
             return replace(self, static_keep=1.0, ratios=(1.0, 1.0))
-        full = geometry.full_bytes(tokens)
-
-        def held(kept: int) -> int:
-            """Bytes in 16 bits: slots and summaries."""
-            elements = 2 * kept
-            if self.selects:
-                width = 2 if self.similarity == "max" else 1
-                elements += sum(width * (kept // size) for size in self.clusters)
-            return 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * elements
-
-        kept = bisect_right(range(tokens + 1), fraction * full, key=held) - 1
+        kept = self.most_slots(fraction, tokens, geometry)
         if kept < 1:
-            raise Unreachable(held(1) / full)
+            smallest = replace(self, static_keep=1 / tokens).expected_bytes(tokens, geometry)
+            raise Unreachable(smallest / geometry.full_bytes(tokens))
         return replace(self, static_keep=kept / tokens)
 
 

@@ -25,6 +25,8 @@ from typing import Any, Literal, Self
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
+from broadsheet.core.perf.storage import CacheFormat, cache_format, token_cache
+
 from .base import CacheMethod, Geometry
 from .blocks import GROUP_SIZES, best_within, quantisation_error
 
@@ -155,12 +157,10 @@ class TransformersQuantized(CacheMethod):
         if self.backend != "fp8" and geometry.head_dim % self.group_size:
             raise ValueError(f"group_size {self.group_size} does not divide head_dim {geometry.head_dim}; choose a divisor")
 
-    def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
-        """Bytes of one row after a prompt of ``tokens``, scales in 16 bits: what ``nbytes`` will say."""
-        numbers = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * tokens
-        if self.backend == "fp8":
-            return numbers + 8 * geometry.layers  # a float32 scale for keys, one for values
-        return numbers * self.bits // 8 + numbers // self.group_size * 4
+    def format(self, geometry: Geometry) -> CacheFormat:
+        if self.backend == "fp8":  # a float32 scale a layer for keys, one for values
+            return replace(cache_format(8), layer=8)
+        return token_cache(self.bits, self.group_size)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """Bits and group size of the least error on normal data within the budget."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch.nn.functional as F
 
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.storage import CacheFormat, evicting_cache
 
 from .attention import attention_mass
 from .base import CacheLayer, CacheMethod, Geometry, check_fraction
@@ -51,6 +52,9 @@ class SnapKV(CacheMethod):
         check_fraction("budget", self.budget)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+
+    def format(self, geometry: Geometry) -> CacheFormat:
+        return evicting_cache(self.budget)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         return replace(self, budget=fraction)

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 
 from broadsheet.core.models.taps import Tokens
+from broadsheet.core.perf.storage import CacheFormat, evicting_cache
 
 from .base import CacheLayer, CacheMethod, Geometry, check_fraction
 from .full import SlotLayer, top_slots
@@ -79,6 +80,9 @@ class StreamingLLM(CacheMethod):
 
     def __post_init__(self) -> None:
         check_fraction("budget", self.budget)
+
+    def format(self, geometry: Geometry) -> CacheFormat:
+        return evicting_cache(self.budget, layer=8)
 
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         return replace(self, budget=fraction)

@@ -22,6 +22,7 @@ from broadsheet.core.perf.architecture import architecture
 from broadsheet.core.perf.calibration import Sample, fit
 from broadsheet.core.perf.hardware import Device, device
 from broadsheet.core.perf.ops import Setting, operators
+from broadsheet.core.perf.storage import GroupedWeight, plain
 from broadsheet.core.records import Record, now, provenance
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.core.view import Quality, View
@@ -265,8 +266,8 @@ def _here(workload: Workload, tick: Callable[[int, int], None] | None) -> Cases:
 
     wanted = [(*one, dtype) for dtype in workload.dtypes for one in (*FITTED, *PASSES)]
     with pinned(workload.threads):
-        peaks = {dtype: peak(DTYPES[dtype]) for dtype in workload.dtypes}
-        on = Device("here", "this machine", bandwidth(), peaks)
+        peaks = {dtype: peak(DTYPES[dtype]).value for dtype in workload.dtypes}
+        on = Device("here", "this machine", bandwidth().value, peaks)
         found: dict[tuple[str, int, int], list[Case]] = {}
         for number, (model, batch, context, dtype) in enumerate(wanted):
             found.setdefault((model, batch, context), []).extend(_passes(model, batch, context, dtype, workload))
@@ -307,7 +308,7 @@ def _passes(name: str, batch: int, context: int, dtype: str, workload: Workload)
         once, again = (statistics.median(times[which]) for which in ("once", "again"))
         # a decode step leaves the cache a token longer: at the median step it holds about `repeats` more
         length = context if stage == "prefill" else context + workload.repeats + 1
-        setting = Setting(batch, length, None if stage == "prefill" else 1, bits, None, bits, bits)
+        setting = Setting(batch, length, None if stage == "prefill" else 1, GroupedWeight(plain(bits)), bits, bits)
         table = [replace(op, dtype=dtype) for op in operators(made, setting)]
         yield Case(f"{name} {dtype} {stage} {batch}x{context}", Sample.of(table, once), again)
 

@@ -17,6 +17,7 @@ from broadsheet.core.models import folds
 from broadsheet.core.models.observers import Keep
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics.groups import quantise_groups
+from broadsheet.core.perf.storage import WeightFormat
 
 from .base import Shape, WeightMethod
 from .rtn import RTN, GroupLinear
@@ -60,6 +61,9 @@ class AWQ(WeightMethod):
             if error < least:
                 best, least = scale, error
         return best
+
+    def format(self) -> WeightFormat:
+        return RTN(self.bits, self.group_size).format()
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """Stored as round-to-nearest is, so with its bits and groups."""

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.folds import is_norm
 from broadsheet.core.models.walker import Block, blocks, decoder_blocks, walk
 from broadsheet.core.numerics.packed import PackedLinear
+from broadsheet.core.perf.storage import Shape, WeightFormat, bits_a_weight
 
-Shape = tuple[int, int]
 Progress = Callable[[int, int], None]
 
 
@@ -92,6 +92,15 @@ class WeightMethod:
 
     def check(self, layers: Sequence[Shape]) -> None:
         """Raises ValueError when these parameters do not fit layers of these shapes [out_features, in_features]."""
+
+    def format(self) -> WeightFormat:
+        """How a layer is stored. Methods whose bytes the weights or the layer's place decide (DFloat11, BitStack, CRaSh)
+        have none."""
+        raise NotImplementedError
+
+    def stored_bits(self, layers: Sequence[Shape]) -> float:
+        """Bits a weight of layers of these shapes, with all that is stored for them."""
+        return bits_a_weight(self.format().nbytes, layers)
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """This method with the parameters that come closest to, and not above, ``bits`` a weight of these layers.

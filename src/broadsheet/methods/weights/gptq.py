@@ -18,6 +18,7 @@ from broadsheet.core.models.observers import Gram
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.packing import pack
+from broadsheet.core.perf.storage import WeightFormat
 
 from .base import Shape, WeightMethod
 from .rtn import RTN, GroupLinear
@@ -44,6 +45,9 @@ class GPTQ(WeightMethod):
             weight = linear.weight.float()
             stored = gptq(weight, grams[name].matrix, self.bits, self.group_size, self.damping, self.act_order)
             block.replace(name, GroupLinear.of(linear, stored))
+
+    def format(self) -> WeightFormat:
+        return RTN(self.bits, self.group_size).format()
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """Stored as round-to-nearest is, so with its bits and groups."""

@@ -15,6 +15,7 @@ import torch
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.packing import pack
+from broadsheet.core.perf.storage import WeightFormat
 
 from .base import Shape, WeightMethod
 from .rtn import RTN, GroupLinear
@@ -64,6 +65,9 @@ class HQQ(WeightMethod):
         low = (-zero * step).squeeze(-1).to(torch.float16)
         codes = ((grouped - low.float().unsqueeze(-1)) / step).round().clamp(0, top).to(torch.uint8)
         return GroupQuantised(pack(codes, self.bits), plain.scale, low, self.bits, group, weight.shape[1])
+
+    def format(self) -> WeightFormat:
+        return RTN(self.bits, self.group_size).format()
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """Stored as round-to-nearest is, so with its bits and groups."""

@@ -11,7 +11,7 @@ where both sums are of whole numbers and exact. 8-bit weights are stored as int8
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
@@ -26,7 +26,6 @@ from broadsheet.core.numerics import integer
 from broadsheet.core.numerics.packed import Form, Packed, PackedLinear
 from broadsheet.core.numerics.packing import packed_size
 
-from .base import Shape
 from .gptq import compensate
 
 #: where the scale of a layer's input comes from, see `IntegerLinear`
@@ -242,19 +241,6 @@ class IntegerLinear(PackedLinear):
             dims = (*(range(y.ndim - 1) if self.output == "tensor" else ()), -3, -1)
         scale = integer.scale_of(parts.abs().amax(dims, keepdim=True), self.output_bits)
         return (integer.round_to_codes(parts / scale, self.output_bits) * scale).view(y.shape)
-
-
-def integer_bits(bits: int, layers: Iterable[Shape], zeros: bool = True, channels: bool = False) -> float:
-    """Bits a weight of such layers. ``channels``: at most, with a scale for each channel that a norm makes.
-
-    Norms keep these for all the layers that they feed. Which those are cannot be told from shapes: half of the layers are
-    charged with a scale a channel, which covers two norms in a block of four layers or more.
-    """
-    held = weights = 0.0
-    for rows, columns in layers:
-        held += rows * (8 * packed_size(columns, bits) + 32 + 8 * zeros) + 16 * columns * channels
-        weights += rows * columns
-    return held / weights
 
 
 class FoldedNorm(Packed):

@@ -41,6 +41,7 @@ from broadsheet.core.models.folds import Fold, norm_folds
 from broadsheet.core.models.observers import Gram, Range
 from broadsheet.core.models.walker import Block, Observer, walk
 from broadsheet.core.numerics import integer
+from broadsheet.core.perf.storage import WeightFormat, integer_weight
 
 from .base import Progress, Shape, Unreachable, WeightMethod, check_model
 from .integer import (
@@ -49,7 +50,6 @@ from .integer import (
     IntegerLinear,
     attention_output,
     clip_rates,
-    integer_bits,
     makes_attention,
     quantise_rows,
     widen,
@@ -257,12 +257,16 @@ class OutlierTune(WeightMethod):
             output_bits=self.bits if attends else 0, output_shape=attention_output(block, name) if attends else None,
         )  # fmt: skip
 
+    def format(self) -> WeightFormat:
+        return integer_weight(self.weight_bits, channels=True)
+
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
-        """As many bits a weight as fit, see `integer_bits`."""
+        """As many bits a weight as fit."""
         for codes in range(8, 1, -1):
-            if integer_bits(codes, layers, channels=True) <= bits:
-                return replace(self, w_bits=codes)
-        raise Unreachable(integer_bits(2, layers, channels=True))
+            one = replace(self, w_bits=codes)
+            if one.stored_bits(layers) <= bits:
+                return one
+        raise Unreachable(one.stored_bits(layers))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import nn
 
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics.packed import Form, PackedLinear, bias_of
+from broadsheet.core.perf.storage import WeightFormat, grouped_weight, integer_weight
 
 from .base import Shape, Unreachable, WeightMethod
 
@@ -121,11 +122,8 @@ class TorchAO(WeightMethod):
                     f"{rows} x {columns}; choose a smaller group_size of {', '.join(map(str, GROUP_SIZES))}, or 8 bits"
                 )
 
-    def stored_bits(self, layers: Sequence[Shape]) -> float:
-        """Bits a weight of layers of these shapes."""
-        if self.bits == 4:
-            return 4 + 32 / self.group_size
-        return 8 + sum(40 * rows for rows, _ in layers) / sum(rows * columns for rows, columns in layers)
+    def format(self) -> WeightFormat:
+        return grouped_weight(4, self.group_size) if self.bits == 4 else integer_weight(8)
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """8 bits where they fit, else the smallest groups of 4."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar, Self
 
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics import group_linear
 from broadsheet.core.numerics.groups import quantise_groups
+from broadsheet.core.perf.storage import WeightFormat, grouped_weight
 
 from .base import Shape, Unreachable, WeightMethod
 
@@ -40,21 +42,13 @@ class RTN(WeightMethod):
         for name, linear in block.linears.items():
             block.replace(name, GroupLinear.of(linear, quantise_groups(linear.weight.float(), self.bits, self.group_size)))
 
+    def format(self) -> WeightFormat:
+        return grouped_weight(self.bits, self.group_size)
+
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """The most bits a code, then the smallest group, that fit."""
-        for codes in range(8, 0, -1):
-            for group in (32, 64, 128, 256, 512, 1024):
-                if group_bits(codes, group, layers) <= bits:
-                    return replace(self, bits=codes, group_size=group)
-        raise Unreachable(group_bits(1, 1024, layers))
-
-
-def group_bits(bits: int, group_size: int, layers: Sequence[Shape]) -> float:
-    """Bits a weight of layers in such groups, with a 16-bit scale and zero a group and the last group padded."""
-    held = weights = 0
-    for rows, columns in layers:
-        group = min(group_size, columns)
-        groups = -(-columns // group)
-        held += rows * groups * (8 * -(-group * bits // 8) + 32)
-        weights += rows * columns
-    return held / weights
+        for codes, group in product(range(8, 0, -1), (32, 64, 128, 256, 512, 1024)):
+            one = replace(self, bits=codes, group_size=group)
+            if one.stored_bits(layers) <= bits:
+                return one
+        raise Unreachable(one.stored_bits(layers))

@@ -20,9 +20,10 @@ from broadsheet.core.models.folds import norm_folds
 from broadsheet.core.models.observers import Range
 from broadsheet.core.models.walker import Block
 from broadsheet.core.numerics import integer
+from broadsheet.core.perf.storage import WeightFormat, integer_weight
 
 from .base import Shape, Unreachable, WeightMethod
-from .integer import IntegerLinear, attention_output, integer_bits, makes_attention, quantise_rows, widen
+from .integer import IntegerLinear, attention_output, makes_attention, quantise_rows, widen
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,16 @@ class SmoothQuant(WeightMethod):
                 raise ValueError(f"{name} gets inf or nan on the calibration tokens; check the model in this dtype")
         return {name: found.largest for name, found in seen.items()}
 
+    def format(self) -> WeightFormat:
+        return integer_weight(self.weight_bits, zeros=not self.symmetric)
+
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """As many bits a weight as fit."""
         for codes in range(8, 1, -1):
-            if integer_bits(codes, layers, zeros=not self.symmetric) <= bits:
-                return replace(self, w_bits=codes)
-        raise Unreachable(integer_bits(2, layers, zeros=not self.symmetric))
+            one = replace(self, w_bits=codes)
+            if one.stored_bits(layers) <= bits:
+                return one
+        raise Unreachable(one.stored_bits(layers))
 
 
 def smoothing(largest: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:

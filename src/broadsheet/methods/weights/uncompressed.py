@@ -9,6 +9,8 @@ from typing import ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
+from broadsheet.core.perf.storage import EXACT_WEIGHT, WeightFormat
+
 from .base import Progress, Shape, Unreachable, WeightMethod
 
 
@@ -23,6 +25,9 @@ class Uncompressed(WeightMethod):
         self, model: PreTrainedModel, calibration: torch.Tensor | None = None, progress: Progress | None = None
     ) -> PreTrainedModel:
         return model
+
+    def format(self) -> WeightFormat:
+        return EXACT_WEIGHT
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         if bits < 16:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.taps import Tokens
 from broadsheet.core.numerics.bfp import BFPTensor, bfp_quantise
+from broadsheet.core.perf.storage import CacheFormat, block_float_cache
 
 from ..attention import Slots
 from ..base import CacheLayer, CacheMethod, Geometry, Unreachable
@@ -199,6 +200,10 @@ class KSortBFP(CacheMethod):
             cast(KSortLayer, layer).fixed = order
         return layers
 
+    def format(self, geometry: Geometry) -> CacheFormat:
+        order = 2 * geometry.kv_heads * geometry.head_dim if self.rank == "calibration" else 0  # int16, held with the cache
+        return block_float_cache(self.key_bits, self.block, self.value_bits, order)
+
     def at_budget(self, fraction: float, tokens: int, geometry: Geometry) -> Self:
         """The bits with the least rounding error (4^-bits of keys plus values) that fit, keys first in a tie.
 
@@ -209,14 +214,10 @@ class KSortBFP(CacheMethod):
             return replace(self, key_bits=None, value_bits=None)
         blocks = [size for size in (2**power for power in range(3, 11)) if size < self.block] + [self.block]
         blocks = [size for size in blocks if geometry.head_dim % size == 0] or [geometry.head_dim]
-        order = 2 * geometry.head_dim if self.rank == "calibration" else 0
 
         def share(key_bits: int | None, value_bits: int | None, block: int) -> float:
-            """The share of the 32 bits that a channel's key and value take in full."""
-            channel = 0.0
-            for bits in (key_bits, value_bits):
-                channel += 2.0 if bits is None else -(-bits * block // 8) / block + 1 / block
-            return channel / 4 + order / (4 * geometry.head_dim * tokens)
+            one = replace(self, key_bits=key_bits, value_bits=value_bits, block=block)
+            return one.expected_bytes(tokens, geometry) / geometry.full_bytes(tokens)
 
         options = [
             (4.0**-keys + (0.0 if values is None else 4.0**-values), -keys, block, keys, values)

@@ -40,6 +40,8 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.rotary import find_rotary, rotate
 from broadsheet.core.models.taps import Tokens, attention_modules
+from broadsheet.core.perf.hardware import Device
+from broadsheet.core.perf.storage import Stream, groups
 
 from ..attention import Slots, attend_slots
 from ..base import CacheLayer, CacheMethod, Geometry, MethodCache
@@ -413,25 +415,28 @@ class XQuant(CacheMethod):
     def paper_size(self, geometry: Geometry) -> float:
         """The paper's size formula, as a fraction of a 16-bit KV cache.
 
-        It leaves out exact tails, the accumulator, positions and factors; `row_bytes` has what a cache holds.
+        It leaves out exact tails, the accumulator, positions and factors; `expected_bytes` has what a cache holds.
         """
         bits = sum(
             width * (bits + (0 if bits == 16 else 32 / self.group_size))
             for index in range(geometry.layers)
             for width, bits in self.stream_sizes(index, geometry)
         )
-        return bits / (16 * geometry.full_bytes(1, bytes_per_element=1))
+        return bits / (8 * geometry.full_bytes(1))
 
-    def row_bytes(self, tokens: int, geometry: Geometry) -> int:
+    def stream(self, index: int, number: int, geometry: Geometry) -> Stream:
+        """How stream ``number`` of layer ``index`` is stored."""
+        width, bits = self.stream_sizes(index, geometry)[number]
+        if self.is_blocked(index, number, geometry):
+            return Stream(groups(bits, fit_group(self.residual, self.group_size)), "tokens", self.residual)
+        return Stream(groups(bits, fit_group(width, self.group_size)))
+
+    def expected_bytes(self, tokens: int, geometry: Geometry) -> int:
         """Bytes that a cache really holds for one row of ``tokens`` tokens, exact parts at 16 bits."""
         total = 4 * tokens + 8 * geometry.layers  # positions, lengths
         for index in range(geometry.layers):
-            for number, (width, bits) in enumerate(self.stream_sizes(index, geometry)):
-                if self.is_blocked(index, number, geometry):
-                    blocks, tail = divmod(tokens, self.residual)
-                    total += width * (blocks * stored_size(self.residual, bits, self.group_size) + 2 * tail)
-                else:
-                    total += tokens * stored_size(width, bits, self.group_size)
+            for number, (width, _) in enumerate(self.stream_sizes(index, geometry)):
+                total += int(self.stream(index, number, geometry).nbytes(tokens, 1, width))
         return total
 
     def expected_error(self, tokens: int, geometry: Geometry) -> float:
@@ -461,7 +466,7 @@ class XQuant(CacheMethod):
                 continue
             one = replace(self, bits=bits, group_size=group, residual=block, base_bits=base)
             one = replace(one, accumulator_bits=max(bits, self.accumulator_bits))
-            choices.append((one, one.row_bytes(tokens, geometry), one.expected_error(tokens, geometry)))
+            choices.append((one, one.expected_bytes(tokens, geometry), one.expected_error(tokens, geometry)))
         return best_within(choices, fraction, tokens, geometry)
 
     def prepare(self, model: PreTrainedModel) -> Factors:
@@ -489,6 +494,6 @@ class XQuant(CacheMethod):
             for name in ((CROSS_FACTOR,) if self.crosses(index) else PLAIN_FACTORS)
         ]
 
-    def cost_model(self, config: Any, seq_len: int, batch: int = 1, hardware: str | cost.Hardware = "h100") -> cost.Cost:
+    def cost_model(self, config: Any, seq_len: int, batch: int = 1, hardware: str | Device = "h100-pcie") -> cost.Cost:
         """FLOP, bytes, bound and break-even length of a decode step over ``seq_len`` stored tokens a row."""
         return cost.decode_cost(self, config, seq_len, batch, hardware)

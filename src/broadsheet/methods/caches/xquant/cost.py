@@ -24,28 +24,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from broadsheet.core.perf.hardware import Device, device
+
 from ..base import Geometry
 from .streams import stored_size
 
 if TYPE_CHECKING:
     from . import XQuant
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A chip: dense 16-bit ``flops`` a second and memory ``bandwidth`` in bytes a second."""
-
-    flops: float
-    bandwidth: float
-
-    @property
-    def ridge(self) -> float:
-        """FLOP a byte at which compute and memory take equally long."""
-        return self.flops / self.bandwidth
-
-
-#: the paper's chip: H100 PCIe, 756 TFLOP/s over 2 TB/s
-HARDWARE = {"h100": Hardware(756e12, 2e12)}
 
 
 @dataclass(frozen=True)
@@ -92,18 +77,15 @@ def break_even(
     return _crossing(flop, cache_bytes, weight_bytes, ridge)
 
 
-def decode_cost(method: XQuant, config: Any, seq_len: int, batch: int, hardware: str | Hardware) -> Cost:
+def decode_cost(method: XQuant, config: Any, seq_len: int, batch: int, hardware: str | Device) -> Cost:
     """FLOP, bytes, bound and break-even length of one decode step with ``method``.
 
     ``config``: a transformers config of a dense gated-MLP model. Bytes include the 32 bits of scale and zero
     a group, which the paper's formula leaves out; the exact tail of per-channel latents is not counted.
-    Raises ValueError for an unknown chip name or a config without an MLP size.
+    Raises ValueError for an unknown device or a config without an MLP size.
     """
-    if isinstance(hardware, str):
-        if hardware not in HARDWARE:
-            known = ", ".join(sorted(HARDWARE))
-            raise ValueError(f"unknown hardware '{hardware}'; give one of {known} or Hardware(flops, bandwidth)")
-        hardware = HARDWARE[hardware]
+    on = device(hardware).rated()
+    peak, ridge = on.peak("bf16"), on.turning_point("bf16")
     geometry = Geometry.of(config)
     mlp = getattr(config.get_text_config(), "intermediate_size", None)
     if not mlp:
@@ -141,11 +123,11 @@ def decode_cost(method: XQuant, config: Any, seq_len: int, batch: int, hardware:
         accumulator_bytes=accumulated * rows,
         weight_bytes=2 * weights,
         kv_bytes=kv_bytes,
-        ridge=hardware.ridge,
-        compute_seconds=flop * rows / hardware.flops,
-        memory_seconds=((cached + accumulated) * rows + 2 * weights) / hardware.bandwidth,
-        kv_seconds=(kv_bytes + 2 * kv_weights) / hardware.bandwidth,
-        break_even=_crossing(flop * batch, (cached + accumulated) * batch, 2 * weights, hardware.ridge),
+        ridge=ridge,
+        compute_seconds=flop * rows / peak,
+        memory_seconds=((cached + accumulated) * rows + 2 * weights) / on.bandwidth,
+        kv_seconds=(kv_bytes + 2 * kv_weights) / on.bandwidth,
+        break_even=_crossing(flop * batch, (cached + accumulated) * batch, 2 * weights, ridge),
     )
 
 

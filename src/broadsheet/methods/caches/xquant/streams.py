@@ -13,7 +13,7 @@ import torch
 
 from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.core.numerics.ledger import tree_map
-from broadsheet.core.numerics.packing import packed_size
+from broadsheet.core.perf.storage import groups
 
 #: GroupQuantised, or an exact tensor
 Items: TypeAlias = Any
@@ -29,10 +29,7 @@ def fit_group(width: int, group_size: int) -> int:
 
 def stored_size(width: int, bits: int, group_size: int, itemsize: int = 2) -> int:
     """Bytes of ``width`` entries with their scales and zeros; exact ones (16 bits) take ``itemsize`` each."""
-    if bits == 16:
-        return width * itemsize
-    group = fit_group(width, group_size)
-    return width // group * (packed_size(group, bits) + 4)
+    return width * itemsize if bits == 16 else int(groups(bits, fit_group(width, group_size)).nbytes(1, width))
 
 
 def encode(x: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype, per_channel: bool = False) -> Items:

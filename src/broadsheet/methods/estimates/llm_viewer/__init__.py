@@ -22,6 +22,7 @@ import numpy as np
 from broadsheet.core.perf.architecture import Architecture, architecture
 from broadsheet.core.perf.hardware import Device, device
 from broadsheet.core.perf.ops import Op, Setting, activation_bytes, cache_bytes, operators, parameters, weight_bytes
+from broadsheet.core.perf.storage import CacheFormat, WeightFormat, cache_format, weight_format
 
 from .compat import compat_device, compat_operators
 from .report import Memory, RooflineReport, Stage
@@ -33,10 +34,10 @@ class LLMViewer:
 
     Attributes:
         hardware: a device's name ("h100") or the JSON file of one (`core.perf.hardware`).
-        weight_bits, weight_group: of linear layers; a group shares a 16-bit scale.
+        weights: of linear layers: how many bits, or a format of `core.perf.storage`, "gptq:bits=3,group_size=64", with all
+            the bytes that the method of that name stores.
         activation_bits: 16, 8 (the 8-bit rate, where the weights have 8 bits at most) or 32.
-        kv_bits, kv_group: of the cache; None: as activations.
-        kv_ratio: the part of cached tokens that decode steps keep (token eviction).
+        cache: as ``weights``: 8, "kivi:bits=2,group_size=32,residual=128", "snapkv:share=0.25"; None: as activations.
         kv_heads: other kv heads than the model has (1: multi-query attention).
         layers: only the first so many (pruned depth, early exit).
         fused: attention in one kernel.
@@ -47,12 +48,9 @@ class LLMViewer:
     """
 
     hardware: str = "a100"
-    weight_bits: float = 16
-    weight_group: int | None = None
+    weights: float | str | WeightFormat = 16
     activation_bits: float = 16
-    kv_bits: float | None = None
-    kv_group: int | None = None
-    kv_ratio: float = 1.0
+    cache: float | str | CacheFormat | None = None
     kv_heads: int | None = None
     layers: int | None = None
     fused: bool = True
@@ -105,9 +103,10 @@ class LLMViewer:
         return arch.kept(self.layers) if self.layers else arch
 
     def _setting(self, batch: int, context: int, queries: int | None) -> Setting:
+        head_bits = max(16, min(self.activation_bits, 32))
+        cache = None if self.cache is None else cache_format(self.cache)
         return Setting(
-            batch, context, queries, self.weight_bits, self.weight_group, max(16, min(self.activation_bits, 32)),
-            self.activation_bits, self.kv_bits, self.kv_group, self.fused, self.kv_ratio if queries else 1.0,
+            batch, context, queries, weight_format(self.weights), head_bits, self.activation_bits, cache, self.fused,
             tensor_parallel=self.tensor_parallel,
         )  # fmt: skip
 

@@ -39,9 +39,9 @@ def compat_operators(arch: Architecture, setting: Setting, device: Device) -> li
     d, b, s = arch.hidden // heads, setting.batch, setting.context
     n = s if setting.new == s else 1
     h, f = arch.hidden, block.mlp.intermediate
-    bw, ba = setting.weight_bits / 8, setting.activation_bits / 8
-    bk = ba if setting.kv_bits is None else setting.kv_bits / 8
-    dtype = "int8" if max(setting.weight_bits, ba * 8, bk * 8) <= 8 else "bf16"
+    bw, ba = setting.weights.bits / 8, setting.activation_bits / 8
+    bk = setting.stored.bits / 8
+    dtype = "int8" if max(setting.weights.bits, ba * 8, bk * 8) <= 8 else "bf16"
 
     def op(
         name: str,

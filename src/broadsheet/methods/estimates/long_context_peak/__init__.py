@@ -20,6 +20,7 @@ from functools import cached_property, reduce
 from typing import Any, Literal
 
 from broadsheet.core.perf.hardware import device
+from broadsheet.core.perf.storage import CacheFormat
 from broadsheet.core.records import committed
 
 from ..base import Report, Table
@@ -38,7 +39,8 @@ class LongContextPeak:
 
     Attributes:
         hardware: a device's name or JSON file; tp: how many of them share the model.
-        kv_bits: of the cache. reserve_gb: kept free for activations.
+        cache: how many bits its numbers have, or a format, "kivi:bits=2,group_size=32,residual=128" (`core.perf.storage`),
+            with all the bytes that the method of that name holds. reserve_gb: kept free for activations.
         rounds, answer, think_s: of a session: questions, tokens an answer, mean seconds of reading. The paper's answer is
             250 tokens, one screen.
         attention: the part of prefill's quadratic operations that is counted: causal, full or none.
@@ -50,7 +52,7 @@ class LongContextPeak:
 
     hardware: str = "a100-80g"
     tp: int = 2
-    kv_bits: float = 16
+    cache: float | str | CacheFormat = 16
     reserve_gb: float = 0.0
     rounds: int = 5
     answer: int = 250
@@ -68,7 +70,7 @@ class LongContextPeak:
         on = device(self.hardware)
         on = on if self.calibrated else on.rated()
         given = self._reduction() if reduction is None else reduction
-        return SessionModel(config, on, self.tp, self.kv_bits, self.reserve_gb, given, attention=self.attention)
+        return SessionModel(config, on, self.tp, self.cache, self.reserve_gb, given, attention=self.attention)
 
     def estimate(self, model: Any = "yi-34b-200k", context: int = 50_000, users: int = 0) -> PeakReport:
         """The four numbers at 4,096 tokens and at ``context``; sessions an hour of up to twice the users that fit, or of

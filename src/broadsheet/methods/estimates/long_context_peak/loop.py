@@ -2,7 +2,7 @@
 
 What `simulate` predicts is done here with real work: prefill and decode steps of a transformers model, real key and value
 tensors, an allocator that refuses what does not fit, copies into memory-mapped files. One user decodes at a time, copies
-stop compute, and reading times are slept away, so the simulation beside it has ``batch=1`` and ``overlap=False``.
+stop compute, and reading times are waited for, so the simulation beside it has ``batch=1`` and ``overlap=False``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,30 @@ from transformers import DynamicCache, PreTrainedModel
 from broadsheet.core.models import with_cache
 
 from .simulate import Service, Session, SimReport
+
+
+class WallClock:
+    """The time of the day: reading times are slept away."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait(self, until: float) -> None:
+        time.sleep(max(0.0, until - self.now()))
+
+
+class OwnClock:
+    """The CPU time of this process, to which waiting adds without being waited for: what a machine would show that does
+    nothing else. For torch with one thread."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+
+    def now(self) -> float:
+        return time.process_time() + self.waited
+
+    def wait(self, until: float) -> None:
+        self.waited += max(0.0, until - self.now())
 
 
 class NoRoom(Exception):
@@ -62,10 +86,11 @@ class Visitor:
 
 class RealMachine:
     """A model and its users' caches. ``keep``: the part of a document's tokens whose keys and values are kept after prefill
-    (the oldest go: for the bytes and the time; what that does to answers is measured by the caches family)."""
+    (the oldest go: for the bytes and the time; what that does to answers is measured by the caches family). ``clock``: by
+    which all is timed."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path, keep: float = 1.0):
-        self.model, self.folder, self.keep = model, folder, keep
+    def __init__(self, model: PreTrainedModel, folder: Path, keep: float = 1.0, clock: WallClock | OwnClock | None = None):
+        self.model, self.folder, self.keep, self.clock = model, folder, keep, clock or WallClock()
 
     @torch.inference_mode()
     def prefill(self, visitor: Visitor) -> None:
@@ -125,29 +150,43 @@ class RealMachine:
         assert visitor.cache is not None
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(visitor.cache))
 
+    def timed(self, run: Callable[[Visitor], None], visitor: Visitor) -> float:
+        """Seconds of one call."""
+        start = self.clock.now()
+        run(visitor)
+        return self.clock.now() - start
+
     def visitor(self, tokens: int, number: int) -> Visitor:
         """Who comes with a document of random tokens, the same for the same number."""
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(1, self.model.config.vocab_size, (1, tokens), generator=generator)
         return Visitor(ids, self.folder / f"user-{number}.kv")
 
-    def service(self, tokens: int, room: float, repeats: int = 9) -> Service:
-        """What the simulation needs, each measured alone: medians of ``repeats`` (prefill: of three)."""
-        visitor = self.visitor(tokens, 1_000_000)
-        prefill = median(lambda: self.prefill(visitor), 3)
+    def service(self, tokens: int, room: float, rounds: int = 3) -> Service:
+        """What the simulation needs, as it costs among others: as many caches as fit ``room`` take turns, so that none is
+        left in the processor's caches from its last turn, then one more than fit, each out to its own file and back.
 
-        def once() -> None:
-            self.step(visitor)
-            self.trim(visitor)
-
-        step = median(once, repeats)
-
-        def there_and_back() -> None:
-            self.swap_out(visitor)
-            self.swap_in(visitor)
-
-        switch = median(there_and_back, repeats) / 2
+        Means, since users pay for slow ones too, over ``rounds`` turns of every cache, after one that is not counted (it
+        makes the files). No loop of users is run.
+        """
         size = self.size(tokens)
+        held = deque(self.visitor(tokens, 1_000_000 + number) for number in range(max(1, int(room // size))))
+        prefill = statistics.median([self.timed(self.prefill, visitor) for visitor in held])
+        steps, switches = [], []
+        for _ in range((rounds + 1) * len(held)):
+            steps.append(self.timed(self.step, held[0]))
+            self.trim(held[0])
+            held.rotate(-1)
+        away = self.visitor(tokens, 2_000_000)
+        self.prefill(away)
+        self.swap_out(away)
+        for _ in range((rounds + 1) * (len(held) + 1)):
+            held.append(away)
+            away = held.popleft()
+            switches.append((self.timed(self.swap_out, away) + self.timed(self.swap_in, held[-1])) / 2)
+            self.step(held[-1])
+            self.trim(held[-1])
+        step, switch = statistics.mean(steps[len(held) :]), statistics.mean(switches[len(held) + 1 :])
         return Service(lambda _: prefill, lambda held: step * len(held), lambda _: switch, lambda _: size, room, batch=1)
 
 
@@ -156,34 +195,22 @@ def _layers(cache: DynamicCache) -> list[Any]:
     return list(cache.layers)
 
 
-def median(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the median run, after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBudget, seconds: float) -> SimReport:
-    """``users`` repeat ``session`` for ``seconds`` of wall time; what happened, as the simulation reports it.
+    """``users`` repeat ``session`` for ``seconds`` of the machine's clock; what happened, as the simulation reports it.
 
     Prefills and returns come first, then decode steps turn by turn; the longest reader's cache makes room.
     """
     size = machine.size(session.tokens)
     report = SimReport(0.0, 0, 0, busy={"prefill": 0.0, "decode": 0.0, "switch": 0.0})
-    start = time.perf_counter()
+    clock = machine.clock
+    start = clock.now()
     visitors = [machine.visitor(session.tokens, number) for number in range(users)]
     for visitor in visitors:
         visitor.due = visitor.asked = start
     reading, decoding, coming = list(visitors), deque[Visitor](), deque[Visitor]()
 
     def timed(what: str, run: Callable[[Visitor], None], visitor: Visitor) -> None:
-        begun = time.perf_counter()
-        run(visitor)
-        report.busy[what] += time.perf_counter() - begun
+        report.busy[what] += machine.timed(run, visitor)
 
     def make_room() -> bool:
         """Whether a cache more can be taken, after the longest readers' went."""
@@ -199,7 +226,7 @@ def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBu
                 report.swaps += 1
                 budget.give(size)
 
-    while (now := time.perf_counter()) < start + seconds:
+    while (now := clock.now()) < start + seconds:
         for visitor in [one for one in reading if one.due <= now]:
             reading.remove(visitor)
             visitor.asked, visitor.left = visitor.due, session.answer
@@ -212,14 +239,14 @@ def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBu
         elif decoding:
             visitor = decoding.popleft()
             if visitor.left == session.answer:
-                visitor.begun = time.perf_counter()
+                visitor.begun = clock.now()
             timed("decode", machine.step, visitor)
             visitor.left -= 1
             if visitor.left:
                 decoding.append(visitor)
                 continue
             machine.trim(visitor)
-            now = time.perf_counter()
+            now = clock.now()
             each = (now - visitor.begun) / session.answer
             report.per_token.append(each)
             report.first_token.append(visitor.begun + each - visitor.asked)
@@ -234,15 +261,17 @@ def run_loop(machine: RealMachine, session: Session, users: int, budget: CacheBu
                 budget.give(size)
             reading.append(visitor)
         else:
-            time.sleep(max(0.0, min(one.due for one in reading) - time.perf_counter()))
-    report.seconds = time.perf_counter() - start
+            clock.wait(min(one.due for one in reading))
+    report.seconds = clock.now() - start
     for visitor in visitors:
         if visitor.cache is not None:
             budget.give(size)
     return report
 
 
-def temporary_machine(model: PreTrainedModel, keep: float = 1.0) -> tuple[RealMachine, tempfile.TemporaryDirectory[str]]:
+def temporary_machine(
+    model: PreTrainedModel, keep: float = 1.0, clock: WallClock | OwnClock | None = None
+) -> tuple[RealMachine, tempfile.TemporaryDirectory[str]]:
     """A machine whose files go with the folder that comes with it."""
     folder = tempfile.TemporaryDirectory()
-    return RealMachine(model, Path(folder.name), keep), folder
+    return RealMachine(model, Path(folder.name), keep, clock), folder

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from broadsheet.core.perf.architecture import Architecture, architecture
 from broadsheet.core.perf.hardware import Device, device
-from broadsheet.core.perf.ops import Setting, kv_bytes_per_token, parameters
+from broadsheet.core.perf.ops import Setting, cache_bytes, parameters
+from broadsheet.core.perf.storage import CacheFormat, cache_format
 
 #: when a reduction acts: on what is held (and moved), on what a decode step reads, on prefill's attention
 Phase = Literal["rest", "decode", "prefill"]
@@ -70,22 +71,24 @@ REDUCTIONS = {
 class SessionModel:
     """A decoder on ``tp`` equal devices, and users who each hold a context of n tokens.
 
-    ``kv_bits``: of the cache. ``reserve_gb``: kept free for activations (decimal GB, all devices together). ``reduction``:
-    of the cache. ``weights``: how many parameters, where a paper rounds. ``attention``: what of prefill's quadratic part is
-    computed: "causal" (half), "full", or "none" (as the paper's own 4K number seems to be). Raises ValueError where not even
-    the weights fit.
+    ``cache``: how many bits its numbers have, or a format (`core.perf.storage.cache_format`). ``reserve_gb``: kept free for
+    activations (decimal GB, all devices together). ``reduction``: of the cache, besides. ``weights``: how many parameters,
+    where a paper rounds. ``attention``: what of prefill's quadratic part is computed: "causal" (half), "full", or "none" (as
+    the paper's own 4K number seems to be). Raises ValueError where not even the weights fit.
     """
 
     config: Any
     hardware: str | Device = "a100-80g"
     tp: int = 1
-    kv_bits: float = 16
+    cache: float | str | CacheFormat = 16
     reserve_gb: float = 0.0
     reduction: KVReduction = NONE
     weights: float | None = None
     attention: Literal["causal", "full", "none"] = "causal"
     arch: Architecture = field(init=False)
     on: Device = field(init=False)
+    #: bytes of caches by tokens: a simulation asks thousands of times
+    _sizes: dict[int, float] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.reserve_gb < 0:
@@ -112,10 +115,12 @@ class SessionModel:
         return 2 * self.count
 
     def cache_bytes(self, tokens: int, phase: Phase = "rest") -> float:
-        """S(n) = 2 L K d Bk n: bytes of one user's cache, as far as the reduction leaves it in a phase."""
-        return (
-            _positive(tokens) * kv_bytes_per_token(self.arch, Setting(kv_bits=self.kv_bits)) * self.reduction.factor(phase)
-        )
+        """S(n): bytes of one user's cache, as far as the reduction leaves it in a phase; 2 L K d Bk n where every token is
+        kept as it is. Layers with a window hold no more than that."""
+        if _positive(tokens) not in self._sizes:
+            setting = Setting(context=tokens, cache=cache_format(self.cache))
+            self._sizes[tokens] = cache_bytes(self.arch, setting)
+        return self._sizes[tokens] * self.reduction.factor(phase)
 
     @property
     def critical_intensity(self) -> float:

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -242,43 +243,52 @@ class _Machine:
         seconds = self.service.switch(user.session.tokens)
         with self.link.request() as turn:
             yield turn
-            if self.overlap:
-                yield seconds
-            else:
-                self.wake()
-                with self.compute.request(priority=-1.0) as stop:
-                    yield stop
-                    yield seconds
+            yield seconds
         self.spend("switch", seconds, user.name)
 
     def let_in(self, user: _User) -> Generator[Any, Any, None]:
-        """Room for a user's cache, and the cache in it."""
+        """Room for a user's cache, and the cache in it.
+
+        Copies that stop compute stop it once for both ways: no step is taken between one cache's way out and another's in.
+        """
         size = self.service.size(user.session.tokens)
         if size > self.service.room:
             room = f"there is room for {self.service.room / 1e9:.2f}"
             raise ValueError(f"a cache of {user.session.tokens} tokens takes {size / 1e9:.2f} GB; {room}")
+        before = user.place
         with self.door.request() as turn:
             yield turn
-            while self.free < size:
-                readers = [one for one in self.users if one.place == "held" and one.reading and one is not user]
-                if self.policy == "none" or not readers:
+            while user.place != "held":
+                with nullcontext() if self.overlap else self.compute.request(priority=-1.0) as stop:
+                    if stop:
+                        self.wake()
+                        yield stop
+                    if (yield from self.make_room(size)):
+                        self.free -= size
+                        user.place = "held"
+                        if before == "host":
+                            yield from self.transfer(user)
+                if user.place != "held":
                     self.space = self.simulation.event()
                     yield self.space
-                    continue
-                victim = min(readers, key=lambda one: one.since)
-                victim.reading = False  # nobody takes it a second time
-                if self.policy == "lru":
-                    yield from self.transfer(victim)
-                self.free += self.service.size(victim.session.tokens)
-                victim.place = "host" if self.policy == "lru" else "nowhere"
-                self.report.swaps += 1
-            self.free -= size
-            before, user.place, user.reading = user.place, "held", False
-        if before == "host":
-            yield from self.transfer(user)
-        else:
+        if before == "nowhere":
             self.report.recomputed += user.since > 0
             yield self.ask(self.prefills, user)
+
+    def make_room(self, size: float) -> Generator[Any, Any, bool]:
+        """Whether there is room for ``size``, after the longest readers' caches went."""
+        while self.free < size:
+            readers = [one for one in self.users if one.place == "held" and one.reading]
+            if self.policy == "none" or not readers:
+                return False
+            victim = min(readers, key=lambda one: one.since)
+            # From now on: who asks while its cache is on its way out has to bring it back.
+            victim.place = "host" if self.policy == "lru" else "nowhere"
+            if self.policy == "lru":
+                yield from self.transfer(victim)
+            self.free += self.service.size(victim.session.tokens)
+            self.report.swaps += 1
+        return True
 
     def gave_room(self) -> None:
         if not self.space.fired:
@@ -316,8 +326,6 @@ class _Machine:
             user.reading, user.since = True, now
             self.gave_room()
             yield think()
-        while user.place == "held" and not user.reading:  # on its way to the host: wait for that
-            yield self.service.switch(session.tokens)
         if user.place == "held":
             self.free += self.service.size(session.tokens)
         user.place, user.reading = "nowhere", False

@@ -25,6 +25,7 @@ from broadsheet.core.perf import hardware
 from broadsheet.core.perf.architecture import Architecture, architecture
 from broadsheet.core.perf.hardware import ORIGINS, Origin
 from broadsheet.core.perf.ops import Setting, operators
+from broadsheet.core.perf.storage import GroupedWeight, Groups, plain
 from broadsheet.methods.estimates.base import Table
 
 from .meters import Meter
@@ -33,12 +34,14 @@ from .records import Run
 
 FOLDER = Path(__file__).parent / "devices"
 #: bits a weight and the weights that share a 16-bit scale, by format
-BITS: dict[str, tuple[float, int | None]] = {
-    "fp32": (32, None), "fp16": (16, None), "bf16": (16, None), "f32": (32, None), "f16": (16, None),
-    "int8": (8, 64), "int4": (4, 64), "int3": (3, 64), "int2": (2, 64),  # groups of 128 with a scale and a zero
-    "q8_0": (8, 32), "q4_0": (4, 32), "q4_1": (4, 16), "q5_0": (5, 32), "q5_1": (5, 16),
-    "q6_k": (6.5625, None), "q5_k": (5.5, None), "q4_k": (4.5, None), "q3_k": (3.4375, None), "q2_k": (2.625, None),
-}  # fmt: skip
+FORMATS: dict[str, Groups] = {
+    **{name: plain(bits) for name, bits in (("fp32", 32), ("fp16", 16), ("bf16", 16), ("f32", 32), ("f16", 16))},
+    **{f"int{bits}": Groups(bits, 128) for bits in (8, 4, 3, 2)},
+    **{f"q{bits}_0": Groups(bits, 32, zero=0) for bits in (8, 5, 4)},
+    **{f"q{bits}_1": Groups(bits, 32) for bits in (5, 4)},
+    # super-blocks, their scales included
+    **{f"q{name}_k": plain(bits) for name, bits in ((6, 6.5625), (5, 5.5), (4, 4.5), (3, 3.4375), (2, 2.625))},
+}
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,11 @@ class Work:
 
 def work(arch: Architecture, form: str, held: int, new: int = 1, chip: hardware.Device | None = None) -> Work:
     """One pass of ``new`` tokens behind ``held`` cached ones. Raises ValueError for an unknown format."""
-    if form.lower() not in BITS:
-        raise ValueError(f"unknown quantisation '{form}'; known: {', '.join(BITS)}")
-    bits, group = BITS[form.lower()]
-    head = 16 if bits <= 16 else 32
-    setting = Setting(1, held + new, new, weight_bits=bits, weight_group=group, head_bits=head, activation_bits=head)
+    if form.lower() not in FORMATS:
+        raise ValueError(f"unknown quantisation '{form}'; known: {', '.join(FORMATS)}")
+    weights = GroupedWeight(FORMATS[form.lower()])
+    head = 16 if weights.bits <= 16 else 32
+    setting = Setting(1, held + new, new, weights, head, head)
     table = operators(arch, setting)
     return Work(
         sum(op.operations * op.count for op in table), sum(op.nbytes * op.count for op in table),

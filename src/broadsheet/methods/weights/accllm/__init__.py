@@ -28,12 +28,13 @@ from transformers import PreTrainedModel
 from broadsheet.core.models import folds
 from broadsheet.core.models.observers import Gram, Norms, Range
 from broadsheet.core.models.walker import Block, Pass, blocks, walk, widened
+from broadsheet.core.perf.storage import PLACES, WeightFormat, sparse_weight
 
 from ..base import Shape, Unreachable, WeightMethod, check_model
 from ..smoothquant import smoothing
-from .clipping import Clip, Grid, plain_grid, stored_bytes
+from .clipping import Clip, Grid, plain_grid
 from .layer import SparseLinear
-from .sparsity import PLACES, Sparsity, mask_nm, sparsegpt, wanda_score
+from .sparsity import Sparsity, mask_nm, sparsegpt, wanda_score
 
 __all__ = ["CLIPS", "ORDERS", "PLACES", "SCORES", "AccLLM", "SparseLinear", "Sparsity", "prune_nm"]
 
@@ -235,15 +236,9 @@ class AccLLM(WeightMethod):
                 return choice
         raise Unreachable(min(held.values()))
 
-    def stored_bits(self, layers: Sequence[Shape]) -> float:
-        """Bits a weight of layers of these shapes: codes, places, scales and zeros."""
-        held = weights = 0
-        for rows, columns in layers:
-            kept = self.layout.kept(columns)
-            values = 2 * rows * kept if self.bits == 16 else stored_bytes(rows, kept, min(self.group, kept), self.bits)
-            held += values + rows * self.layout.row_bytes(columns)
-            weights += rows * columns
-        return 8 * held / weights
+    def format(self) -> WeightFormat:
+        layout = self.layout
+        return sparse_weight(self.bits, self.group_size, layout.n, layout.m, layout.places)
 
 
 def smooth(block: Block, alpha: float) -> None:

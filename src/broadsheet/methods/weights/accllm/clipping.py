@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from broadsheet.core.numerics.packing import pack, packed_size, unpack
+from broadsheet.core.numerics.packing import pack, unpack
 
 #: sigmoid(4) = 0.982: where OmniQuant begins
 START = 4.0
@@ -42,11 +42,6 @@ class Grid:
         """zero + scale * code, float32 [rows, kept]."""
         codes = unpack(packed, self.bits, kept)
         return self.spread(self.zero, kept) + self.spread(self.scale, kept) * codes
-
-
-def stored_bytes(rows: int, kept: int, group: int, bits: int) -> int:
-    """Bytes of codes, scales and zeros of ``rows`` rows."""
-    return rows * (packed_size(kept, bits) + 4 * -(-kept // group))
 
 
 class Clip:

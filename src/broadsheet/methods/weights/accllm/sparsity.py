@@ -7,56 +7,17 @@ weights that stay. A mask keeps exactly n of every m places, so that every row s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from math import comb
 
 import torch
 
-from broadsheet.core.numerics.packing import pack, packed_size, unpack
+from broadsheet.core.numerics.packing import pack, unpack
+from broadsheet.core.perf import storage
 
-PLACES = ("patterns", "indices")
 
-
-@dataclass(frozen=True)
-class Sparsity:
-    """``n`` of every ``m`` weights stay. Their places are stored as ``places``: "patterns", a number for the set of them
-    (2:4 has six sets: 3 bits for four weights), or "indices", a place for each (2:4: 2 + 2 bits). n = m is dense."""
-
-    n: int = 2
-    m: int = 4
-    places: str = "patterns"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m <= 8:
-            raise ValueError(f"sparsity must be n:m with 1 <= n <= m <= 8, got {self.n}:{self.m}")
-        if self.places not in PLACES:
-            raise ValueError(f"places must be one of {', '.join(PLACES)}, got '{self.places}'")
-
-    @property
-    def dense(self) -> bool:
-        return self.n == self.m
-
-    @property
-    def bits(self) -> int:
-        """Bits of one stored number."""
-        return (comb(self.m, self.n) - 1 if self.places == "patterns" else self.m - 1).bit_length()
-
-    @property
-    def numbers(self) -> int:
-        """Numbers stored for m weights."""
-        return 1 if self.places == "patterns" else self.n
-
-    def kept(self, columns: int) -> int:
-        """Weights of a row that stay. Raises ValueError when m does not divide ``columns``."""
-        if columns % self.m:
-            raise ValueError(f"{columns} input features are no multiple of {self.m}, so {self.n}:{self.m} does not fit")
-        return columns // self.m * self.n
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes that the places of a row take."""
-        return 0 if self.dense else packed_size(columns // self.m * self.numbers, self.bits)
+class Sparsity(storage.Sparsity):
+    """With the places of a mask as they are stored."""
 
     def encode(self, mask: torch.Tensor) -> torch.Tensor:
         """Packs the places of ``mask`` bool [rows, columns], n of every m true: uint8 [rows, `row_bytes`]."""

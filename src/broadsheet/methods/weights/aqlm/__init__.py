@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.observers import Gram
 from broadsheet.core.models.walker import Block
-from broadsheet.core.numerics.packing import packed_size
+from broadsheet.core.perf.storage import AdditiveWeight, bits_a_weight
 
 from ..base import Progress, Shape, Unreachable, WeightMethod, check_model
 from ..quantiser import replaced
@@ -181,19 +181,16 @@ class AQLM(WeightMethod):
                     f"{rows} x {columns}; lower nbits_per_codebook or in_group_size"
                 )
 
-    def bits(self, layers: Sequence[Shape], blocks: int | None = None) -> float:
-        """Bits a weight of these layers: codes (rows filled up to bytes), codebooks and scales of 16 bits.
+    def format(self) -> AdditiveWeight:
+        return AdditiveWeight(self.num_codebooks, self.nbits_per_codebook, self.in_group_size, self.out_group_size)
 
-        ``blocks``: how many decoder blocks they stand in, which counts if codebooks are shared; None: see `_blocks`.
-        """
-        size = self.in_group_size * self.out_group_size
-        held = 0
-        for rows, columns in layers:
-            codes = columns // self.in_group_size * self.num_codebooks
-            held += rows // self.out_group_size * (8 * packed_size(codes, self.nbits_per_codebook) + 16)
-        books = (_blocks(layers) if blocks is None else blocks) if self.shared_codebooks else len(layers)
-        held += books * self.num_codebooks * 2**self.nbits_per_codebook * size * 16
-        return held / sum(rows * columns for rows, columns in layers)
+    def stored_bits(self, layers: Sequence[Shape], blocks: int | None = None) -> float:
+        """``blocks``: how many decoder blocks they stand in, which counts if codebooks are shared; None: see `_blocks`."""
+        if not self.shared_codebooks:
+            return super().stored_bits(layers)
+        books = _blocks(layers) if blocks is None else blocks
+        own = bits_a_weight(self.format().code_bytes, layers)
+        return own + 8 * books * self.format().codebook_bytes / sum(rows * columns for rows, columns in layers)
 
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """The codebooks and groups, of those that fit, that `_promise` the most; others of its fields stay.
@@ -216,7 +213,7 @@ class AQLM(WeightMethod):
                 one.check(layers)
             except ValueError:
                 continue
-            held = one.bits(layers)
+            held = one.stored_bits(layers)
             least = min(least, held)
             if held <= bits:
                 best = max(best, (one._promise(held - scales), -held, one), key=lambda found: found[:2])
@@ -264,7 +261,7 @@ def _blocks(layers: Sequence[Shape]) -> int:
 def export(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes a model of this method in the format of the aqlm package, which transformers loads where that is installed.
 
-    Codes take a byte each up to 8 bits and two above, whatever `AQLM.bits` says. Raises ValueError for other models.
+    Codes take a byte each up to 8 bits and two above, whatever `AQLM.stored_bits` says. Raises ValueError for other models.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AQLMLinear)}
     shapes = {(*layer.codebooks.shape, layer.nbits) for layer in layers.values()}

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from broadsheet.core.models.walker import blocks as decoder_blocks_of
 from broadsheet.core.numerics.packed import bias_of
+from broadsheet.core.perf.storage import bits_a_weight
 
 from ..base import Progress, Shape, Unreachable, WeightMethod, check_model, linears, shapes
 from .decompose import Layout, auto_rank, decompose, layout_of
@@ -200,15 +201,14 @@ class BitStack(WeightMethod):
         auto = min(auto_rank(rows, columns) for rows, columns in layers)
         for k in ("auto" if self.k == "auto" or self.k > auto else self.k, 1):
             one = replace(self, k=k)
-            least = one.least_bits(layers)
+            least = one.stored_bits(layers)
             if least <= bits:
                 return replace(one, bits=bits, n_iter=min(self.n_iter, math.ceil(bits / least)))
         raise Unreachable(least)
 
-    def least_bits(self, layers: Sequence[Shape]) -> float:
-        """Bits a weight with one block in every layer."""
-        weights = sum(rows * columns for rows, columns in layers)
-        return 8 * sum(self.layout(rows, columns).nbytes for rows, columns in layers) / weights
+    def stored_bits(self, layers: Sequence[Shape]) -> float:
+        """With one block in every layer: the least."""
+        return bits_a_weight(lambda rows, columns: self.layout(rows, columns).nbytes, layers)
 
     def _split(self, calibration: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The sequences for the scales, and those for sorting; None where none are needed."""

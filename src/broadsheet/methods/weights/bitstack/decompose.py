@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, svds
 
-from broadsheet.core.numerics.packing import pack, packed_size, unpack
+from broadsheet.core.numerics.packing import pack, unpack
+from broadsheet.core.perf.storage import SignedFactors
 
 #: the overhead over one bit a weight that `auto_rank` allows
 AUTO_OVERHEAD = 0.25
@@ -50,12 +51,12 @@ class Layout:
 
     @property
     def factor_bytes(self) -> int:
-        return 2 * self.rank * (self.rows + self.columns)
+        return SignedFactors(self.rank, signed=False).nbytes(self.rows, self.columns)
 
     @property
     def nbytes(self) -> int:
         """Bytes of a block: ceil(rows * columns / 8) + 2 rank (rows + columns)."""
-        return self.factor_bytes + (packed_size(self.rows * self.columns, 1) if self.signed else 0)
+        return SignedFactors(self.rank, signed=self.signed).nbytes(self.rows, self.columns)
 
     @property
     def bits(self) -> float:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from broadsheet.core.models.observers import Keep
 from broadsheet.core.models.walker import Block, walk
 from broadsheet.core.numerics.packed import Form, PackedLinear, bias_of
+from broadsheet.core.perf.storage import WeightFormat, pair_weight
 
 from ..base import Progress, Shape, Unreachable, WeightMethod, check_model, linears, shapes
 from .grids import PairType
@@ -269,21 +270,21 @@ class Olive(WeightMethod):
             raise ValueError(f"{name} got no input from the first batch of calibration tokens; give more of them")
         return torch.cat([x.flatten(0, -2) for x in keep.inputs]).float()
 
+    def format(self) -> WeightFormat:
+        """Of the layers that are not in 8 bits for their error."""
+        return pair_weight(self.w_bits, self.a_bits is not None, self.pairing == "spread")
+
     def at_budget(self, bits: float, layers: Sequence[Shape]) -> Self:
         """8 bits where all layers fit, else 4 and as many layers in 8 as fit whichever they are."""
         weights = sum(rows * columns for rows, columns in layers)
-
-        def size(rows: int, columns: int, bits: int) -> int:
-            stored = rows * (columns + columns % 2) * bits + 32 * rows + 32 * (self.a_bits is not None)
-            return stored + 32 * columns * (self.pairing == "spread")
-
-        held = sum(size(*shape, 4) for shape in layers)
-        if held / weights > bits:
-            raise Unreachable(held / weights)
+        narrow, wide = (replace(self, w_bits=w_bits).format().nbytes for w_bits in (4, 8))
+        held = sum(narrow(*shape) for shape in layers)
+        if 8 * held / weights > bits:
+            raise Unreachable(8 * held / weights)
         count = 0
-        for more in sorted((size(*shape, 8) - size(*shape, 4) for shape in layers), reverse=True):
+        for more in sorted((wide(*shape) - narrow(*shape) for shape in layers), reverse=True):
             held += more
-            if held / weights > bits:
+            if 8 * held / weights > bits:
                 break
             count += 1
         if count == len(layers):
