@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from broadsheet.web import embeddings, library, search
+from broadsheet.web import embeddings, library, papers, search
 from broadsheet.web.db import reading, session
 from broadsheet.web.library import Item
 from broadsheet.web.tables import Paper
@@ -23,8 +23,8 @@ KV, PRUNE, DATA, ROOF = (
 def titles(engine, query, **given):
     with reading(engine) as db:
         found = search.search(db, query, **given)
-        assert found.total >= len(found.papers)
-        return [paper.title for paper in found.papers]
+        assert found.total >= len(found.ids)
+        return [paper.title for paper in papers.read(db, found.ids)]
 
 
 @pytest.mark.usefixtures("papers")
@@ -62,8 +62,8 @@ def test_filters(engine):
     assert titles(engine, "memory", running=True, tag="cs.AR") == []
     with reading(engine) as db:
         found = search.search(db, "cache", family="caches", running=True)
-        assert found.total == len(found.papers) > 1
-        assert all(paper.family == "caches" and paper.running for paper in found.papers)
+        assert found.total == len(found.ids) > 1
+        assert all(paper.family == "caches" and paper.running for paper in papers.read(db, found.ids))
         assert search.search(db, "", family="caches", limit=2).total > 2
 
 
@@ -85,14 +85,14 @@ def test_a_title_counts_more_than_an_abstract_even_if_it_is_old(engine):
     with reading(engine) as db:
         first = search.search(db, "common", limit=2 * search.RANKED // 50)
         assert first.total == 2 * search.RANKED
-        assert all(int(paper.title.split()[1]) % 50 == 0 for paper in first.papers)
+        assert all(int(paper.title.split()[1]) % 50 == 0 for paper in papers.read(db, first.ids))
         seen = [
-            p.id
+            number
             for offset in range(0, first.total, 100)
-            for p in search.search(db, "common", limit=100, offset=offset).papers
+            for number in search.search(db, "common", limit=100, offset=offset).ids
         ]
         assert len(seen) == len(set(seen)) == first.total  # pages neither repeat nor lose a paper
-        assert search.search(db, "common", offset=first.total).papers == []
+        assert search.search(db, "common", offset=first.total).ids == []
         assert search.search(db, "rare common").total == 2 * search.RANKED // 100
 
 
@@ -142,7 +142,7 @@ def test_related_papers_share_rare_words(engine):
         library.add(db, others)
     with reading(engine) as db:
         paper = db.scalars(select(Paper).where(Paper.title == KV)).one()
-        found = [p.title for p in search.related(db, paper, limit=3)]
+        found = [p.title for p in papers.read_brief(db, search.related(db, paper, limit=3))]
         assert found[0] == "Long Contexts and Their Caches"
         assert KV not in found
         assert "Learning to Cook" not in found
@@ -166,11 +166,12 @@ def test_embeddings_find_what_is_near_in_meaning(engine, monkeypatch):
         assert embeddings.build(db) == len(items)
         found = search.search(db, "ladle", limit=9)
         assert found.total > 6  # those without the word but about the same
-        assert {paper.title.split()[0] for paper in found.papers} == {"soup"}
-        assert [p.title for p in found.papers[:6]] == [p.title for p in found.papers if "ladle" in p.abstract]
+        shown = papers.read(db, found.ids)
+        assert {paper.title.split()[0] for paper in shown} == {"soup"}
+        assert [p.title for p in shown[:6]] == [p.title for p in shown if "ladle" in p.abstract]
         ship = db.scalars(select(Paper).where(Paper.title == "ship 0 0")).one()
-        assert {paper.title.split()[0] for paper in search.related(db, ship)} == {"ship"}
-        assert search.search(db, "ladle", tag="nowhere").papers == []
+        assert {p.title.split()[0] for p in papers.read_brief(db, search.related(db, ship))} == {"ship"}
+        assert search.search(db, "ladle", tag="nowhere").ids == []
     monkeypatch.setenv("BROADSHEET_EMBEDDINGS", "magic")
     with reading(engine) as db, pytest.raises(ValueError, match="lsa or nothing"):
         search.search(db, "ladle")
