@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 from sqlalchemy import (
     ColumnElement,
     Select,
+    Text,
     TextClause,
+    cast,
     column,
     exists,
     func,
@@ -184,23 +186,29 @@ STOP_WORDS = frozenset(
 def _filters(
     since: date | None, until: date | None, family: str, tag: str, author: str, has_code: bool, running: bool
 ) -> list[Select[Any]]:  # fmt: skip
-    """Each as a query for the ids that pass, which an index answers."""
+    """Each as a query for the ids that pass, which an index answers; the one of days, which have most papers, last."""
     found: list[Select[Any]] = []
-    if since or until:
-        days = select(Paper.id)
-        days = days.where(Paper.day >= since) if since else days
-        found.append(days.where(Paper.day <= until) if until else days)
+    if has_code:
+        found.append(select(Paper.id).where(literal_column("code_url != ''")))
     if family:
         found.append(select(Paper.id).where(Paper.family == family))
     if running:
         found.append(select(Paper.id).where(Paper.running == true()))
-    if tag:
-        found.append(select(Tag.paper_id).where(Tag.name == tag))
     if author:
         found.append(select(Author.paper_id).where(Author.key == author_key(author)))
-    if has_code:
-        found.append(select(Paper.id).where(literal_column("code_url != ''")))
+    if tag:
+        found.append(select(Tag.paper_id).where(Tag.name == tag))
+    if since or until:
+        days = select(Paper.id)
+        days = days.where(Paper.day >= since) if since else days
+        found.append(days.where(Paper.day <= until) if until else days)
     return found
+
+
+def _has(ids: Select[Any], number: ColumnElement[int]) -> ColumnElement[bool]:
+    """Whether an id passes a filter, looked up by itself."""
+    passing = ids.subquery()
+    return exists(select(1).select_from(passing).where(passing.c[0] == number))
 
 
 def _storable(text: str) -> str:
@@ -217,8 +225,7 @@ def _newest(db: Session, filters: list[Select[Any]], limit: int, offset: int) ->
         return Found(list(ids)[offset : offset + limit], total)
     walk = select(Paper.id).order_by(Paper.day.desc(), Paper.id.desc()).offset(offset).limit(limit)
     for passing_ids in filters:  # many: along the index of days, each looked at until there are enough
-        inner = passing_ids.subquery()
-        walk = walk.where(exists(select(1).select_from(inner).where(inner.c[0] == Paper.id)))
+        walk = walk.where(_has(passing_ids, Paper.__table__.c.id))
     return Found(list(db.scalars(walk)), total)
 
 
@@ -253,13 +260,13 @@ _KEPT: dict[tuple[str, str, int, int], NDArray[np.int64]] = {}
 class Words:
     """A database's index of words. Ids grow with time, so that the newest matches are those with the highest."""
 
-    #: The ids of ``most`` newest matches of ``query`` as one text, commas between them: rows would cost an object each.
+    #: The ids of ``most`` newest matches of ``query``, `joined`.
     of_word: TextClause
 
     def best(self, db: Session, terms: list[Term], filters: list[Select[Any]]) -> Matches:
         """The matches, ranked as the module's head says."""
         most = COUNTED if filters else RANKED + 1  # a filter is costly: what passes is asked for once
-        query = self.query(terms)
+        query, filters = self.query(terms), self.in_order(db, filters)
         newest = self._ids(db, query, filters, most)
         if len(newest) < RANKED and terms[-1].unfinished:  # a whole word that is common is not unfinished
             query = self.query(terms, unfinished=True)
@@ -298,7 +305,17 @@ class Words:
         return ids
 
     def _ids(self, db: Session, query: str, filters: list[Select[Any]], most: int) -> list[int]:
-        return list(db.scalars(self.matching(query, filters).limit(most)))
+        matches = self.matching(query, filters).limit(most).subquery()
+        found = db.scalar(select(self.joined(matches.c[0])))
+        return sorted(map(int, found.split(",")), reverse=True) if found else []
+
+    def in_order(self, db: Session, filters: list[Select[Any]]) -> list[Select[Any]]:
+        """The filters in the order in which `matching` should have them."""
+        return filters
+
+    def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
+        """All ids as one text, commas between them: rows would cost an object each."""
+        raise NotImplementedError
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         """The terms in the index's own language."""
@@ -341,9 +358,20 @@ class FTS5(Words):
     def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
         rowid: ColumnElement[Any] = self._table.c.rowid
         matching = select(rowid).where(literal_column("paper_search").op("match")(query)).order_by(rowid.desc())
-        for ids in filters:  # the + keeps SQLite from asking the index for every id by itself
-            matching = matching.where(literal_column("+paper_search.rowid").in_(ids))
-        return matching
+        if filters:  # the + keeps SQLite from asking the index for every id by itself
+            matching = matching.where(literal_column("+paper_search.rowid").in_(filters[0]))
+        return matching.where(*(_has(ids, rowid) for ids in filters[1:]))
+
+    def in_order(self, db: Session, filters: list[Select[Any]]) -> list[Select[Any]]:
+        """The fewest first: SQLite makes a list of the first one's ids, and looks the others up for what is left. A list of
+        each, as its planner would have it, took longer than the search itself."""
+        if len(filters) < 2:
+            return filters
+        counts = [db.scalar(select(func.count()).select_from(ids.limit(COUNTED).subquery())) or 0 for ids in filters]
+        return [ids for _, ids in sorted(zip(counts, filters, strict=True), key=lambda pair: pair[0])]
+
+    def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
+        return func.group_concat(ids)
 
     def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
         if len(ids) < 2:
@@ -381,6 +409,9 @@ class TsVector(Words):
     def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
         matching = select(Paper.id).where(self._words.op("@@")(self._parsed(query)))
         return matching.where(*(Paper.id.in_(ids) for ids in filters)).order_by(Paper.id.desc())
+
+    def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
+        return func.string_agg(cast(ids, Text), ",")
 
     def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
         most = max(WEIGHTS)
