@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Form, HTTPException, Request
+from fastapi import Depends, Form, HTTPException, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from sqlalchemy import Engine, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session as Database
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import mail, papers
+from . import mail, papers, turns
 from .db import reading, session
 from .papers import Whole
 from .render import address_of, page
@@ -33,7 +33,7 @@ from .security import SESSION_COOKIE, from_our_page, hashed
 from .tables import Account, Author, Follow, Mark, Paper, Session, SignIn, Subscription, Table, Tag, utcnow
 from .words import clean
 
-router = APIRouter(include_in_schema=False)
+router = turns.router(include_in_schema=False)
 log = logging.getLogger(__name__)
 
 LINK_GOOD_FOR = timedelta(minutes=15)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
+from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, BeforeValidator, Field
 from sqlalchemy import func, select
@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 from broadsheet import catalogue
 from broadsheet.catalogue import Paper as Known
 
-from . import facts, search
+from . import facts, search, turns
 from . import papers as shelf
 from .db import reading
 from .pages import trending_papers
@@ -38,7 +38,7 @@ def _iso(text: Any) -> Any:
     return text
 
 
-router = APIRouter(prefix="/api", tags=["papers"])
+router = turns.router(prefix="/api", tags=["papers"])
 NONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such thing."}}
 Limit = Annotated[int, Query(ge=1, le=100, description="How many, at most.")]
 Offset = Annotated[int, Query(ge=0, le=10_000_000, description="How many to leave out.")]

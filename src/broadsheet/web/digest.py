@@ -15,6 +15,7 @@ lost: at most one a crash, which is named. One sender works at a time (`locks.on
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +25,15 @@ from email.message import EmailMessage, Message
 from email.policy import default
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, HTTPException, Request
+from fastapi import Depends, Form, HTTPException, Request
 from fastapi.responses import Response
 from jinja2 import Environment
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from . import accounts, mail, papers
-from .db import reading, session
+from . import accounts, mail, papers, turns
+from .db import insist, reading, session
 from .locks import only_one
 from .papers import Whole
 from .render import long_day, page
@@ -41,7 +42,8 @@ from .settings import Settings
 from .tables import Account, Delivery, Paper, Run, Subscription, utcnow
 from .words import clean
 
-router = APIRouter(include_in_schema=False)
+log = logging.getLogger(__name__)
+router = turns.router(include_in_schema=False)
 
 FREQUENCIES = ("daily", "weekly")
 #: A confirmation can be asked for again after this, and its link is good for that long.
@@ -367,10 +369,14 @@ def _send_one(
         return None
     moved = _Mover(engine, delivery.id)
     done = post.deliver(made, to.email, lambda: moved("sending"))
-    moved(done.outcome, done.error)
-    if done.outcome == "refused":
-        with session(engine) as db:
-            _bounced(db, subscription_id)
+
+    def keep() -> None:
+        moved(done.outcome, done.error)
+        if done.outcome == "refused":
+            with session(engine) as db:
+                _bounced(db, subscription_id)
+
+    insist(keep, lambda why: log.warning("how it went is not stored, trying again: %s", why))
     return done.outcome
 
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from urllib.parse import quote
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import HTTPException, Request
 from fastapi.responses import PlainTextResponse, Response
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from . import papers, search
+from . import papers, search, turns
 from .db import reading
 from .render import SHARED, address_of
 from .tables import Paper, Tag
 from .words import clean
 
-router = APIRouter(include_in_schema=False)
+router = turns.router(include_in_schema=False)
 
 #: Papers in a feed, and addresses in a part of the sitemap (its protocol's limit).
 ENTRIES, A_PART = 50, 50_000

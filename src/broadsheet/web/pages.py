@@ -11,7 +11,7 @@ from datetime import date, timedelta
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
@@ -19,14 +19,14 @@ from starlette.convertors import Convertor, register_url_convertor
 
 from broadsheet import catalogue
 
-from . import accounts, facts, papers, search
+from . import accounts, facts, papers, search, turns
 from .db import reading
 from .papers import Whole
 from .render import SHARED, address_of, month, page
 from .tables import Paper
 from .words import clean, excerpt, highlight, words_of
 
-router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
+router = turns.router(default_response_class=HTMLResponse, include_in_schema=False)
 
 #: Papers on a page of a list.
 A_PAGE = 30
