@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import date, datetime, timedelta
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -146,6 +147,31 @@ def test_related_papers_share_rare_words(engine):
         assert found[0] == "Long Contexts and Their Caches"
         assert KV not in found
         assert "Learning to Cook" not in found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sets(st.integers(1, 40), max_size=15), st.sampled_from([0.1, 0.2, 0.3, 1.7])), max_size=6))
+def test_the_heaviest_ids_are_those_that_a_sort_finds(shared):
+    """Of equal sums the highest ids, in whatever order the weights are added."""
+    sums = {number: sum(round(1e6 * w) for ids, w in shared if number in ids) for ids, _ in shared for number in ids}
+    arrays = [(np.array(sorted(ids), dtype=np.int64), weight) for ids, weight in shared]
+    for most in (1, 6, 100):
+        expected = sorted(sums, key=lambda number: (-sums[number], -number))[:most]
+        assert search._heaviest(arrays, most) == expected
+
+
+@pytest.mark.usefixtures("papers")
+def test_filters_in_any_order_find_the_same(engine, monkeypatch):
+    """Whichever filter has fewest papers becomes the list; the others are looked up."""
+    for filters in (
+        {"tag": "cs.CL", "since": date(2026, 11, 26)},
+        {"tag": "cs.LG", "author": "kofi okafor", "has_code": True, "until": date(2026, 11, 26)},
+    ):
+        found = titles(engine, "keys heads retraining", **filters)
+        assert found
+        monkeypatch.setattr(search.FTS5, "in_order", lambda self, db, filters: filters[::-1])
+        assert titles(engine, "keys heads retraining", **filters) == found
+        monkeypatch.undo()
 
 
 def test_embeddings_find_what_is_near_in_meaning(engine, monkeypatch):
