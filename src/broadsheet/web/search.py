@@ -17,6 +17,7 @@ but near in meaning follow those that have them.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -61,6 +62,8 @@ FUSION = 60
 #: Papers near in meaning that a query brings.
 NEAR = 50
 _WORDS_MOST = 16
+#: Columns as such: with those of the ORM's classes SQLAlchemy takes longer for a statement.
+_paper, _author, _tag = (kind.__table__.c for kind in (Paper, Author, Tag))
 
 
 @dataclass
@@ -116,12 +119,12 @@ def related(db: Session, paper: Paper | Whole, limit: int = 5) -> list[int]:
         ids = index.with_word(db, word, TELLING, count)
         shared.append((ids, math.log(1 + count / max(1, len(ids))) * (1 if len(ids) < TELLING else 0.3)))
     if paper.family:
-        family = db.scalars(select(Paper.id).where(Paper.family == paper.family)).all()
+        family = db.scalars(select(_paper.id).where(_paper.family == paper.family)).all()
         shared.append((np.array(family, np.int64), 2.0))
     return [number for number in _heaviest(shared, limit + 1) if number != paper.id][:limit]
 
 
-_NEWEST = select(func.max(Paper.__table__.c.id))
+_NEWEST = select(func.max(_paper.id))
 
 
 def _heaviest(shared: list[tuple[NDArray[np.int64], float]], most: int) -> list[int]:
@@ -189,19 +192,19 @@ def _filters(
     """Each as a query for the ids that pass, which an index answers; the one of days, which have most papers, last."""
     found: list[Select[Any]] = []
     if has_code:
-        found.append(select(Paper.id).where(literal_column("code_url != ''")))
+        found.append(select(_paper.id).where(literal_column("code_url != ''")))
     if family:
-        found.append(select(Paper.id).where(Paper.family == family))
+        found.append(select(_paper.id).where(_paper.family == family))
     if running:
-        found.append(select(Paper.id).where(Paper.running == true()))
+        found.append(select(_paper.id).where(_paper.running == true()))
     if author:
-        found.append(select(Author.paper_id).where(Author.key == author_key(author)))
+        found.append(select(_author.paper_id).where(_author.key == author_key(author)))
     if tag:
-        found.append(select(Tag.paper_id).where(Tag.name == tag))
+        found.append(select(_tag.paper_id).where(_tag.name == tag))
     if since or until:
-        days = select(Paper.id)
-        days = days.where(Paper.day >= since) if since else days
-        found.append(days.where(Paper.day <= until) if until else days)
+        days = select(_paper.id)
+        days = days.where(_paper.day >= since) if since else days
+        found.append(days.where(_paper.day <= until) if until else days)
     return found
 
 
@@ -217,15 +220,15 @@ def _storable(text: str) -> str:
 
 
 def _newest(db: Session, filters: list[Select[Any]], limit: int, offset: int) -> Found:
-    passing = [Paper.id.in_(ids) for ids in filters]
-    every = intersect(*filters) if len(filters) > 1 else filters[0] if filters else select(Paper.id)
+    passing = [_paper.id.in_(ids) for ids in filters]
+    every = intersect(*filters) if len(filters) > 1 else filters[0] if filters else select(_paper.id)
     total = db.scalar(select(func.count()).select_from(every.subquery())) or 0
     if total < COUNTED // 5:  # few: found first, then sorted
-        ids = db.scalars(select(Paper.id).where(*passing).order_by(Paper.day.desc(), Paper.id.desc()))
+        ids = db.scalars(select(_paper.id).where(*passing).order_by(_paper.day.desc(), _paper.id.desc()))
         return Found(list(ids)[offset : offset + limit], total)
-    walk = select(Paper.id).order_by(Paper.day.desc(), Paper.id.desc()).offset(offset).limit(limit)
+    walk = select(_paper.id).order_by(_paper.day.desc(), _paper.id.desc()).offset(offset).limit(limit)
     for passing_ids in filters:  # many: along the index of days, each looked at until there are enough
-        walk = walk.where(_has(passing_ids, Paper.__table__.c.id))
+        walk = walk.where(_has(passing_ids, _paper.id))
     return Found(list(db.scalars(walk)), total)
 
 
@@ -235,7 +238,7 @@ def _near(db: Session, query: str, filters: list[Select[Any]]) -> list[int]:
     found = embeddings.of(db)
     near = found.near(query, NEAR) if found else []
     if near and filters:
-        passing = set(db.scalars(select(Paper.id).where(Paper.id.in_(near), *(Paper.id.in_(ids) for ids in filters))))
+        passing = set(db.scalars(select(_paper.id).where(_paper.id.in_(near), *(_paper.id.in_(ids) for ids in filters))))
         near = [number for number in near if number in passing]
     return near
 
@@ -265,22 +268,21 @@ class Words:
 
     def best(self, db: Session, terms: list[Term], filters: list[Select[Any]]) -> Matches:
         """The matches, ranked as the module's head says."""
-        most = COUNTED if filters else RANKED + 1  # a filter is costly: what passes is asked for once
         query, filters = self.query(terms), self.in_order(db, filters)
-        newest = self._ids(db, query, filters, most)
+        newest = self._ids(db, query, filters, COUNTED)
         if len(newest) < RANKED and terms[-1].unfinished:  # a whole word that is common is not unfinished
             query = self.query(terms, unfinished=True)
-            newest = self._ids(db, query, filters, most)
+            newest = self._ids(db, query, filters, COUNTED)
         if not newest and sum(not term.excluded for term in terms) > 1:  # nothing has all: what has any of them
             query = self.query(terms, unfinished=True, any_of=True)
-            newest = self._ids(db, query, filters, most)
+            newest = self._ids(db, query, filters, COUNTED)
         total = len(newest)
         if total > RANKED:
-            titles = self._ids(db, self.in_title(query), [], most)
+            titles = self._ids(db, self.in_title(query), [], COUNTED if filters else RANKED)
             if filters:
                 passing = set(newest)
                 titles = [number for number in titles if number in passing]
-            else:
+            elif total == COUNTED:
                 total = db.scalar(select(func.count()).select_from(self.matching(query, []).order_by(None).subquery())) or 0
             newest = list(dict.fromkeys(titles[:RANKED] + newest[:RANKED]))
         return Matches(self.ranked(db, query, newest), total, query)
@@ -343,6 +345,11 @@ class FTS5(Words):
         "(select rowid from paper_search where paper_search match :query order by rowid desc limit :most)"
     )
 
+    _best_first = text(
+        "select rowid from paper_search where paper_search match :query and +rowid in (select value from json_each(:ids)) "
+        f"and rowid >= :first order by bm25(paper_search, {', '.join(map(str, WEIGHTS))}), rowid desc"
+    )
+
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         wanted: list[str] = []
         excluded: list[str] = []
@@ -367,7 +374,8 @@ class FTS5(Words):
         each, as its planner would have it, took longer than the search itself."""
         if len(filters) < 2:
             return filters
-        counts = [db.scalar(select(func.count()).select_from(ids.limit(COUNTED).subquery())) or 0 for ids in filters]
+        some = [ids.limit(COUNTED).subquery() for ids in filters]
+        counts = db.execute(select(*(select(func.count()).select_from(ids).scalar_subquery() for ids in some))).one()
         return [ids for _, ids in sorted(zip(counts, filters, strict=True), key=lambda pair: pair[0])]
 
     def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
@@ -376,12 +384,7 @@ class FTS5(Words):
     def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
         if len(ids) < 2:
             return ids
-        weights = ", ".join(map(str, WEIGHTS))
-        statement = text(
-            f"select rowid from paper_search where paper_search match :query and +rowid in ({', '.join(map(str, ids))}) "
-            f"and rowid >= :first order by bm25(paper_search, {weights}), rowid desc"
-        )
-        return list(db.scalars(statement, {"query": query, "first": min(ids)}))
+        return list(db.scalars(self._best_first, {"query": query, "ids": json.dumps(ids), "first": min(ids)}))
 
 
 class TsVector(Words):
@@ -407,8 +410,8 @@ class TsVector(Words):
         return re.sub(r"('[^']+')(:\*)?", lambda word: f"{word[1]}{word[2] or ':'}A", query)
 
     def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
-        matching = select(Paper.id).where(self._words.op("@@")(self._parsed(query)))
-        return matching.where(*(Paper.id.in_(ids) for ids in filters)).order_by(Paper.id.desc())
+        matching = select(_paper.id).where(self._words.op("@@")(self._parsed(query)))
+        return matching.where(*(_paper.id.in_(ids) for ids in filters)).order_by(_paper.id.desc())
 
     def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
         return func.string_agg(cast(ids, Text), ",")
@@ -417,7 +420,7 @@ class TsVector(Words):
         most = max(WEIGHTS)
         weights = "{" + ", ".join(str(weight / most) for weight in reversed(WEIGHTS)) + "}"  # PostgreSQL's are D, C, B, A
         score = func.ts_rank(literal_column(f"'{weights}'::real[]"), self._words, self._parsed(query), 1)
-        return list(db.scalars(select(Paper.id).where(Paper.id.in_(ids)).order_by(score.desc(), Paper.id.desc())))
+        return list(db.scalars(select(_paper.id).where(_paper.id.in_(ids)).order_by(score.desc(), _paper.id.desc())))
 
     def _parsed(self, query: str) -> ColumnElement[Any]:
         return func.to_tsquery(literal_column("'english'::regconfig"), query)
