@@ -138,7 +138,9 @@ def site(settings: Settings, start: Start, subscribers: int) -> Iterator[Site]:
         address = f"http://127.0.0.1:{port}"
         while True:
             with suppress(httpx.HTTPError):
-                httpx.get(f"{address}/runs", timeout=10)
+                httpx.get(
+                    f"{address}/papers/gear", timeout=60
+                )  # the first one reads the records: `serve` does so at its start
                 break
             time.sleep(0.2)
         yield Site(settings, engine, Visitor(address, account, cookies, papers), box)
