@@ -277,7 +277,7 @@ class Words:
             query = self.query(terms, unfinished=True, any_of=True)
             newest = self._ids(db, query, filters, COUNTED)
         total = len(newest)
-        if total > RANKED:
+        if total > 2 * RANKED:
             titles = self._ids(db, self.in_title(query), [], COUNTED if filters else RANKED)
             if filters:
                 passing = set(newest)
