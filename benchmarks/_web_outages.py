@@ -137,10 +137,8 @@ def site(settings: Settings, start: Start, subscribers: int) -> Iterator[Site]:
         stack.callback(engine.dispose)
         address = f"http://127.0.0.1:{port}"
         while True:
-            with suppress(httpx.HTTPError):
-                httpx.get(
-                    f"{address}/papers/gear", timeout=60
-                )  # the first one reads the records: `serve` does so at its start
+            with suppress(httpx.HTTPError):  # the first paper's page reads the records, as `serve` does when it starts
+                httpx.get(f"{address}/papers/gear", timeout=60)
                 break
             time.sleep(0.2)
         yield Site(settings, engine, Visitor(address, account, cookies, papers), box)
