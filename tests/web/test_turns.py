@@ -9,6 +9,7 @@ import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import create_engine
 
 from broadsheet.web import turns
 
@@ -17,6 +18,7 @@ from broadsheet.web import turns
 def app():
     """Pages that say how many were made at once, and forms that wait for the test."""
     app, router = FastAPI(), turns.router()
+    app.state.engine = create_engine("sqlite://")
     app.state.at_once, app.state.most, app.state.lock = 0, 0, threading.Lock()
     app.state.let_go = threading.Event()
 

@@ -15,28 +15,33 @@ from typing import Any
 from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from sqlalchemy import Engine
 
 from .security import READING
 
-#: Pages that are made at once (one while the database works for the other), and forms.
-PAGES, FORMS = 2, 8
+#: Pages that are made at once: from SQLite, which works in our own threads, one is made while it looks things up for the
+#: other; a database elsewhere is mostly waited for.
+PAGES, PAGES_FROM_ELSEWHERE = 2, 6
+#: Forms that are at work at once.
+FORMS = 8
 #: Threads for these, and for what has no turns: who somebody is, and whether all is well.
-THREADS = PAGES + FORMS + 2
+THREADS = max(PAGES, PAGES_FROM_ELSEWHERE) + FORMS + 2
 
 
 class _Turns:
-    def __init__(self) -> None:
-        self.pages, self.forms = asyncio.Semaphore(PAGES), asyncio.Semaphore(FORMS)
+    def __init__(self, pages: int):
+        self.pages, self.forms = asyncio.Semaphore(pages), asyncio.Semaphore(FORMS)
 
 
 _of_loop: RunVar[_Turns] = RunVar("turns")
 
 
-def _turns() -> _Turns:
+def _turns(engine: Engine) -> _Turns:
     """Of the event loop that asks: its threads are shared by all that runs in it."""
     found = _of_loop.get(None)
     if found is None:
-        _of_loop.set(found := _Turns())
+        found = _Turns(PAGES if engine.dialect.name == "sqlite" else PAGES_FROM_ELSEWHERE)
+        _of_loop.set(found)
     return found
 
 
@@ -49,7 +54,7 @@ class InTurn(APIRoute):
             return handler
 
         async def in_turn(request: Request) -> Response:
-            turns = _turns()
+            turns = _turns(request.app.state.engine)
             async with turns.pages if request.method in READING else turns.forms:
                 return await handler(request)
 
