@@ -41,7 +41,7 @@ PARTS = {
     "worker": "The worker of runs is killed at random moments",
     "server": "The server is killed while visitors vote, start runs and watch one",
     "sender": "The digest's sender is killed while mail goes out",
-    "locked": "Somebody else holds the database's lock: for two seconds, and until all have given up. The pages are those of "
+    "locked": "Somebody else holds the database's lock: for two seconds, and until all have given up. Pages are those of "
     "the catalogue, each read for the first time, beside two commands that start on the same two cores",
     "full": "The database's disk is full (a tmpfs of 6 MB)",
     "smtp": "No mail server answers, then one refuses, then all is well",
