@@ -83,6 +83,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/evals_over_http.py
 	$(BIN)/python benchmarks/web_search.py
 	$(BIN)/python benchmarks/web_faults.py
+	$(BIN)/python benchmarks/web_report.py
 	$(BIN)/python benchmarks/web_pictures.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/broadsheet claims --write

@@ -1,16 +1,22 @@
-"""What a kill costs the web page: its processes are killed with SIGKILL at random moments, ten times each.
+"""What faults cost the web page: kills at random moments, and outages of what it stands on, ten times each.
 
-    python benchmarks/web_faults.py [worker] [server] [sender] [--kills 10] [--runs 8] [--within 20] [--seed 0]
+    python benchmarks/web_faults.py [worker] [server] [sender] [locked] [full] [smtp] [feed] [--times 10] [--runs 8]
+                                    [--within 20] [--seed 0]
 
 ``worker``: real runs (a benchmark of the evals family on the built-in model, a sample each) wait in the queue; their worker
-is killed again and again, then one works to the end. Every run must have ended, with its records or, where it was the one
-under way at three kills, with a line that says so; no finished cell may have been measured twice; no process may be left.
+is killed with SIGKILL again and again, then one works to the end. Every run must have ended, with its records or, where it
+was the one under way at three kills, with a line that says so; no finished cell may have been measured twice; no process may
+be left.
 
 ``server``: visitors start runs, cancel them and vote, and others watch a run, while the server is killed and started again.
 What was answered must be in the database; who watches must get every line once, in order, over all kills.
 
 ``sender``: a digest goes to sixty subscribers through a real mail server while its sender is killed. Nobody may get it
 twice, and who did not get it must be named as unknown, at most one a kill.
+
+``locked``, ``full``, ``smtp``, ``feed``: the database is locked by somebody else, for a short and for a long time; its disk
+is full; the mail server is away or refuses; a feed times out, trickles or breaks off. See `_web_outages`. Nothing may be
+lost, nothing done twice, every message must be a line, and when the fault ends all must go on.
 """
 
 from __future__ import annotations
@@ -29,9 +35,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
+from _web_outages import OUTAGES
 from sqlalchemy import Engine, func, select
 
 from broadsheet.core.records import Record, now, provenance, read_json, write_results
@@ -53,6 +61,10 @@ def started(script: str, settings: Settings, *arguments: str) -> subprocess.Pope
     paths = os.pathsep.join(filter(None, sys.path))
     here = {"BROADSHEET_HOME": str(settings.home), "BROADSHEET_DATABASE": settings.database, "PYTHONPATH": paths}
     return subprocess.Popen([sys.executable, "-c", script, *arguments], env={**os.environ, **here})
+
+
+def _on_port(settings: Settings, port: int) -> subprocess.Popen[bytes]:
+    return started(SERVER, settings, str(port))
 
 
 def left_over(settings: Settings) -> int:
@@ -277,9 +289,6 @@ def _answers(address: str) -> None:
         time.sleep(0.2)
 
 
-# --- both -------------------------------------------------------------------------------------------------------
-
-
 # --- the sender -------------------------------------------------------------------------------------------------
 
 
@@ -302,8 +311,8 @@ def killed_senders(settings: Settings, kills: int, seed: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="worker, server, sender; default: all")
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("parts", nargs="*", help=f"worker, server, sender, {', '.join(OUTAGES)}; default: all")
+    parser.add_argument("--times", type=int, default=10, help="kills or outages")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--within", type=float, default=20, help="a worker is killed so many seconds after it took a run")
     parser.add_argument("--database", default="", help="default: a new SQLite file a part")
@@ -311,9 +320,10 @@ def main() -> None:
     given = parser.parse_args()
     draw = random.Random(given.seed)
     parts: dict[str, Callable[[Settings], dict[str, float]]] = {
-        "worker": lambda settings: killed_workers(settings, given.kills, given.runs, given.within, draw),
-        "server": lambda settings: killed_servers(settings, given.kills, draw),
-        "sender": lambda settings: killed_senders(settings, given.kills, given.seed),
+        "worker": lambda settings: killed_workers(settings, given.times, given.runs, given.within, draw),
+        "server": lambda settings: killed_servers(settings, given.times, draw),
+        "sender": lambda settings: killed_senders(settings, given.times, given.seed),
+        **{name: partial(outage, times=given.times, start=_on_port) for name, outage in OUTAGES.items()},
     }
     chosen = given.parts or list(parts)
     records = [record for record in (read_json(RESULTS) if RESULTS.exists() else ()) if record.method not in chosen]
@@ -321,13 +331,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as home:
             settings = Settings.from_environment({"BROADSHEET_HOME": home}, database=given.database)
             counts = parts[name](settings)
-        print(f"{name}, killed {given.kills} times")
+        print(f"{name}, {given.times} times", flush=True)
         for metric, value in counts.items():
             print(f"  {value:>6g}  {metric}")
             kind = given.database.partition(":")[0] or "sqlite"
             records.append(
                 Record(
-                    paper="", method=name, bench="web_faults", metric=metric, value=value, n=given.kills, seed=given.seed,
+                    paper="", method=name, bench="web_faults", metric=metric, value=value, n=given.times, seed=given.seed,
                     setting={"database": kind}, time=now(), **provenance(),
                 )
             )  # fmt: skip

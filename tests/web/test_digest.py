@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+import threading
 from datetime import date, timedelta
 from urllib.parse import urlsplit
 
@@ -213,6 +215,25 @@ def test_a_server_that_is_not_there_or_has_no_tls_gets_nothing(here, tmp_path):
     assert taken(tmp_path / "taken") == {}
     with pytest.raises(ValueError, match="BROADSHEET_SMTP"):
         mail.post(Settings.from_environment({"BROADSHEET_HOME": str(tmp_path)}, smtp="http://x"))
+
+
+def test_a_mail_that_left_while_the_database_was_locked_is_known_to_have_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("broadsheet.web.db.LOCKED_FOR", 0.05)
+    engine, settings, templates = parts(open_page(tmp_path, ""))
+    subscribers(engine, "a@example.org")
+    deliver, locks = mail.Outbox.deliver, []
+
+    def locked_meanwhile(*given):
+        done = deliver(*given)
+        locks.append(sqlite3.connect(tmp_path / "web.sqlite", isolation_level=None, check_same_thread=False))
+        locks[0].execute("begin immediate")
+        threading.Timer(0.3, locks[0].rollback).start()
+        return done
+
+    monkeypatch.setattr(mail.Outbox, "deliver", locked_meanwhile)
+    assert str(digest.send(engine, settings, templates, ISSUE)) == "1 sent"
+    assert states(engine) == {"a@example.org": "sent"}
+    locks[0].close()
 
 
 def test_two_senders_never_work_at_once(client):

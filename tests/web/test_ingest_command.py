@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 from typer import Typer
 from typer.testing import CliRunner
 
 from broadsheet import catalogue
+from broadsheet.cli import _explain
 from broadsheet.cli.ingest import ingest
 from broadsheet.web.db import open_database, reading
 from broadsheet.web.settings import Settings
@@ -50,6 +53,15 @@ def test_a_private_address_is_one_line(papers):
     assert done.exit_code == 1
     assert "BROADSHEET_ALLOW_HOSTS=127.0.0.1 would allow it" in done.output
     assert "20 new" in done.output
+
+
+def test_a_database_that_refuses_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        _explain(OperationalError("insert into paper", {}, sqlite3.OperationalError("database or disk is full")))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "broadsheet: the database refuses: database or disk is full; what was stored is kept, the same command goes on\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from types import SimpleNamespace
 
 import made
@@ -10,6 +11,7 @@ import pytest
 from fastapi import Request, Response
 from fastapi.testclient import TestClient
 from opened import open_site
+from sqlalchemy.exc import OperationalError
 
 from broadsheet.web import security
 from broadsheet.web.db import session
@@ -87,6 +89,21 @@ def test_what_nobody_caught_is_a_plain_page(tmp_path, caplog):
         "detail": "Something went wrong here. It has been noted; try again in a while."
     }
     assert "4711" in caplog.text
+
+
+def test_a_database_that_refuses_is_said_in_a_line(tmp_path, caplog):
+    """Locked by somebody else, full, or away: try again, and no trace in the log."""
+    client = open_site(tmp_path, 1)
+
+    @client.app.get("/locked")
+    def locked():
+        raise OperationalError("update paper", {}, sqlite3.OperationalError("database is locked"))
+
+    answer = client.get("/locked")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+    assert "The page cannot reach its data. Try again in a while." in answer.text
+    told = caplog.records[-1]
+    assert (told.levelname, told.exc_info, told.told["database"]) == ("WARNING", None, "database is locked")
 
 
 def test_refusals_are_pages_for_people_and_json_for_programs(client):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import date, datetime, timedelta
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from broadsheet.web import embeddings, library, search
+from broadsheet.web import embeddings, library, papers, search
 from broadsheet.web.db import reading, session
 from broadsheet.web.library import Item
 from broadsheet.web.tables import Paper
@@ -23,8 +24,8 @@ KV, PRUNE, DATA, ROOF = (
 def titles(engine, query, **given):
     with reading(engine) as db:
         found = search.search(db, query, **given)
-        assert found.total >= len(found.papers)
-        return [paper.title for paper in found.papers]
+        assert found.total >= len(found.ids)
+        return [paper.title for paper in papers.read(db, found.ids)]
 
 
 @pytest.mark.usefixtures("papers")
@@ -62,8 +63,8 @@ def test_filters(engine):
     assert titles(engine, "memory", running=True, tag="cs.AR") == []
     with reading(engine) as db:
         found = search.search(db, "cache", family="caches", running=True)
-        assert found.total == len(found.papers) > 1
-        assert all(paper.family == "caches" and paper.running for paper in found.papers)
+        assert found.total == len(found.ids) > 1
+        assert all(paper.family == "caches" and paper.running for paper in papers.read(db, found.ids))
         assert search.search(db, "", family="caches", limit=2).total > 2
 
 
@@ -85,14 +86,14 @@ def test_a_title_counts_more_than_an_abstract_even_if_it_is_old(engine):
     with reading(engine) as db:
         first = search.search(db, "common", limit=2 * search.RANKED // 50)
         assert first.total == 2 * search.RANKED
-        assert all(int(paper.title.split()[1]) % 50 == 0 for paper in first.papers)
+        assert all(int(paper.title.split()[1]) % 50 == 0 for paper in papers.read(db, first.ids))
         seen = [
-            p.id
+            number
             for offset in range(0, first.total, 100)
-            for p in search.search(db, "common", limit=100, offset=offset).papers
+            for number in search.search(db, "common", limit=100, offset=offset).ids
         ]
         assert len(seen) == len(set(seen)) == first.total  # pages neither repeat nor lose a paper
-        assert search.search(db, "common", offset=first.total).papers == []
+        assert search.search(db, "common", offset=first.total).ids == []
         assert search.search(db, "rare common").total == 2 * search.RANKED // 100
 
 
@@ -142,10 +143,35 @@ def test_related_papers_share_rare_words(engine):
         library.add(db, others)
     with reading(engine) as db:
         paper = db.scalars(select(Paper).where(Paper.title == KV)).one()
-        found = [p.title for p in search.related(db, paper, limit=3)]
+        found = [p.title for p in papers.read_brief(db, search.related(db, paper, limit=3))]
         assert found[0] == "Long Contexts and Their Caches"
         assert KV not in found
         assert "Learning to Cook" not in found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sets(st.integers(1, 40), max_size=15), st.sampled_from([0.1, 0.2, 0.3, 1.7])), max_size=6))
+def test_the_heaviest_ids_are_those_that_a_sort_finds(shared):
+    """Of equal sums the highest ids, in whatever order the weights are added."""
+    sums = {number: sum(round(1e6 * w) for ids, w in shared if number in ids) for ids, _ in shared for number in ids}
+    arrays = [(np.array(sorted(ids), dtype=np.int64), weight) for ids, weight in shared]
+    for most in (1, 6, 100):
+        expected = sorted(sums, key=lambda number: (-sums[number], -number))[:most]
+        assert search._heaviest(arrays, most) == expected
+
+
+@pytest.mark.usefixtures("papers")
+def test_filters_in_any_order_find_the_same(engine, monkeypatch):
+    """Whichever filter has fewest papers becomes the list; the others are looked up."""
+    for filters in (
+        {"tag": "cs.CL", "since": date(2026, 11, 26)},
+        {"tag": "cs.LG", "author": "kofi okafor", "has_code": True, "until": date(2026, 11, 26)},
+    ):
+        found = titles(engine, "keys heads retraining", **filters)
+        assert found
+        monkeypatch.setattr(search.FTS5, "in_order", lambda self, db, filters: filters[::-1])
+        assert titles(engine, "keys heads retraining", **filters) == found
+        monkeypatch.undo()
 
 
 def test_embeddings_find_what_is_near_in_meaning(engine, monkeypatch):
@@ -166,11 +192,12 @@ def test_embeddings_find_what_is_near_in_meaning(engine, monkeypatch):
         assert embeddings.build(db) == len(items)
         found = search.search(db, "ladle", limit=9)
         assert found.total > 6  # those without the word but about the same
-        assert {paper.title.split()[0] for paper in found.papers} == {"soup"}
-        assert [p.title for p in found.papers[:6]] == [p.title for p in found.papers if "ladle" in p.abstract]
+        shown = papers.read(db, found.ids)
+        assert {paper.title.split()[0] for paper in shown} == {"soup"}
+        assert [p.title for p in shown[:6]] == [p.title for p in shown if "ladle" in p.abstract]
         ship = db.scalars(select(Paper).where(Paper.title == "ship 0 0")).one()
-        assert {paper.title.split()[0] for paper in search.related(db, ship)} == {"ship"}
-        assert search.search(db, "ladle", tag="nowhere").papers == []
+        assert {p.title.split()[0] for p in papers.read_brief(db, search.related(db, ship))} == {"ship"}
+        assert search.search(db, "ladle", tag="nowhere").ids == []
     monkeypatch.setenv("BROADSHEET_EMBEDDINGS", "magic")
     with reading(engine) as db, pytest.raises(ValueError, match="lsa or nothing"):
         search.search(db, "ladle")

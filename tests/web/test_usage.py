@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,6 +26,24 @@ def test_parameters_are_the_dataclass_s_own(slug):
         n for n, d in expected.items() if d is inspect._empty
     }
     assert inspect.cleandoc(method.__doc__).startswith(found.text[:40])
+
+
+def test_sources_are_parsed_one_at_a_time(monkeypatch):
+    """Two at once are a SystemError now and then (CPython 3.11), which a visitor of a server that just started would see."""
+    parse, at_once, most = ast.parse, [], []
+
+    def watched(*given):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.002)
+        at_once.pop()
+        return parse(*given)
+
+    monkeypatch.setattr("broadsheet.web.usage.ast.parse", watched)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(usage.__wrapped__, RUNNING[:4]))
+    assert [one.name for one in found] == [usage(slug).name for slug in RUNNING[:4]]
+    assert max(most) == 1
 
 
 @pytest.mark.parametrize("slug", RUNNING)

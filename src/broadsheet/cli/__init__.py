@@ -41,6 +41,12 @@ def _explain(error: Exception) -> None:
 
     if isinstance(error, ValueError | StorageError):
         _stop(f"broadsheet: {' '.join(str(error).split())}", 2)
+    if "sqlalchemy" in sys.modules:
+        from sqlalchemy.exc import OperationalError
+
+        if isinstance(error, OperationalError):  # locked, full or away
+            said = " ".join(str(error.orig).split())
+            _stop(f"broadsheet: the database refuses: {said}; what was stored is kept, the same command goes on", 2)
     raise error
 
 

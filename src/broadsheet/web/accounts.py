@@ -17,23 +17,23 @@ from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Form, HTTPException, Request
+from fastapi import Depends, Form, HTTPException, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from sqlalchemy import Engine, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session as Database
-from sqlalchemy.orm import selectinload
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import mail
+from . import mail, papers, turns
 from .db import reading, session
+from .papers import Whole
 from .render import address_of, page
 from .security import SESSION_COOKIE, from_our_page, hashed
 from .tables import Account, Author, Follow, Mark, Paper, Session, SignIn, Subscription, Table, Tag, utcnow
 from .words import clean
 
-router = APIRouter(include_in_schema=False)
+router = turns.router(include_in_schema=False)
 log = logging.getLogger(__name__)
 
 LINK_GOOD_FOR = timedelta(minutes=15)
@@ -246,7 +246,7 @@ def trend(times: Sequence[datetime]) -> float | None:
 def mark(db: Database, account_id: int, paper_id: int, kind: str, on: bool) -> Paper | None:
     """Sets or takes away a mark; the paper as it is then, None where there is none. Doing it twice is doing it once."""
     # Votes of one paper are counted one after the other, so that no count is lost.
-    paper = db.scalar(select(Paper).where(Paper.id == paper_id).with_for_update().options(*_LISTED))
+    paper = db.scalar(select(Paper).where(Paper.id == paper_id).with_for_update())
     if paper is None:
         return None
     this = {"account_id": account_id, "paper_id": paper_id, "kind": kind}
@@ -270,18 +270,14 @@ def count(db: Database, paper: Paper) -> None:
     db.flush()
 
 
-def marked(db: Database, account: Account | None, papers: Sequence[Paper]) -> dict[int, set[str]]:
+def marked(db: Database, account: Account | None, ids: Sequence[int]) -> dict[int, set[str]]:
     """What of these papers somebody has marked, and how."""
     found: dict[int, set[str]] = defaultdict(set)
-    if account and papers:
-        ids = [paper.id for paper in papers]
+    if account and ids:
         rows = select(Mark.paper_id, Mark.kind).where(Mark.account_id == account.id, Mark.paper_id.in_(ids))
         for paper_id, kind in db.execute(rows):
             found[paper_id].add(kind)
     return dict(found)
-
-
-_LISTED = (selectinload(Paper.authors), selectinload(Paper.tags))
 
 
 @router.post("/papers/{paper_id:int}/{kind}", dependencies=[OurPage])
@@ -293,7 +289,7 @@ def set_mark(request: Request, paper_id: int, kind: str, account: SignedIn, on: 
         paper = mark(db, account.id, paper_id, kind, on)
         if paper is None:
             raise HTTPException(404, "There is no such paper here.")
-        own = marked(db, account, [paper]).get(paper.id, set())
+        own = marked(db, account, [paper.id]).get(paper.id, set())
     if request.headers.get("hx-request"):
         return page(request, "_vote.html", paper=paper, own=own)
     return RedirectResponse(f"{_back(request, address_of(paper))}#paper-{paper.id}", 303)
@@ -343,7 +339,7 @@ def follows(db: Database, account: Account | None) -> set[tuple[str, str]]:
     return set(db.execute(select(Follow.kind, Follow.value).where(Follow.account_id == account.id)).tuples())
 
 
-def followed(db: Database, account_id: int, since: date, until: date, limit: int) -> list[Paper]:
+def followed(db: Database, account_id: int, since: date, until: date, limit: int) -> list[Whole]:
     """Papers of the days from ``since`` to ``until`` with a tag or an author that somebody follows, newest first."""
     mine = {kind: select(Follow.value).where(Follow.account_id == account_id, Follow.kind == kind) for kind in FOLLOWS}
     which = or_(
@@ -351,11 +347,8 @@ def followed(db: Database, account_id: int, since: date, until: date, limit: int
         Paper.id.in_(select(Author.paper_id).where(Author.key.in_(mine["author"]))),
     )
     days = Paper.day.between(since, until)
-    return list(
-        db.scalars(
-            select(Paper).where(days, which).order_by(Paper.day.desc(), Paper.id.desc()).limit(limit).options(*_LISTED)
-        )
-    )
+    newest = select(Paper.id).where(days, which).order_by(Paper.day.desc(), Paper.id.desc()).limit(limit)
+    return papers.read(db, db.scalars(newest).all())
 
 
 # --- what is kept of somebody -----------------------------------------------------------------------------------
@@ -370,15 +363,16 @@ def account_page(request: Request) -> Response:
     with reading(request.app.state.engine) as db:
         kept = {
             kind: db.scalars(
-                select(Paper).join(Mark, Mark.paper_id == Paper.id).where(Mark.account_id == account.id, Mark.kind == kind)
-                .order_by(Mark.time.desc()).limit(200).options(*_LISTED)
+                select(Mark.paper_id)
+                .where(Mark.account_id == account.id, Mark.kind == kind)
+                .order_by(Mark.time.desc())
+                .limit(200)
             ).all()
             for kind in MARKS
-        }  # fmt: skip
-        everything = {paper.id: paper for papers in kept.values() for paper in papers}
+        }
         return page(
-            request, "account.html", bookmarks=kept["bookmark"], votes=kept["vote"],
-            marked=marked(db, account, list(everything.values())),
+            request, "account.html", bookmarks=papers.read(db, kept["bookmark"]), votes=papers.read(db, kept["vote"]),
+            marked=marked(db, account, [*kept["bookmark"], *kept["vote"]]),
             follows=db.scalars(select(Follow).filter_by(account_id=account.id).order_by(Follow.kind, Follow.value)).all(),
             subscription=db.scalar(select(Subscription).where(Subscription.email == account.email)),
             sessions=db.scalar(select(func.count()).select_from(Session).where(Session.account_id == account.id)),
@@ -437,10 +431,10 @@ def delete_account(request: Request, account: SignedIn, sure: Annotated[str, For
 def forget(db: Database, account: Account) -> None:
     """Deletes an account and every row with its address; its votes no longer count. Runs stay, without a name."""
     voted = select(Mark.paper_id).where(Mark.account_id == account.id, Mark.kind == "vote")
-    papers = db.scalars(select(Paper).where(Paper.id.in_(voted)).order_by(Paper.id).with_for_update()).all()
+    theirs = db.scalars(select(Paper).where(Paper.id.in_(voted)).order_by(Paper.id).with_for_update()).all()
     for table in reversed(Table.metadata.sorted_tables):
         if "email" in table.c and table.name != "account":
             db.execute(delete(table).where(table.c.email == account.email))
     db.execute(delete(Account).where(Account.id == account.id))  # and what names it, by the database's own rules
-    for paper in papers:
+    for paper in theirs:
         count(db, paper)

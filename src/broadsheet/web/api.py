@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
+from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, BeforeValidator, Field
 from sqlalchemy import func, select
-from sqlalchemy.orm import selectinload
 
 from broadsheet import catalogue
 from broadsheet.catalogue import Paper as Known
 
-from . import facts, search
+from . import facts, search, turns
+from . import papers as shelf
 from .db import reading
-from .pages import find_paper, trending_papers
+from .pages import trending_papers
 from .render import SHARED, address_of, page
 from .tables import Paper as Row
 from .tables import Tag
@@ -38,7 +38,7 @@ def _iso(text: Any) -> Any:
     return text
 
 
-router = APIRouter(prefix="/api", tags=["papers"])
+router = turns.router(prefix="/api", tags=["papers"])
 NONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such thing."}}
 Limit = Annotated[int, Query(ge=1, le=100, description="How many, at most.")]
 Offset = Annotated[int, Query(ge=0, le=10_000_000, description="How many to leave out.")]
@@ -140,7 +140,7 @@ def papers(
 ) -> Papers:
     """All, or those of a day, a family or a tag."""
     with reading(request.app.state.engine) as db:
-        query = select(Row)
+        query = select(Row.id)
         if day:
             query = query.where(Row.day == day)
         if family:
@@ -150,8 +150,8 @@ def papers(
         if running is not None:
             query = query.where(Row.running == running)
         total = db.scalar(select(func.count()).select_from(query.subquery())) or 0
-        query = query.order_by(Row.day.desc(), Row.id.desc()).offset(offset).limit(limit).options(*_WHOLE)
-        return _papers(request, response, db.scalars(query).all(), total)
+        ids = db.scalars(query.order_by(Row.day.desc(), Row.id.desc()).offset(offset).limit(limit)).all()
+        return _papers(request, response, shelf.read(db, ids), total)
 
 
 @router.get("/trending", summary="Papers by votes that fade")
@@ -165,7 +165,7 @@ def trending(request: Request, response: Response, limit: Limit = 30, offset: Of
 def one(request: Request, response: Response, name: Annotated[str, Path(max_length=200)]) -> Whole:
     """By slug, arXiv id (old ones have a slash: give the number instead) or number."""
     with reading(request.app.state.engine) as db:
-        found = find_paper(db, name)
+        found = shelf.find(db, name)
         if found is None:
             raise HTTPException(404, "There is no such paper here.")
         response.headers["cache-control"] = SHARED
@@ -210,9 +210,7 @@ def find(
             db, clean(q, 300), day=day, since=since, until=until, family=clean(family, 40), tag=clean(tag, 80),
             author=clean(author, 200), has_code=has_code, running=running, limit=limit, offset=offset,
         )  # fmt: skip
-        ids = [paper.id for paper in found.papers]
-        rows = {row.id: row for row in db.scalars(select(Row).where(Row.id.in_(ids)).options(*_WHOLE))} if ids else {}
-        return _papers(request, response, [rows[number] for number in ids], found.total)
+        return _papers(request, response, shelf.read(db, found.ids), found.total)
 
 
 @router.get("/days", summary="Days and how many papers they have")
@@ -242,22 +240,18 @@ def families(response: Response) -> list[Family]:
 
 # --- helpers ----------------------------------------------------------------------------------------------------
 
-_WHOLE = (selectinload(Row.authors), selectinload(Row.tags))
 
-
-def _papers(request: Request, response: Response, rows: Sequence[Row], total: int) -> Papers:
+def _papers(request: Request, response: Response, rows: Sequence[shelf.Whole], total: int) -> Papers:
     response.headers["cache-control"] = SHARED
     return Papers(total=total, papers=[_paper(request, row) for row in rows])
 
 
-def _paper(request: Request, row: Row) -> Paper:
-    made = ("authors", "tags", "published", "updated", "page")
+def _paper(request: Request, row: shelf.Whole) -> Paper:
+    made = ("published", "updated", "page")
     return Paper(
         **{name: getattr(row, name) for name in Paper.model_fields if name not in made},
         published=row.published.replace(tzinfo=UTC),
         updated=row.updated.replace(tzinfo=UTC),
-        authors=[author.name for author in row.authors],
-        tags=[tag.name for tag in row.tags],
         page=request.app.state.settings.url + address_of(row),
     )
 

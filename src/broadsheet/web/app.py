@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
-from . import accounts, api, digest, feeds, health, library, owner, pages, runs
+from . import accounts, api, digest, feeds, health, library, owner, pages, runs, turns
 from .caching import Cache
 from .db import open_database, session
 from .render import problem, templates
@@ -27,8 +27,6 @@ from .settings import Settings
 
 #: Every part has a ``router``.
 PARTS = (pages, runs, owner, accounts, digest, api, feeds, health)
-#: Requests that work at once: more would wait for one another, and each holds a connection to the database.
-THREADS = 12
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -70,7 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    current_default_thread_limiter().total_tokens = THREADS
+    current_default_thread_limiter().total_tokens = turns.THREADS
     yield
     app.state.engine.dispose()
 

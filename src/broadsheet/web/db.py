@@ -6,20 +6,25 @@ all, so that a process killed at any moment leaves no half of anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from broadsheet.core.records import StorageError
 
+T = TypeVar("T")
+
 #: Seconds that a writer waits for another before it gives up with "database is locked".
-PATIENCE = 10
+LOCKED_FOR = 10
+#: Seconds during which what was dear is tried to be stored again.
+PATIENCE = 60.0
 
 
 def open_database(url: str) -> Engine:
@@ -45,7 +50,7 @@ def connect(url: str) -> Engine:
     writers take their lock when they begin, so that two never deadlock."""
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": PATIENCE, "check_same_thread": False})
+    engine = create_engine(url, connect_args={"timeout": LOCKED_FOR, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _: Any) -> None:
@@ -73,6 +78,29 @@ def reading(engine: Engine) -> Iterator[Session]:
     """A snapshot that only reads: it waits for no writer."""
     with Session(engine.execution_options(reading=True), expire_on_commit=False) as db:
         yield db
+
+
+def insist(step: Callable[[], T], tell: Callable[[str], None], seconds: float = PATIENCE) -> T:
+    """Takes a step that was dear, again and again while the database refuses it: a lock or a full disk may go. ``tell`` is
+    told why it waits. Raises what the database said last when ``seconds`` are over."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return step()
+        except SQLAlchemyError as error:
+            if time.monotonic() > until:
+                raise
+            tell(line_of(error))
+            time.sleep(1.0)
+
+
+def line_of(error: Exception) -> str:
+    """An error's first line, without what does not print; of the database's errors what it said itself."""
+    if isinstance(error, SQLAlchemyError):
+        error = getattr(error, "orig", None) or error
+    lines = str(error).strip().splitlines() or [""]
+    whole = " ".join(lines) if isinstance(error, ValueError) else lines[0]
+    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())[:500]
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

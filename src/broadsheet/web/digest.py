@@ -15,6 +15,7 @@ lost: at most one a crash, which is named. One sender works at a time (`locks.on
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,23 +25,25 @@ from email.message import EmailMessage, Message
 from email.policy import default
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, HTTPException, Request
+from fastapi import Depends, Form, HTTPException, Request
 from fastapi.responses import Response
 from jinja2 import Environment
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session
 
-from . import accounts, mail
-from .db import reading, session
+from . import accounts, mail, papers, turns
+from .db import insist, reading, session
 from .locks import only_one
+from .papers import Whole
 from .render import long_day, page
 from .security import Signer, from_our_page
 from .settings import Settings
 from .tables import Account, Delivery, Paper, Run, Subscription, utcnow
 from .words import clean
 
-router = APIRouter(include_in_schema=False)
+log = logging.getLogger(__name__)
+router = turns.router(include_in_schema=False)
 
 FREQUENCIES = ("daily", "weekly")
 #: A confirmation can be asked for again after this, and its link is good for that long.
@@ -221,11 +224,8 @@ class Section:
     """A headline with papers, or runs, below it."""
 
     title: str
-    papers: Sequence[Paper] = ()
+    papers: Sequence[Whole] = ()
     runs: Sequence[Run] = ()
-
-
-_LISTED = (selectinload(Paper.authors), selectinload(Paper.tags))
 
 
 def sections(db: Session, issue: Issue, email: str = "") -> list[Section]:
@@ -234,12 +234,12 @@ def sections(db: Session, issue: Issue, email: str = "") -> list[Section]:
     account = db.scalar(select(Account).where(Account.email == email)) if email else None
     mine = accounts.followed(db, account.id, issue.since, issue.until, A_SECTION) if account else []
     known = {paper.id for paper in mine}
-    liked = select(Paper).where(Paper.day.between(issue.since, issue.until), Paper.votes > 0, Paper.id.not_in(known))
-    best = list(db.scalars(liked.order_by(Paper.votes.desc(), Paper.id.desc()).limit(A_SECTION).options(*_LISTED)))
+    within = select(Paper.id).where(Paper.day.between(issue.since, issue.until))
+    liked = within.where(Paper.votes > 0, Paper.id.not_in(known))
+    best = list(db.scalars(liked.order_by(Paper.votes.desc(), Paper.id.desc()).limit(A_SECTION)))
     if left := A_SECTION - len(best):
-        known |= {paper.id for paper in best}
-        new = select(Paper).where(Paper.day.between(issue.since, issue.until), Paper.id.not_in(known))
-        best += db.scalars(new.order_by(Paper.running.desc(), Paper.id.desc()).limit(left).options(*_LISTED))
+        new = within.where(Paper.id.not_in({*known, *best}))
+        best += db.scalars(new.order_by(Paper.running.desc(), Paper.id.desc()).limit(left))
     end = datetime.combine(issue.until + timedelta(days=1), datetime.min.time())
     during = Run.ended >= datetime.combine(issue.since, datetime.min.time()), Run.ended < end
     ran: dict[str, Run] = {}
@@ -247,7 +247,7 @@ def sections(db: Session, issue: Issue, email: str = "") -> list[Section]:
         ran.setdefault(run.slug, run)  # the newest of each paper
     found = [
         Section("Whom and what you follow", mine),
-        Section("The papers", best),
+        Section("The papers", papers.read(db, best)),
         Section("What ran", runs=list(ran.values())[:A_SECTION]),
     ]
     return [section for section in found if section.papers or section.runs]
@@ -369,10 +369,14 @@ def _send_one(
         return None
     moved = _Mover(engine, delivery.id)
     done = post.deliver(made, to.email, lambda: moved("sending"))
-    moved(done.outcome, done.error)
-    if done.outcome == "refused":
-        with session(engine) as db:
-            _bounced(db, subscription_id)
+
+    def keep() -> None:
+        moved(done.outcome, done.error)
+        if done.outcome == "refused":
+            with session(engine) as db:
+                _bounced(db, subscription_id)
+
+    insist(keep, lambda why: log.warning("how it went is not stored, trying again: %s", why))
     return done.outcome
 
 

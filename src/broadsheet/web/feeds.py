@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from urllib.parse import quote
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import HTTPException, Request
 from fastapi.responses import PlainTextResponse, Response
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session, load_only, selectinload
+from sqlalchemy.orm import Session
 
-from . import search
+from . import papers, search, turns
 from .db import reading
 from .render import SHARED, address_of
 from .tables import Paper, Tag
 from .words import clean
 
-router = APIRouter(include_in_schema=False)
+router = turns.router(include_in_schema=False)
 
 #: Papers in a feed, and addresses in a part of the sitemap (its protocol's limit).
 ENTRIES, A_PART = 50, 50_000
@@ -52,18 +52,17 @@ def searched(request: Request, q: str = "") -> Response:
     if not query:
         raise HTTPException(422, "A search feed needs a question: /feeds/search.atom?q=kv+cache")
     with reading(request.app.state.engine) as db:
-        ids = [paper.id for paper in search.search(db, query, limit=ENTRIES).papers]
+        ids = search.search(db, query, limit=ENTRIES).ids
         words = quote(query, safe="")
         return _atom(request, db, f"Broadsheet: {query}", f"/search?q={words}", f"/feeds/search.atom?q={words}", ids)
 
 
 def _atom(request: Request, db: Session, title: str, page: str, here: str, ids: Sequence[int]) -> Response:
-    query = select(Paper).where(Paper.id.in_(ids)).options(selectinload(Paper.authors), selectinload(Paper.tags))
-    papers = sorted(db.scalars(query), key=lambda paper: (paper.day, paper.id), reverse=True) if ids else []
-    updated = max((paper.updated for paper in papers), default=datetime(2000, 1, 1))
+    entries = sorted(papers.read(db, ids), key=lambda paper: (paper.day, paper.id), reverse=True)
+    updated = max((paper.updated for paper in entries), default=datetime(2000, 1, 1))
     state = request.app.state
     text = state.templates.get_template("feed.xml").render(
-        site=state.settings.url, title=title, page=page, here=here, papers=papers, updated=updated, plain=_plain
+        site=state.settings.url, title=title, page=page, here=here, papers=entries, updated=updated, plain=_plain
     )
     return _xml(text, "application/atom+xml")
 
@@ -83,14 +82,13 @@ def sitemap_part(request: Request, number: str) -> Response:
     """Fifty thousand papers' addresses; the first part has those of the catalogue too."""
     part = int(number) if number.isascii() and number.isdecimal() and len(number) < 6 else 0
     start = (part - 1) * A_PART
-    columns = load_only(Paper.id, Paper.slug, Paper.arxiv_id, Paper.updated)
-    query = select(Paper).options(columns).order_by(Paper.id).offset(max(0, start)).limit(A_PART)
+    columns = select(Paper.id, Paper.slug, Paper.arxiv_id, Paper.updated)
     with reading(request.app.state.engine) as db:
-        papers = db.scalars(query).all() if part else ()
-    if not papers:
+        listed = db.execute(columns.order_by(Paper.id).offset(max(0, start)).limit(A_PART)).all() if part else ()
+    if not listed:
         raise HTTPException(404)
     site = request.app.state.settings.url
-    rows = (f"<url><loc>{site}{address_of(p)}</loc><lastmod>{p.updated:%Y-%m-%d}</lastmod></url>" for p in papers)
+    rows = (f"<url><loc>{site}{address_of(p)}</loc><lastmod>{p.updated:%Y-%m-%d}</lastmod></url>" for p in listed)
     return _xml(f'{_XML}<urlset xmlns="{_SITEMAPS}">{"".join(rows)}</urlset>', "application/xml")
 
 

@@ -12,16 +12,18 @@ import random
 import re
 import socket
 import ssl
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from importlib.metadata import version
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -160,18 +162,34 @@ class Fetcher:
             "accept": "application/atom+xml, application/rss+xml, application/json, text/xml, */*;q=0.1",
             **({"if-none-match": etag} if etag else {}), **({"if-modified-since": modified} if modified else {}),
         }  # fmt: skip
+        left = max(0.1, ends - self.clock())
+        cut = _Cut()
+        late = threading.Timer(left, cut)  # a timeout is of one look at the connection: a byte at a time never meets it
+        late.daemon = True
+        late.start()
         try:
-            with _client(min(20.0, max(0.1, ends - self.clock()))) as client:
-                request = client.build_request("GET", pinned, headers=headers, extensions={"sni_hostname": host})
+            with _client(min(20.0, left)) as client:
+                extensions = {"sni_hostname": host, "trace": cut.watch}
+                request = client.build_request("GET", pinned, headers=headers, extensions=extensions)
                 answer = client.send(request, stream=True)
                 try:
-                    return self._read(answer, url, ends)
+                    found = self._read(answer, url, ends)
                 finally:
                     answer.close()
-        except httpx.TimeoutException:
-            raise _Busy("no answer in time") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise _Busy(f"no connection ({type(error).__name__})") from None
+            if cut.done:
+                raise self._late(url) from None
+            slow = isinstance(error, httpx.TimeoutException)
+            raise _Busy("no answer in time" if slow else f"no connection ({type(error).__name__})") from None
+        finally:
+            late.cancel()
+            cut.forget()
+        if cut.done:  # what looks like an answer's end was ours
+            raise self._late(url)
+        return found
+
+    def _late(self, url: str) -> FetchError:
+        return FetchError(f"{_shown(url)}: not whole after {self.deadline:.0f} s")
 
     def _read(self, answer: httpx.Response, url: str, ends: float) -> Answer | str:
         status, headers = answer.status_code, answer.headers
@@ -189,8 +207,33 @@ class Fetcher:
             if len(body) > self.largest:
                 raise FetchError(f"{_shown(url)}: more than {self.largest:,} bytes")
             if self.clock() > ends:
-                raise FetchError(f"{_shown(url)}: not whole after {self.deadline:.0f} s")
+                raise self._late(url)
         return Answer(bytes(body), url, True, headers.get("etag", "")[:300], headers.get("last-modified", "")[:100])
+
+
+class _Cut:
+    """Cuts a connection off when it is called, from another thread."""
+
+    def __init__(self) -> None:
+        self.socket: socket.socket | None = None
+        self.done = False
+
+    def watch(self, event: str, info: dict[str, Any]) -> None:
+        """For httpx's ``trace``: remembers the connection that is made."""
+        if event == "connection.connect_tcp.complete":
+            self.socket = info["return_value"].get_extra_info("socket").dup()  # TLS takes the other one over
+            if self.done:
+                self()
+
+    def forget(self) -> None:
+        if self.socket:
+            self.socket.close()
+
+    def __call__(self) -> None:
+        self.done = True
+        if self.socket:
+            with suppress(OSError):  # it has ended by itself
+                self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Busy(Exception):

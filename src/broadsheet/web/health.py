@@ -15,11 +15,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sqlalchemy import func, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import queue
-from .db import reading
+from .db import line_of, reading
 from .render import PRIVATE, problem
 from .tables import Paper, Run, utcnow
 
@@ -77,7 +77,8 @@ def _json(content: dict[str, Any], status: int) -> JSONResponse:
 
 class Watch:
     """Middleware: counts and logs every request, names it (``x-request-id``), and turns what nobody caught
-    into a plain page; its trace is in the log alone."""
+    into a plain page; its trace is in the log alone. A database that is locked, full or away is no fault of the page: 503,
+    and a line in the log."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self.app = app
@@ -96,9 +97,13 @@ class Watch:
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
             await send(message)
 
-        error: Exception | None = None
+        error, refused = None, ""
         try:
             await self.app(scope, receive, named)
+        except OperationalError as found:
+            refused = line_of(found)
+            if not status:
+                await problem(Request(scope), 503, headers={"retry-after": "10"})(scope, receive, named)
         except Exception as found:
             error = found
             if not status:
@@ -108,7 +113,10 @@ class Watch:
         self.metrics.requests.labels(route, scope["method"] if scope["method"] in _METHODS else "other", status).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         told = {"id": name, "method": scope["method"][:10], "route": route, "status": status, "ms": round(seconds * 1e3, 2)}
-        log.log(logging.ERROR if error else logging.INFO, "request", extra={"told": told}, exc_info=error)
+        if refused:
+            told["database"] = refused
+        level = logging.ERROR if error else logging.WARNING if refused else logging.INFO
+        log.log(level, "request", extra={"told": told}, exc_info=error)
         return None
 
 

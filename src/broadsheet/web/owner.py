@@ -11,14 +11,15 @@ import re
 from ipaddress import ip_address
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Form, HTTPException, Request
+from fastapi import Depends, Form, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
+from . import turns
 from .render import page
 from .security import Buckets, Rate, from_our_page, hashed
 from .settings import Settings
 
-router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
+router = turns.router(default_response_class=HTMLResponse, include_in_schema=False)
 
 COOKIE = "broadsheet_owner"
 #: Seconds that it is good for.

@@ -11,21 +11,22 @@ from datetime import date, timedelta
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session
 from starlette.convertors import Convertor, register_url_convertor
 
 from broadsheet import catalogue
 
-from . import accounts, facts, search
+from . import accounts, facts, papers, search, turns
 from .db import reading
+from .papers import Whole
 from .render import SHARED, address_of, month, page
 from .tables import Paper
 from .words import clean, excerpt, highlight, words_of
 
-router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
+router = turns.router(default_response_class=HTMLResponse, include_in_schema=False)
 
 #: Papers on a page of a list.
 A_PAGE = 30
@@ -52,13 +53,13 @@ def one_day(request: Request, day: str, number: Number = 1) -> HTMLResponse:
 def _day(request: Request, db: Session, day: date | None, number: int) -> HTMLResponse:
     if day is None:
         return page(request, "day.html", shared=True, day=None, newest=None)
-    papers, pages = _listed(db, number, Paper.day == day, order=(Paper.votes.desc(), Paper.id.desc()))
+    shown, pages = _listed(db, number, Paper.day == day, order=(Paper.votes.desc(), Paper.id.desc()))
     before, after = (
         db.scalar(select(f(Paper.day)).where(c)) for f, c in ((func.max, Paper.day < day), (func.min, Paper.day > day))
     )
     newest = db.scalar(select(func.max(Paper.day)))
     return _list(
-        request, db, "day.html", papers, pages, day=day, count=pages.total, before=before, after=after, newest=newest
+        request, db, "day.html", shown, pages, day=day, count=pages.total, before=before, after=after, newest=newest
     )
 
 
@@ -99,20 +100,20 @@ def _month(request: Request, db: Session, day: date) -> HTMLResponse:
 def trending(request: Request, number: Number = 1) -> HTMLResponse:
     """By votes that fade; those that have none follow, newest first."""
     with reading(request.app.state.engine) as db:
-        papers, total = trending_papers(db, (number - 1) * A_PAGE, A_PAGE)
-        return _list(request, db, "trending.html", papers, Pages(number, total))
+        shown, total = trending_papers(db, (number - 1) * A_PAGE, A_PAGE)
+        return _list(request, db, "trending.html", shown, Pages(number, total))
 
 
-def trending_papers(db: Session, offset: int, limit: int) -> tuple[list[Paper], int]:
+def trending_papers(db: Session, offset: int, limit: int) -> tuple[list[Whole], int]:
     """Some of all papers in the order of `Paper.trend`, then newest first; and how many there are."""
     voted = db.scalar(select(func.count()).where(Paper.trend.is_not(None))) or 0
     total = db.scalar(select(func.count()).select_from(Paper)) or 0
-    papers: list[Paper] = []
+    found: list[Whole] = []
     if offset < voted:  # two walks along an index instead of one sort of everything
-        papers += _some(db, Paper.trend.is_not(None), (Paper.trend.desc(), Paper.id.desc()), offset, limit)
-    if rest := limit - len(papers):
-        papers += _some(db, Paper.trend.is_(None), (Paper.day.desc(), Paper.id.desc()), max(0, offset - voted), rest)
-    return papers, total
+        found += _some(db, Paper.trend.is_not(None), (Paper.trend.desc(), Paper.id.desc()), offset, limit)
+    if rest := limit - len(found):
+        found += _some(db, Paper.trend.is_(None), (Paper.day.desc(), Paper.id.desc()), max(0, offset - voted), rest)
+    return found, total
 
 
 @router.get("/running")
@@ -122,11 +123,11 @@ def running(request: Request, family: str = "", status: str = "") -> HTMLRespons
     if (family and family not in families) or status not in ("", "running", "planned"):
         raise HTTPException(404)
     chosen = {
-        name: [facts.Entry(paper) for paper in papers if status in ("", paper.status)]
-        for name, papers in families.items()
+        name: [facts.Entry(paper) for paper in known if status in ("", paper.status)]
+        for name, known in families.items()
         if family in ("", name)
     }
-    counts = {name: (len(papers), sum(p.status == "running" for p in papers)) for name, papers in families.items()}
+    counts = {name: (len(known), sum(p.status == "running" for p in known)) for name, known in families.items()}
     return page(
         request, "running.html", shared=True, counts=counts, family=family, wanted=status,
         families={name: entries for name, entries in chosen.items() if entries},
@@ -147,7 +148,7 @@ def find(
     asked = bool(query or any(filters.values()))
     with reading(request.app.state.engine) as db:
         found = search.search(db, query, **filters, limit=A_PAGE, offset=(number - 1) * A_PAGE) if asked else None
-        papers = _whole(db, found.papers) if found else []
+        listed = papers.read(db, found.ids) if found else []
         shown = {
             "q": query, **{name: value.isoformat() if value else "" for name, value in days.items()}, "family": family,
             "tag": tag, "author": author, "code": bool(code), "running": bool(running),
@@ -155,10 +156,11 @@ def find(
         given = urlencode({name: "1" if value is True else value for name, value in shown.items() if value})
         words, total = words_of(query), found.total if found else 0
         return _list(
-            request, db, "search.html", papers, Pages(number, total, A_PAGE, f"?{given}&" if given else "?"),
+            request, db, "search.html", listed, Pages(number, total, A_PAGE, f"?{given}&" if given else "?"),
             asked=asked, form=shown, given=given, families=catalogue.FAMILIES,
             follows=accounts.follows(db, getattr(request.state, "account", None)),
-            titles={p.id: highlight(p.title, words) for p in papers}, texts={p.id: excerpt(p, words) for p in papers},
+            titles={p.id: highlight(p.title, words) for p in listed},
+            texts={p.id: excerpt(p.summary, p.abstract, words) for p in listed},
         )  # fmt: skip
 
 
@@ -169,14 +171,14 @@ def find(
 def one_paper(request: Request, name: str) -> Response:
     """A paper, by slug, arXiv id or number; its other names lead to the first it has."""
     with reading(request.app.state.engine) as db:
-        paper = find_paper(db, name)
+        paper = papers.find(db, name)
         if paper is None:
             raise HTTPException(404, "There is no such paper here.")
         if (address := address_of(paper)) != f"/papers/{quote(name)}":
             return RedirectResponse(address, 308, {"cache-control": "public, max-age=300"})
         known = catalogue.papers().get(paper.slug or "")
         return page(
-            request, "paper.html", shared=True, paper=paper, related=search.related(db, paper),
+            request, "paper.html", shared=True, paper=paper, related=papers.read_brief(db, search.related(db, paper)),
             entry=facts.Entry(known) if known else None, marked=_marked(request, db, [paper]),
         )  # fmt: skip
 
@@ -213,21 +215,10 @@ register_url_convertor("old_number", OldNumber())
 def old_paper(request: Request, archive: str, number: str) -> Response:
     """An arXiv id of before 2007, such as cs/0301012."""
     with reading(request.app.state.engine) as db:
-        paper = find_paper(db, f"{archive}/{number}")
+        paper = papers.find(db, f"{archive}/{number}")
     if paper is None:
         raise HTTPException(404, "There is no such paper here.")
     return RedirectResponse(address_of(paper), 308, {"cache-control": "public, max-age=300"})
-
-
-def find_paper(db: Session, name: str) -> Paper | None:
-    """The paper of that slug, arXiv id (with or without a version) or number."""
-    name = clean(name, 200)
-    query = select(Paper).options(*_WHOLE)
-    if name.isascii() and name.isdecimal():
-        return db.scalar(query.where(Paper.id == int(name))) if len(name) < 10 else None
-    by_slug, by_number = Paper.slug == name, Paper.arxiv_id == re.sub(r"v\d+$", "", name)
-    likely = (by_number, by_slug) if name[:4].isdecimal() else (by_slug, by_number)
-    return db.scalar(query.where(likely[0])) or db.scalar(query.where(likely[1]))
 
 
 @router.get("/about")
@@ -258,34 +249,24 @@ class Pages:
         return (self.number - 1) * self.size + 1
 
 
-_WHOLE = (selectinload(Paper.authors), selectinload(Paper.tags))
+def _some(db: Session, which: ColumnElement[bool], order: tuple[Any, ...], offset: int, limit: int) -> list[Whole]:
+    return papers.read(db, db.scalars(select(Paper.id).where(which).order_by(*order).offset(offset).limit(limit)).all())
 
 
-def _some(db: Session, which: ColumnElement[bool], order: tuple[Any, ...], offset: int, limit: int) -> Sequence[Paper]:
-    return db.scalars(select(Paper).where(which).order_by(*order).offset(offset).limit(limit).options(*_WHOLE)).all()
-
-
-def _listed(db: Session, number: int, which: ColumnElement[bool], order: tuple[Any, ...]) -> tuple[Sequence[Paper], Pages]:
+def _listed(db: Session, number: int, which: ColumnElement[bool], order: tuple[Any, ...]) -> tuple[list[Whole], Pages]:
     total = db.scalar(select(func.count()).where(which)) or 0
     return _some(db, which, order, (number - 1) * A_PAGE, A_PAGE), Pages(number, total)
 
 
-def _whole(db: Session, papers: Sequence[Paper]) -> list[Paper]:
-    """The same papers, their authors and tags read in one go."""
-    ids = [paper.id for paper in papers]
-    found = {p.id: p for p in db.scalars(select(Paper).where(Paper.id.in_(ids)).options(*_WHOLE))} if ids else {}
-    return [found[number] for number in ids]
+def _list(request: Request, db: Session, template: str, shown: Sequence[Whole], pages: Pages, **more: Any) -> HTMLResponse:
+    marked = _marked(request, db, shown)
+    return page(request, template, shared=True, papers=shown, pages=pages, marked=marked, **more)
 
 
-def _list(request: Request, db: Session, template: str, papers: Sequence[Paper], pages: Pages, **more: Any) -> HTMLResponse:
-    marked = _marked(request, db, papers)
-    return page(request, template, shared=True, papers=papers, pages=pages, marked=marked, **more)
-
-
-def _marked(request: Request, db: Session, papers: Sequence[Paper]) -> dict[int, set[str]]:
+def _marked(request: Request, db: Session, shown: Sequence[Whole]) -> dict[int, set[str]]:
     """What whoever is signed in did to these papers: id -> "vote", "bookmark"."""
     account = getattr(request.state, "account", None)
-    return accounts.marked(db, account, papers) if account else {}
+    return accounts.marked(db, account, [paper.id for paper in shown]) if account else {}
 
 
 def _date(text: str) -> date:

@@ -13,7 +13,7 @@ from calendar import day_name, month_abbr, month_name
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from fastapi import Request
@@ -22,7 +22,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .security import CSRF_COOKIE, csrf_token
-from .tables import Paper
 
 HERE = Path(__file__).parent
 #: What stands in ``Cache-Control`` of answers that are the same for everybody: keep it, and ask whether it is still good.
@@ -133,7 +132,18 @@ def host(address: str) -> str:
     return (urlsplit(address).hostname or address)[:60]
 
 
-def address_of(paper: Paper) -> str:
+class Named(Protocol):
+    """A paper by its names: the row, what pages show, or these three columns."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def slug(self) -> str | None: ...
+    @property
+    def arxiv_id(self) -> str | None: ...
+
+
+def address_of(paper: Named) -> str:
     """The address of a paper's page, from the root: by its slug, its arXiv id, or its number."""
     arxiv = paper.arxiv_id if paper.arxiv_id and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv_id, re.ASCII) else None
     return f"/papers/{quote(paper.slug or arxiv or str(paper.id), safe='')}"

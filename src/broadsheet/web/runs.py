@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, Header, HTTPException, Query, Request
+from fastapi import Depends, Form, Header, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from sqlalchemy import func, select
@@ -20,7 +20,7 @@ from broadsheet.core.models import pockets
 from broadsheet.core.perf.architecture import shapes
 from broadsheet.lab.run import COMMANDS, family_of
 
-from . import queue, usage
+from . import queue, turns, usage
 from .db import reading, session
 from .live import Hub
 from .owner import is_owner, only_owner
@@ -28,7 +28,7 @@ from .render import page
 from .security import from_our_page
 from .tables import Run, RunEvent, utcnow
 
-router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
+router = turns.router(default_response_class=HTMLResponse, include_in_schema=False)
 
 #: Runs on one page of the history; lines of a log that its page shows.
 A_PAGE, LINES = 50, 300

@@ -17,10 +17,10 @@ but near in meaning follow those that have them.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 from sqlalchemy import (
     ColumnElement,
     Select,
+    Text,
     TextClause,
+    cast,
     column,
     exists,
     func,
@@ -41,9 +43,10 @@ from sqlalchemy import (
     text,
     true,
 )
-from sqlalchemy.orm import Session, load_only, selectinload
+from sqlalchemy.orm import Session
 
 from .library import author_key
+from .papers import Whole
 from .tables import Author, Paper, Tag
 
 #: Matches that are scored: so many with a match in the title, and so many of all.
@@ -59,13 +62,15 @@ FUSION = 60
 #: Papers near in meaning that a query brings.
 NEAR = 50
 _WORDS_MOST = 16
+#: Columns as such: with those of the ORM's classes SQLAlchemy takes longer for a statement.
+_paper, _author, _tag = (kind.__table__.c for kind in (Paper, Author, Tag))
 
 
 @dataclass
 class Found:
-    """Papers, best first, and how many there are in all (with filters: at most `COUNTED`)."""
+    """Papers' ids, best first, and how many there are in all (with filters: at most `COUNTED`)."""
 
-    papers: list[Paper]
+    ids: list[int]
     total: int
 
 
@@ -94,33 +99,50 @@ def search(
     if len(shown) < limit and matches.total > len(matches.ranked):
         rest = max(0, offset - len(ids))
         shown += index.others(db, matches, filters, set(ids), limit - len(shown), rest)
-    return Found(_papers(db, shown), total)
+    return Found(shown, total)
 
 
-def related(db: Session, paper: Paper, limit: int = 5) -> list[Paper]:
-    """Papers about the same with their authors, nearest first: by meaning where there are embeddings, else those that share
-    the words of the title which few papers have (each counts the logarithm of its rarity), a family, or a tag of the
-    catalogue."""
+def related(db: Session, paper: Paper | Whole, limit: int = 5) -> list[int]:
+    """Papers about the same, nearest first: by meaning where there are embeddings, else those that share the words of the
+    title which few papers have (each counts the logarithm of its rarity), or a family of the catalogue."""
     from . import embeddings
 
     if found := embeddings.of(db):
         near = [number for number in found.like(paper.id, limit + 1) if number != paper.id]
         if near:
-            return _papers(db, near[:limit], *_BRIEF)
+            return near[:limit]
     index = _INDEXES[db.get_bind().dialect.name]
-    count = db.scalar(select(func.max(Paper.id))) or 1
-    shared: list[tuple[NDArray[np.int64], float]] = [(np.empty(0, np.int64), 0.0)]
+    count = db.scalar(_NEWEST) or 1
+    shared: list[tuple[NDArray[np.int64], float]] = []
     words = dict.fromkeys(word for word in _WORD.findall(paper.title.lower()) if len(word) > 2 and word not in STOP_WORDS)
     for word in list(words)[:_WORDS_MOST]:
         ids = index.with_word(db, word, TELLING, count)
         shared.append((ids, math.log(1 + count / max(1, len(ids))) * (1 if len(ids) < TELLING else 0.3)))
     if paper.family:
-        family = db.scalars(select(Paper.id).where(Paper.family == paper.family)).all()
+        family = db.scalars(select(_paper.id).where(_paper.family == paper.family)).all()
         shared.append((np.array(family, np.int64), 2.0))
-    numbers, place = np.unique(np.concatenate([ids for ids, _ in shared]), return_inverse=True)
-    scores = np.bincount(place, np.concatenate([np.full(len(ids), weight) for ids, weight in shared]), len(numbers))
-    best = numbers[np.lexsort((-numbers, -scores))][: limit + 1].tolist()
-    return _papers(db, [number for number in best if number != paper.id][:limit], *_BRIEF)
+    return [number for number in _heaviest(shared, limit + 1) if number != paper.id][:limit]
+
+
+_NEWEST = select(func.max(_paper.id))
+
+
+def _heaviest(shared: list[tuple[NDArray[np.int64], float]], most: int) -> list[int]:
+    """Of sets of ids, each with a weight: the ids with the largest sums of weights, of equal ones the highest."""
+    if not any(len(ids) for ids, _ in shared):
+        return []
+    # Sorting ids with their set's number beneath them is several times as fast as sorting ids and taking the sets along.
+    keys = np.sort(np.concatenate([place - ids * len(shared) for place, (ids, _) in enumerate(shared)]))
+    numbers, places = np.divmod(keys, len(shared))  # minus the ids, so that the highest come first
+    first = np.flatnonzero(np.diff(numbers, prepend=1))
+    weights = np.round(1e6 * np.array([weight for _, weight in shared])).astype(np.int64)  # sums in any order are the same
+    sums = np.add.reduceat(weights[places], first)
+    found: list[int] = []
+    for _ in range(min(most, len(sums))):  # a few times: sorting, or partitioning what has many ties, takes longer
+        best = int(sums.argmax())  # of equal ones the first
+        found.append(-int(numbers[first[best]]))
+        sums[best] = -1
+    return found
 
 
 # --- what was typed ---------------------------------------------------------------------------------------------
@@ -167,23 +189,29 @@ STOP_WORDS = frozenset(
 def _filters(
     since: date | None, until: date | None, family: str, tag: str, author: str, has_code: bool, running: bool
 ) -> list[Select[Any]]:  # fmt: skip
-    """Each as a query for the ids that pass, which an index answers."""
+    """Each as a query for the ids that pass, which an index answers; the one of days, which have most papers, last."""
     found: list[Select[Any]] = []
-    if since or until:
-        days = select(Paper.id)
-        days = days.where(Paper.day >= since) if since else days
-        found.append(days.where(Paper.day <= until) if until else days)
-    if family:
-        found.append(select(Paper.id).where(Paper.family == family))
-    if running:
-        found.append(select(Paper.id).where(Paper.running == true()))
-    if tag:
-        found.append(select(Tag.paper_id).where(Tag.name == tag))
-    if author:
-        found.append(select(Author.paper_id).where(Author.key == author_key(author)))
     if has_code:
-        found.append(select(Paper.id).where(literal_column("code_url != ''")))
+        found.append(select(_paper.id).where(literal_column("code_url != ''")))
+    if family:
+        found.append(select(_paper.id).where(_paper.family == family))
+    if running:
+        found.append(select(_paper.id).where(_paper.running == true()))
+    if author:
+        found.append(select(_author.paper_id).where(_author.key == author_key(author)))
+    if tag:
+        found.append(select(_tag.paper_id).where(_tag.name == tag))
+    if since or until:
+        days = select(_paper.id)
+        days = days.where(_paper.day >= since) if since else days
+        found.append(days.where(_paper.day <= until) if until else days)
     return found
+
+
+def _has(ids: Select[Any], number: ColumnElement[int]) -> ColumnElement[bool]:
+    """Whether an id passes a filter, looked up by itself."""
+    passing = ids.subquery()
+    return exists(select(1).select_from(passing).where(passing.c[0] == number))
 
 
 def _storable(text: str) -> str:
@@ -192,17 +220,16 @@ def _storable(text: str) -> str:
 
 
 def _newest(db: Session, filters: list[Select[Any]], limit: int, offset: int) -> Found:
-    passing = [Paper.id.in_(ids) for ids in filters]
-    every = intersect(*filters) if len(filters) > 1 else filters[0] if filters else select(Paper.id)
+    passing = [_paper.id.in_(ids) for ids in filters]
+    every = intersect(*filters) if len(filters) > 1 else filters[0] if filters else select(_paper.id)
     total = db.scalar(select(func.count()).select_from(every.subquery())) or 0
     if total < COUNTED // 5:  # few: found first, then sorted
-        ids = db.scalars(select(Paper.id).where(*passing).order_by(Paper.day.desc(), Paper.id.desc()))
-        return Found(_papers(db, list(ids)[offset : offset + limit]), total)
-    walk = select(Paper.id).order_by(Paper.day.desc(), Paper.id.desc()).offset(offset).limit(limit)
+        ids = db.scalars(select(_paper.id).where(*passing).order_by(_paper.day.desc(), _paper.id.desc()))
+        return Found(list(ids)[offset : offset + limit], total)
+    walk = select(_paper.id).order_by(_paper.day.desc(), _paper.id.desc()).offset(offset).limit(limit)
     for passing_ids in filters:  # many: along the index of days, each looked at until there are enough
-        inner = passing_ids.subquery()
-        walk = walk.where(exists(select(1).select_from(inner).where(inner.c[0] == Paper.id)))
-    return Found(_papers(db, db.scalars(walk).all()), total)
+        walk = walk.where(_has(passing_ids, _paper.id))
+    return Found(list(db.scalars(walk)), total)
 
 
 def _near(db: Session, query: str, filters: list[Select[Any]]) -> list[int]:
@@ -211,23 +238,9 @@ def _near(db: Session, query: str, filters: list[Select[Any]]) -> list[int]:
     found = embeddings.of(db)
     near = found.near(query, NEAR) if found else []
     if near and filters:
-        passing = set(db.scalars(select(Paper.id).where(Paper.id.in_(near), *(Paper.id.in_(ids) for ids in filters))))
+        passing = set(db.scalars(select(_paper.id).where(_paper.id.in_(near), *(_paper.id.in_(ids) for ids in filters))))
         near = [number for number in near if number in passing]
     return near
-
-
-#: What a list of related papers shows of each.
-_BRIEF = (
-    load_only(Paper.title, Paper.day, Paper.slug, Paper.arxiv_id, Paper.running),
-    selectinload(Paper.authors),
-)
-
-
-def _papers(db: Session, ids: Sequence[int], *options: Any) -> list[Paper]:
-    if not ids:
-        return []
-    rows = {row.id: row for row in db.scalars(select(Paper).where(Paper.id.in_(ids)).options(*options))}
-    return [rows[number] for number in ids if number in rows]
 
 
 # --- the databases' indexes -------------------------------------------------------------------------------------
@@ -250,27 +263,26 @@ _KEPT: dict[tuple[str, str, int, int], NDArray[np.int64]] = {}
 class Words:
     """A database's index of words. Ids grow with time, so that the newest matches are those with the highest."""
 
-    #: The ids of ``most`` newest matches of ``query`` as one text, commas between them: rows would cost an object each.
+    #: The ids of ``most`` newest matches of ``query``, `joined`.
     of_word: TextClause
 
     def best(self, db: Session, terms: list[Term], filters: list[Select[Any]]) -> Matches:
         """The matches, ranked as the module's head says."""
-        most = COUNTED if filters else RANKED + 1  # a filter is costly: what passes is asked for once
-        query = self.query(terms)
-        newest = self._ids(db, query, filters, most)
+        query, filters = self.query(terms), self.in_order(db, filters)
+        newest = self._ids(db, query, filters, COUNTED)
         if len(newest) < RANKED and terms[-1].unfinished:  # a whole word that is common is not unfinished
             query = self.query(terms, unfinished=True)
-            newest = self._ids(db, query, filters, most)
+            newest = self._ids(db, query, filters, COUNTED)
         if not newest and sum(not term.excluded for term in terms) > 1:  # nothing has all: what has any of them
             query = self.query(terms, unfinished=True, any_of=True)
-            newest = self._ids(db, query, filters, most)
+            newest = self._ids(db, query, filters, COUNTED)
         total = len(newest)
-        if total > RANKED:
-            titles = self._ids(db, self.in_title(query), [], most)
+        if total > 2 * RANKED:
+            titles = self._ids(db, self.in_title(query), [], COUNTED if filters else RANKED)
             if filters:
                 passing = set(newest)
                 titles = [number for number in titles if number in passing]
-            else:
+            elif total == COUNTED:
                 total = db.scalar(select(func.count()).select_from(self.matching(query, []).order_by(None).subquery())) or 0
             newest = list(dict.fromkeys(titles[:RANKED] + newest[:RANKED]))
         return Matches(self.ranked(db, query, newest), total, query)
@@ -295,7 +307,17 @@ class Words:
         return ids
 
     def _ids(self, db: Session, query: str, filters: list[Select[Any]], most: int) -> list[int]:
-        return list(db.scalars(self.matching(query, filters).limit(most)))
+        matches = self.matching(query, filters).limit(most).subquery()
+        found = db.scalar(select(self.joined(matches.c[0])))
+        return sorted(map(int, found.split(",")), reverse=True) if found else []
+
+    def in_order(self, db: Session, filters: list[Select[Any]]) -> list[Select[Any]]:
+        """The filters in the order in which `matching` should have them."""
+        return filters
+
+    def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
+        """All ids as one text, commas between them: rows would cost an object each."""
+        raise NotImplementedError
 
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         """The terms in the index's own language."""
@@ -323,6 +345,11 @@ class FTS5(Words):
         "(select rowid from paper_search where paper_search match :query order by rowid desc limit :most)"
     )
 
+    _best_first = text(
+        "select rowid from paper_search where paper_search match :query and +rowid in (select value from json_each(:ids)) "
+        f"and rowid >= :first order by bm25(paper_search, {', '.join(map(str, WEIGHTS))}), rowid desc"
+    )
+
     def query(self, terms: list[Term], unfinished: bool = False, any_of: bool = False) -> str:
         wanted: list[str] = []
         excluded: list[str] = []
@@ -338,19 +365,26 @@ class FTS5(Words):
     def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
         rowid: ColumnElement[Any] = self._table.c.rowid
         matching = select(rowid).where(literal_column("paper_search").op("match")(query)).order_by(rowid.desc())
-        for ids in filters:  # the + keeps SQLite from asking the index for every id by itself
-            matching = matching.where(literal_column("+paper_search.rowid").in_(ids))
-        return matching
+        if filters:  # the + keeps SQLite from asking the index for every id by itself
+            matching = matching.where(literal_column("+paper_search.rowid").in_(filters[0]))
+        return matching.where(*(_has(ids, rowid) for ids in filters[1:]))
+
+    def in_order(self, db: Session, filters: list[Select[Any]]) -> list[Select[Any]]:
+        """The fewest first: SQLite makes a list of the first one's ids, and looks the others up for what is left. A list of
+        each, as its planner would have it, took longer than the search itself."""
+        if len(filters) < 2:
+            return filters
+        some = [ids.limit(COUNTED).subquery() for ids in filters]
+        counts = db.execute(select(*(select(func.count()).select_from(ids).scalar_subquery() for ids in some))).one()
+        return [ids for _, ids in sorted(zip(counts, filters, strict=True), key=lambda pair: pair[0])]
+
+    def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
+        return func.group_concat(ids)
 
     def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
         if len(ids) < 2:
             return ids
-        weights = ", ".join(map(str, WEIGHTS))
-        statement = text(
-            f"select rowid from paper_search where paper_search match :query and +rowid in ({', '.join(map(str, ids))}) "
-            f"and rowid >= :first order by bm25(paper_search, {weights}), rowid desc"
-        )
-        return list(db.scalars(statement, {"query": query, "first": min(ids)}))
+        return list(db.scalars(self._best_first, {"query": query, "ids": json.dumps(ids), "first": min(ids)}))
 
 
 class TsVector(Words):
@@ -376,14 +410,17 @@ class TsVector(Words):
         return re.sub(r"('[^']+')(:\*)?", lambda word: f"{word[1]}{word[2] or ':'}A", query)
 
     def matching(self, query: str, filters: list[Select[Any]]) -> Select[Any]:
-        matching = select(Paper.id).where(self._words.op("@@")(self._parsed(query)))
-        return matching.where(*(Paper.id.in_(ids) for ids in filters)).order_by(Paper.id.desc())
+        matching = select(_paper.id).where(self._words.op("@@")(self._parsed(query)))
+        return matching.where(*(_paper.id.in_(ids) for ids in filters)).order_by(_paper.id.desc())
+
+    def joined(self, ids: ColumnElement[int]) -> ColumnElement[str]:
+        return func.string_agg(cast(ids, Text), ",")
 
     def ranked(self, db: Session, query: str, ids: list[int]) -> list[int]:
         most = max(WEIGHTS)
         weights = "{" + ", ".join(str(weight / most) for weight in reversed(WEIGHTS)) + "}"  # PostgreSQL's are D, C, B, A
         score = func.ts_rank(literal_column(f"'{weights}'::real[]"), self._words, self._parsed(query), 1)
-        return list(db.scalars(select(Paper.id).where(Paper.id.in_(ids)).order_by(score.desc(), Paper.id.desc())))
+        return list(db.scalars(select(_paper.id).where(_paper.id.in_(ids)).order_by(score.desc(), _paper.id.desc())))
 
     def _parsed(self, query: str) -> ColumnElement[Any]:
         return func.to_tsquery(literal_column("'english'::regconfig"), query)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,8 @@ import broadsheet
 from broadsheet.catalogue import papers
 
 _ROOT = Path(broadsheet.__file__).parent
+#: CPython 3.11 counts the depth of all threads' trees together, and takes two at once for an error now and then.
+_parsing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def _classes(module: str, name: str) -> list[ast.ClassDef]:
     file = where / "__init__.py" if package else where.with_suffix(".py")
     if not module.startswith("broadsheet") or not file.is_file():
         return []
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    with _parsing:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             bases = [base.id for base in node.bases if isinstance(base, ast.Name)]

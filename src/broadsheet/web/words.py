@@ -6,8 +6,6 @@ import re
 
 from markupsafe import Markup, escape
 
-from .tables import Paper
-
 #: Characters of a search result's text.
 EXCERPT = 320
 
@@ -31,13 +29,13 @@ def highlight(text: str, words: list[str]) -> Markup:
     return Markup("").join(Markup("<mark>{}</mark>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
 
 
-def excerpt(paper: Paper, words: list[str]) -> Markup:
-    """The paper's summary; where it has none of the words, the abstract from the first of them on."""
-    text = paper.summary
-    if words and not _pattern(words).search(text) and (hit := _pattern(words).search(paper.abstract)):
-        start = paper.abstract.rfind(". ", 0, hit.start()) + 2 if ". " in paper.abstract[: hit.start()] else 0
+def excerpt(summary: str, abstract: str, words: list[str]) -> Markup:
+    """A paper's summary; where it has none of the words, the abstract from the first of them on."""
+    text = summary
+    if words and not _pattern(words).search(text) and (hit := _pattern(words).search(abstract)):
+        start = abstract.rfind(". ", 0, hit.start()) + 2 if ". " in abstract[: hit.start()] else 0
         start = max(start, hit.start() - EXCERPT // 2)
-        text = ("… " if start else "") + shortened(paper.abstract[start:], EXCERPT)
+        text = ("… " if start else "") + shortened(abstract[start:], EXCERPT)
     return highlight(text, words)
 
 

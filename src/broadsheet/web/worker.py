@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from broadsheet.core.records import StorageError
 
 from . import queue
-from .db import connect, open_database, reading
+from .db import connect, insist, line_of, open_database, reading
 from .locks import only_one
 from .queue import last_beat
 from .settings import Settings
@@ -49,8 +49,6 @@ BEAT = 10.0
 GRACE = 1.0
 #: Seconds between two lines of a run's progress.
 PACE = 0.4
-#: Seconds during which a result is tried to be stored again.
-PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Worker:
             with reading(self.engine) as db:
                 return bool(db.get_one(Run, run.id).cancel)
         except SQLAlchemyError as error:
-            log.warning("run %d: %s", run.id, _line(error))
+            log.warning("run %d: %s", run.id, line_of(error))
             return False
 
     @contextmanager
@@ -188,7 +186,7 @@ class Worker:
             try:
                 return step()
             except SQLAlchemyError as error:
-                log.warning("the database refuses, trying again: %s", _line(error))
+                log.warning("the database refuses, trying again: %s", line_of(error))
                 if self.stopping.wait(1.0):
                     return None
 
@@ -270,7 +268,7 @@ class Reporter:
                 try:
                     queue.tell(self.engine, self.run.id, self.run.attempt, lines, newest)
                 except SQLAlchemyError as error:
-                    print(f"not told: {_line(error)}", file=sys.stderr)
+                    print(f"not told: {line_of(error)}", file=sys.stderr)
                     with self.lock:
                         self.lines, self.newest = lines + self.lines, self.newest or newest
             if last:
@@ -294,7 +292,13 @@ def work(run_id: int, attempt: int) -> None:
         state, said = "done", ""
     reporter.close()
     words = f"done in {time.monotonic() - began:.1f} s" if state == "done" else ""
-    _insist(lambda: queue.finish(engine, run_id, attempt, state, said, words, **result))
+    try:
+        insist(
+            lambda: queue.finish(engine, run_id, attempt, state, said, words, **result),
+            lambda why: print(f"not stored: {why}", file=sys.stderr),
+        )
+    except SQLAlchemyError as error:
+        sys.exit(f"given up: {line_of(error)}")
 
 
 def outcome(run: Run, reporter: Reporter) -> dict[str, Any]:
@@ -345,33 +349,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _insist(step: Callable[[], bool]) -> None:
-    """Tries to store a result for a minute: it was dear, and a full disk or a lock may go."""
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            step()
-            return
-        except SQLAlchemyError as error:
-            print(f"not stored: {_line(error)}", file=sys.stderr)
-            if time.monotonic() > until:
-                sys.exit(f"given up after {PATIENCE:g} s")
-            time.sleep(1.0)
-
-
 def _said(error: Exception) -> str:
     """A line for people: what they can act on as it stands, anything else with its kind."""
     known = isinstance(error, ValueError | StorageError)
-    return _line(error) if known and str(error) else f"{type(error).__name__}: {_line(error)}".rstrip(": ")
-
-
-def _line(error: Exception) -> str:
-    """An error's first line, without what does not print."""
-    if isinstance(error, SQLAlchemyError):
-        error = getattr(error, "orig", None) or error
-    lines = str(error).strip().splitlines() or [""]
-    whole = " ".join(lines) if isinstance(error, ValueError) else lines[0]
-    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())[:500]
+    return line_of(error) if known and str(error) else f"{type(error).__name__}: {line_of(error)}".rstrip(": ")
 
 
 def _go_with_parent() -> None:
