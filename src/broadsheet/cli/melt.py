@@ -53,7 +53,7 @@ def run(
     if model.endswith((".yaml", ".yml")):
         config, model = model, read_config(model).model
     parts = tuple(part.strip() for part in formats.split(",") if part.strip())
-    method = MELT(parts, runtime, meter, context, max_gen, repetitions, count, threads)
+    method = MELT(context, max_gen, repetitions, count, threads, formats=parts, runtime=runtime, meter=meter)
     method = configured("melt", method, options_of(option))
     with working() as bar:
         line = bar.add_task(model, total=None)

@@ -38,7 +38,7 @@ RUNTIMES = ("torch", "llamacpp", "llama-server")
 
 
 @dataclass(frozen=True)
-class MELT:
+class MELT(RunSettings):
     """A run's settings, with the authors' defaults; see `RunSettings` for what they mean.
 
     ``formats``: of the weights, one run each. ``runtime``: torch, llamacpp (a GGUF file) or llama-server (an address).
@@ -48,32 +48,19 @@ class MELT:
     formats: tuple[str, ...] = ("fp32",)
     runtime: str = "torch"
     meter: str = "none"
-    context: int = 2048
-    max_gen: int = 256
-    repetitions: int = 3
-    conversations: int = 5
-    threads: int = 1
-    seed: int = 42
-    ignore_eos: bool = False
-    keep_cache: bool = True
-    idle: float = 60.0
-    tail: float = 10.0
-    warmup: int = 1
-    cold: bool = False
-    max_busy: float = 0.1
-    sustain: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.formats, str):  # -o formats=int4
             object.__setattr__(self, "formats", tuple(part.strip() for part in self.formats.split(",") if part.strip()))
         if not self.formats:
             raise ValueError("formats names at least one format of weights, such as fp32 or int4")
         if self.runtime not in RUNTIMES:
             raise ValueError(f"runtime is one of {', '.join(RUNTIMES)}; got '{self.runtime}'")
-        self.settings  # noqa: B018  # checks them
 
     @property
     def settings(self) -> RunSettings:
+        """What the runs of all formats share."""
         return RunSettings(**{one.name: getattr(self, one.name) for one in fields(RunSettings)})
 
     def estimate(
