@@ -4,10 +4,19 @@ Row o of the weight is zero[o, g] + scale[o, g] * code in group g. So with the s
 
     y[o] = sum_g scale[o, g] * (sum of code * x in the group) + sum_g zero[o, g] * (sum of x in the group)
 
-and the codes, of 1 to 8 bits, are all that is read in bulk. Eight codes stand in as many bytes as a code has bits: these
-are loaded into all lanes of a vector, every lane shifts its code down, and the lanes are multiplied with eight values of x.
-A few rows are multiplied at once, so that no sum waits for itself. For many inputs it pays to dequantise a run of rows
-first and to leave the product to torch.
+and the codes, of 1 to 8 bits, are all that is read in bulk. To keep up with the memory, sums of code * x are of whole
+numbers: x is rounded to a 16-bit multiple of a step of its own in every group, the largest |x| over 32767, and a
+product and its sum are one instruction where a float's would be three. With the step of group g, y[o] is off by at most
+
+    sum_g step[g] / 2 * scale[o, g] * (sum of codes in the group)
+
+which is 1/65534 of the largest |x| an input, less than bfloat16's rounding of x by two hundred times. Scales, zeros and all
+other sums are float32.
+
+32 codes stand in four times as many bytes as a code has bits: these are loaded, shuffled so that every lane of 16 bits has
+the two bytes that its code begins in, and shifted. Rows are read one after the other, as they lie in memory: several at
+once are several streams, and the processor fetches those ahead only half as fast. A few inputs share the codes of a row; for
+many it pays to dequantise a run of rows first and to leave the product to torch.
 
 Compiled by numba at the first use, for each number of bits, and cached on disk; this module is imported only then.
 """
@@ -30,81 +39,95 @@ from numba.extending import intrinsic
 from .groups import GroupQuantised
 from .jit import compiled, split
 
-#: codes in a vector
-LANES = 8
-#: bytes that may be read behind a row: a vector is loaded as two words of four bytes
-BEHIND = 8
+#: codes in a vector, and sums: of products of neighbours; values that are dequantised at once
+LANES, SUMS, EIGHT = 32, 16, 8
+#: bytes that may be read behind a row
+BEHIND = 4 * 8
 #: inputs up to which codes are multiplied as they are; and rows that are dequantised together beyond
 FEW, RUN = 96, 256
+#: inputs that share a row's codes
+TOGETHER = 4
+#: what is smaller counts as 0: its step has no inverse in float32
+LEAST = 1e-30
 _intrinsic: Any = intrinsic  # untyped: its first parameter is not the caller's
-_BYTE, _INT, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
-_INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
-#: sums may be reordered and fused; infinities and NaN keep their meaning
+_BYTE, _SHORT, _INT, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_SHORTS, _INTS, _FLOATS = ir.VectorType(_SHORT, LANES), ir.VectorType(_INT, SUMS), ir.VectorType(_FLOAT, SUMS)
+#: sums may be reordered and fused; NaN keeps its meaning
 _FLAGS = ("reassoc", "contract", "nsz")
 
 
 def matmul(x: torch.Tensor, weight: GroupQuantised) -> torch.Tensor:
-    """x Wᵀ, float32 [n, rows], of ``x`` float32 [n, width] and a weight in groups of codes [rows, groups, bytes]."""
+    """x Wᵀ, float32 [n, rows], of ``x`` float32 [n, width] and a weight in groups of codes [rows, groups, bytes].
+
+    Scale and zero of the weight are float16. A value that is not finite makes its row NaN."""
     rows, groups, _ = weight.codes.shape
     if len(x) > FEW:
-        parts = (replace(weight, codes=c, scale=s, zero=z) for c, s, z in zip(*(t.split(RUN) for t in _tensors(weight))))
-        return torch.cat([F.linear(x, dequantise(part)) for part in parts], 1)
-    x = F.pad(x, (0, groups * weight.group_size - x.shape[1])).unflatten(1, (groups, weight.group_size))
-    out = F.linear(x.sum(-1), weight.zero.float())
-    x = F.pad(x, (0, -weight.group_size % LANES)).contiguous()
-    codes, scale, _ = _tensors(weight)
-    arrays = [tensor.numpy() for tensor in (x, codes, scale, out)]
-    kernel = _multiplier(weight.bits, *((4, 1) if len(x) == 1 else (2, 4)))
-    split(lambda first, last: kernel(*arrays, first, last), rows, 4)
+        parts = zip(*(tensor.split(RUN) for tensor in (weight.codes, weight.scale, weight.zero)))
+        some = (replace(weight, codes=codes, scale=scale, zero=zero) for codes, scale, zero in parts)
+        return torch.cat([F.linear(x, dequantise(part)) for part in some], 1)
+    together = 1 if len(x) == 1 else TOGETHER
+    size, count = weight.group_size + -weight.group_size % LANES, len(x) + -len(x) % together
+    short, (step, sums) = np.zeros((count, groups, size), np.int16), np.zeros((2, count, groups), np.float32)
+    # as many of 16 bits as a lane's sum of ``size`` / SUMS products has room for
+    most = min(2**15 - 1, (2**31 - 1) // (size // SUMS * (2**weight.bits - 1)))
+    _rounder()(x.contiguous().numpy(), weight.group_size, most, short, step, sums)
+    out, codes = torch.empty(len(x), rows), weight.codes.contiguous().numpy()
+    halves = [tensor.contiguous().view(torch.int16).numpy() for tensor in (weight.scale, weight.zero)]
+    kernel = _multiplier(weight.bits, together)
+    split(lambda first, last: kernel(short, step, sums, codes, *halves, out.numpy(), first, last), rows, 4)
     return out
 
 
 def dequantise(weight: GroupQuantised) -> torch.Tensor:
     """The weight, float32 [rows, width], the same bits as `GroupQuantised.dequantise` gives."""
     rows, groups, _ = weight.codes.shape
-    if weight.group_size % LANES or weight.width != groups * weight.group_size:
+    if weight.group_size % EIGHT or weight.width != groups * weight.group_size:
         return weight.dequantise()
     out = torch.empty(rows, weight.width)
-    arrays = [tensor.numpy() for tensor in (*_tensors(weight), out)]
+    tensors = (weight.codes.contiguous(), weight.scale.float(), weight.zero.float(), out)  # numba has no 16-bit floats
+    arrays = [tensor.numpy() for tensor in tensors]
     split(lambda first, last: _decoder(weight.bits)(*arrays, weight.group_size, first, last), rows, 4)
     return out
-
-
-def _tensors(weight: GroupQuantised) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes; scale and zero in float32, which numba needs."""
-    return weight.codes.contiguous(), weight.scale.float(), weight.zero.float()
 
 
 # --- vector code ------------------------------------------------------------------------------------------------------
 
 
-def _constant(values: list[int]) -> Any:
-    return ir.Constant(_INTS, values)
+def _vector(kind: Any, values: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(kind, len(values)), values)
 
 
-def _codes(builder: Any, data: Any, first: Any, bits: int) -> Any:
-    """The eight codes, as floats, that begin at byte ``first``."""
-    second = 4 * bits // 8 if bits > 4 else 0  # where a word holds the last four codes whole
-    words = []
-    for offset in (0, second) if second else (0,):
-        place = builder.gep(data, [builder.add(first, ir.Constant(first.type, offset))])
-        word = builder.load(builder.bitcast(place, _INT.as_pointer()), align=1)
-        vector = builder.insert_element(ir.Constant(_INTS, ir.Undefined), word, _INT(0))
-        words.append(builder.shuffle_vector(vector, vector, _constant([0] * LANES)))
-    if second:
-        words = [builder.shuffle_vector(*words, _constant([0] * 4 + [LANES] * 4))]
-    shifts = [bits * lane - (8 * second if lane >= 4 else 0) for lane in range(LANES)]
-    shifted = builder.lshr(words[0], _constant(shifts))
-    return builder.sitofp(builder.and_(shifted, _constant([2**bits - 1] * LANES)), _FLOATS)
+def _codes(builder: Any, data: Any, first: Any, bits: int, lanes: int) -> Any:
+    """``lanes`` codes, of 16 bits each, that begin at byte ``first``."""
+    size = lanes * bits // 8
+    loaded = builder.load(builder.bitcast(builder.gep(data, [first]), ir.VectorType(_BYTE, size).as_pointer()), align=1)
+    if bits == 8:
+        return builder.zext(loaded, ir.VectorType(_SHORT, lanes))
+    places = [lane * bits // 8 + byte for lane in range(lanes) for byte in range(2)]
+    spread = builder.shuffle_vector(loaded, loaded, _vector(_INT, [min(place, size - 1) for place in places]))
+    pairs = builder.bitcast(spread, ir.VectorType(_SHORT, lanes))
+    shifted = builder.lshr(pairs, _vector(_SHORT, [lane * bits % 8 for lane in range(lanes)]))
+    return builder.and_(shifted, _vector(_SHORT, [2**bits - 1] * lanes))
 
 
-def _load(builder: Any, data: Any, place: Any) -> Any:
-    return builder.load(builder.bitcast(builder.gep(data, [place]), _FLOATS.as_pointer()), align=4)
+def _products(builder: Any, codes: Any, x: Any) -> Any:
+    """Sums of the products of neighbours, 32 bits each: one instruction on most processors."""
+    wide = ir.VectorType(_INT, LANES)
+    products = builder.mul(builder.sext(codes, wide), builder.sext(x, wide))
+    return builder.add(
+        *(builder.shuffle_vector(products, products, _vector(_INT, list(range(first, LANES, 2)))) for first in (0, 1))
+    )
 
 
-def _everywhere(builder: Any, value: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, _INT(0))
-    return builder.shuffle_vector(vector, vector, _constant([0] * LANES))
+def _half(builder: Any, data: Any, place: Any) -> Any:
+    """A float from one of 16 bits."""
+    return builder.fpext(builder.bitcast(builder.load(builder.gep(data, [place])), ir.HalfType()), _FLOAT)
+
+
+def _everywhere(builder: Any, value: Any, lanes: int) -> Any:
+    kind = ir.VectorType(_FLOAT, lanes)
+    vector = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
+    return builder.shuffle_vector(vector, vector, _vector(_INT, [0] * lanes))
 
 
 def _data(context: Any, builder: Any, signature: Any, args: Any, index: int) -> Any:
@@ -112,62 +135,68 @@ def _data(context: Any, builder: Any, signature: Any, args: Any, index: int) -> 
 
 
 @_intrinsic
-def _dots(typing: Any, sums: Any, codes: Any, starts: Any, x: Any, places: Any, scale: Any, size: Any, blocks: Any,
-          groups: Any, bits: Any, rows: Any, inputs: Any) -> Any:  # fmt: skip
-    """``sums[row * inputs + i]`` of ``rows`` rows, whose codes begin at the bytes ``starts[row]`` and scales at
-    ``starts[rows + row]``, with ``inputs`` rows of ``x``, which begin at ``places``.
+def _dots(typing: Any, out: Any, x: Any, step: Any, sums: Any, codes: Any, scale: Any, zero: Any, places: Any, size: Any,
+          blocks: Any, groups: Any, bits: Any, inputs: Any) -> Any:  # fmt: skip
+    """``out[i]``, the products of a row of the weight with ``inputs`` inputs.
 
-    A row has ``groups`` groups of ``size`` bytes, in which ``blocks`` vectors are read. The last three are constants.
+    ``places``: where the row begins in codes (bytes), and in scale and zero; and the number of the first input. A row has
+    ``groups`` groups of ``size`` bytes, in which ``blocks`` vectors are read. ``bits`` and ``inputs`` are constants.
     """
-    if not all(isinstance(kind, types.IntegerLiteral) for kind in (bits, rows, inputs)):
+    if not all(isinstance(kind, types.IntegerLiteral) for kind in (bits, inputs)):
         return None  # numba asks again with the constants
     count = types.intp
-    signature = types.void(sums, codes, starts, x, places, scale, count, count, count, bits, rows, inputs)
-    pairs = [(row, i) for row in range(rows.literal_value) for i in range(inputs.literal_value)]
+    signature = types.void(
+        out, x, step, sums, codes, scale, zero, types.UniTuple(count, 3), count, count, count, bits, inputs
+    )
+    numbers = range(inputs.literal_value)
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, codes, starts, x, places, scale = (_data(context, builder, signature, args, i) for i in range(6))
-        size, blocks, groups = args[6:9]
+        out, x, step, sums, codes, scale, zero = (_data(context, builder, signature, args, i) for i in range(7))
+        code_at, scale_at, first = cgutils.unpack_tuple(builder, args[7])
+        size, blocks, groups = args[8:11]
         word = size.type
 
-        def entry(data: Any, index: int) -> Any:
-            return builder.load(builder.gep(data, [ir.Constant(word, index)]))
+        def whole(value: int) -> Any:
+            return ir.Constant(word, value)
 
-        first = [entry(starts, row) for row in range(rows.literal_value)]
-        scales = [entry(starts, rows.literal_value + row) for row in range(rows.literal_value)]
-        x_first = [entry(places, i) for i in range(inputs.literal_value)]
-        nothing = ir.Constant(_FLOATS, None)
-        totals = {pair: cgutils.alloca_once_value(builder, nothing) for pair in pairs}
-        parts = {pair: cgutils.alloca_once_value(builder, nothing) for pair in pairs}
+        group_width = builder.mul(blocks, whole(LANES))
+        inputs_at = [builder.mul(builder.add(first, whole(i)), groups) for i in numbers]  # in groups
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in numbers]
+        shifts = [cgutils.alloca_once_value(builder, ir.Constant(_FLOAT, 0.0)) for _ in numbers]
+        parts = [cgutils.alloca_once_value(builder, ir.Constant(_INTS, None)) for _ in numbers]
+
+        def grow(total: Any, a: Any, b: Any) -> None:
+            product = builder.fmul(a, b, flags=_FLAGS)
+            builder.store(builder.fadd(builder.load(total), product, flags=_FLAGS), total)
+
         with cgutils.for_range(builder, groups, intp=word) as group:
-            for part in parts.values():
-                builder.store(nothing, part)
-            before = builder.mul(group.index, size)
-            x_before = builder.mul(group.index, builder.mul(blocks, ir.Constant(word, LANES)))
+            for part in parts:
+                builder.store(ir.Constant(_INTS, None), part)
+            groups_at = [builder.add(start, group.index) for start in inputs_at]
+            codes_at = builder.add(code_at, builder.mul(group.index, size))
+            x_at = [builder.mul(place, group_width) for place in groups_at]
             with cgutils.for_range(builder, blocks, intp=word) as block:
-                at = builder.add(before, builder.mul(block.index, ir.Constant(word, bits.literal_value)))
-                x_at = builder.add(x_before, builder.mul(block.index, ir.Constant(word, LANES)))
-                weights = [_codes(builder, codes, builder.add(start, at), bits.literal_value) for start in first]
-                values = [_load(builder, x, builder.add(start, x_at)) for start in x_first]
-                for row, i in pairs:
-                    product = builder.fmul(weights[row], values[i], flags=_FLAGS)
-                    grown = builder.fadd(builder.load(parts[row, i]), product, flags=_FLAGS)
-                    builder.store(grown, parts[row, i])
-            steps = [
-                _everywhere(builder, builder.load(builder.gep(scale, [builder.add(start, group.index)]))) for start in scales
-            ]
-            for row, i in pairs:
-                product = builder.fmul(steps[row], builder.load(parts[row, i]), flags=_FLAGS)
-                builder.store(builder.fadd(builder.load(totals[row, i]), product, flags=_FLAGS), totals[row, i])
-        for number, pair in enumerate(pairs):
-            vector, width = builder.load(totals[pair]), LANES
+                place = builder.add(codes_at, builder.mul(block.index, whole(LANES * bits.literal_value // 8)))
+                weights = _codes(builder, codes, place, bits.literal_value, LANES)
+                for part, start in zip(parts, x_at, strict=True):
+                    place = builder.gep(x, [builder.add(start, builder.mul(block.index, whole(LANES)))])
+                    values = builder.load(builder.bitcast(place, _SHORTS.as_pointer()), align=2)
+                    builder.store(builder.add(builder.load(part), _products(builder, weights, values)), part)
+            scale_, zero_ = (_half(builder, data, builder.add(scale_at, group.index)) for data in (scale, zero))
+            for i, place in zip(numbers, groups_at, strict=True):
+                step_, sum_ = (builder.load(builder.gep(data, [place])) for data in (step, sums))
+                factor = _everywhere(builder, builder.fmul(scale_, step_), SUMS)
+                grow(totals[i], builder.sitofp(builder.load(parts[i]), _FLOATS), factor)
+                grow(shifts[i], zero_, sum_)
+        for i in numbers:
+            vector, width = builder.load(totals[i]), SUMS
             while width > 1:
                 width //= 2
-                lanes = [ir.Constant(ir.VectorType(_INT, width), [start + k for k in range(width)]) for start in (0, width)]
-                low, high = (builder.shuffle_vector(vector, vector, half) for half in lanes)
-                vector = builder.fadd(low, high, flags=_FLAGS)
-            total = builder.extract_element(vector, _INT(0))
-            builder.store(total, builder.gep(sums, [ir.Constant(word, number)]))
+                low, high = (_vector(_INT, list(range(start, start + width))) for start in (0, width))
+                halves = (builder.shuffle_vector(vector, vector, half) for half in (low, high))
+                vector = builder.fadd(*halves, flags=_FLAGS)
+            total = builder.fadd(builder.extract_element(vector, _INT(0)), builder.load(shifts[i]), flags=_FLAGS)
+            builder.store(total, builder.gep(out, [whole(i)]))
         return context.get_dummy_value()
 
     return signature, build
@@ -184,12 +213,14 @@ def _values(typing: Any, out: Any, place: Any, codes: Any, start: Any, blocks: A
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out, codes = (_data(context, builder, signature, args, i) for i in (0, 2))
         word = args[1].type
-        step, base = (_everywhere(builder, value) for value in args[5:7])
+        step, base = (_everywhere(builder, value, EIGHT) for value in args[5:7])
+        floats = ir.VectorType(_FLOAT, EIGHT)
         with cgutils.for_range(builder, args[4], intp=word) as block:
             at = builder.add(args[3], builder.mul(block.index, ir.Constant(word, bits.literal_value)))
-            values = builder.fadd(builder.fmul(_codes(builder, codes, at, bits.literal_value), step), base)
-            target = builder.gep(out, [builder.add(args[1], builder.mul(block.index, ir.Constant(word, LANES)))])
-            builder.store(values, builder.bitcast(target, _FLOATS.as_pointer()), align=4)
+            whole = builder.uitofp(_codes(builder, codes, at, bits.literal_value, EIGHT), floats)
+            values = builder.fadd(builder.fmul(whole, step), base)
+            target = builder.gep(out, [builder.add(args[1], builder.mul(block.index, ir.Constant(word, EIGHT)))])
+            builder.store(values, builder.bitcast(target, floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return signature, build
@@ -200,36 +231,44 @@ def _values(typing: Any, out: Any, place: Any, codes: Any, start: Any, blocks: A
 
 
 @cache
-def _multiplier(bits: int, together: int, inputs: int) -> Callable[..., None]:
-    """Multiplies ``together`` rows with ``inputs`` inputs at a time; what is left over is done with the last ones again."""
+def _rounder() -> Callable[..., None]:
+    """Rounds ``x`` [n, width] to ``short`` [n, groups, size], up to ``most``; and its ``step`` and ``sums`` [n, groups]."""
 
-    def multiply(x, codes, scale, out, first, last):
+    def rounder(x, group_size, most, short, step, sums):
+        for i in range(x.shape[0]):
+            for group in range(short.shape[1]):
+                first, last = group * group_size, min((group + 1) * group_size, x.shape[1])
+                largest, total = np.float32(0), np.float32(0)
+                for k in range(first, last):
+                    largest, total = max(largest, abs(x[i, k])), total + x[i, k]
+                inverse = np.float32(most) / largest if largest > LEAST else np.float32(0)
+                for k in range(first, last):
+                    short[i, group, k - first] = np.int16(np.rint(x[i, k] * inverse))
+                sums[i, group] = total
+                step[i, group] = largest / np.float32(most) if np.isfinite(total) else np.float32(np.nan)
+
+    return compiled(rounder)
+
+
+@cache
+def _multiplier(bits: int, together: int) -> Callable[..., None]:
+    """Multiplies a row at a time with ``together`` inputs."""
+
+    def multiply(x, step, sums, codes, scale, zero, out, first, last):
         rows, groups, size = codes.shape
-        blocks, flat, xs, scales = x.shape[2] // LANES, codes.reshape(-1), x.reshape(-1), scale.reshape(-1)
-        sums = np.empty(together * inputs, np.float32)
-        starts, places = np.empty(2 * together, np.intp), np.empty(inputs, np.intp)
-        end = np.zeros(groups * size + BEHIND, np.uint8)
-        row = first
-        while row < last:
-            at_end = row == rows - 1
-            until = last if at_end else min(row + together, last, rows - 1)
-            for r in range(together):
-                here = min(row + r, until - 1)
-                starts[r] = 0 if at_end else here * groups * size
-                starts[together + r] = here * groups
-            if at_end:
-                end[: groups * size] = flat[(rows - 1) * groups * size :]
-            for some in range(0, x.shape[0], inputs):
-                for i in range(inputs):
-                    places[i] = min(some + i, x.shape[0] - 1) * groups * blocks * LANES
-                if at_end:
-                    _dots(sums, end, starts, xs, places, scales, size, blocks, groups, bits, together, inputs)
-                else:
-                    _dots(sums, flat, starts, xs, places, scales, size, blocks, groups, bits, together, inputs)
-                for i in range(min(inputs, x.shape[0] - some)):
-                    for r in range(until - row):
-                        out[some + i, row + r] += sums[r * inputs + i]
-            row = until
+        flat, xs, steps, all_sums = codes.reshape(-1), x.reshape(-1), step.reshape(-1), sums.reshape(-1)
+        scales, zeros, blocks = scale.reshape(-1), zero.reshape(-1), x.shape[2] // LANES
+        found, end = np.empty(together, np.float32), np.zeros(groups * size + BEHIND, np.uint8)
+        for row in range(first, last):
+            data, place = flat, row * groups * size
+            if row == rows - 1:
+                end[: groups * size] = flat[place:]
+                data, place = end, 0
+            for some in range(0, x.shape[0], together):
+                at = (place, row * groups, some)
+                _dots(found, xs, steps, all_sums, data, scales, zeros, at, size, blocks, groups, bits, together)
+                for i in range(some, min(some + together, out.shape[0])):
+                    out[i, row] = found[i - some]
 
     return compiled(multiply)
 
@@ -238,7 +277,7 @@ def _multiplier(bits: int, together: int, inputs: int) -> Callable[..., None]:
 def _decoder(bits: int) -> Callable[..., None]:
     def decode(codes, scale, zero, out, group_size, first, last):
         rows, groups, size = codes.shape
-        flat, values, blocks = codes.reshape(-1), out.reshape(-1), group_size // LANES
+        flat, values, blocks = codes.reshape(-1), out.reshape(-1), group_size // EIGHT
         end = np.zeros(size + BEHIND, np.uint8)
         for row in range(first, last):
             for group in range(groups):
