@@ -4,7 +4,7 @@
 
 - ops: shares of operators in the public llama.cpp log (needs a checkout of brave-experiments/MELT-public).
 - published: the paper's own accuracies with error bars (needs the checkout too).
-- speed, threads: fixed-length prefill and decode of a model of 107 million random weights, whose every format exceeds the
+- speed, threads: fixed-length prefill and decode of a model of 219 million random weights, whose every format exceeds the
   caches, with one and two threads; contenders take turns. With one thread the clock is CPU time of the process, so what
   else runs does not count (its memory traffic does); with two it is the wall clock, and ``busy`` says how much else ran.
   ``slope``: of log decode rate over log bytes read a token.
@@ -59,7 +59,7 @@ OUT = Path(__file__).parent / "results" / "melt_study.records.json"
 TORCH = ("fp32", "fp16", "bf16", "int8", "int4")
 LLAMA = ("f32", "f16", "bf16", "q8_0", "q4_0")
 GREEDY = Sampling(temperature=0)
-MODEL = "random-107m"
+MODEL = "random-219m"
 
 
 class Study:
@@ -96,8 +96,8 @@ class Study:
 
 
 def large() -> Path:
-    """Two layers of TinyLlama's width with random weights (107 million, 428 MB in 32 bits) and the built-in tokenizer: for
-    speed alone."""
+    """One layer of Llama-2-7B with random weights (with embeddings 219 million, 877 MB in 32 bits) and the built-in
+    tokenizer: for speed alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from broadsheet.core.models import load
@@ -106,7 +106,7 @@ def large() -> Path:
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=2048, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=32,
+            vocab_size=2048, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32,
             num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)

@@ -13,10 +13,11 @@ product and its sum are one instruction where a float's would be three. With the
 which is 1/65534 of the largest |x| an input, less than bfloat16's rounding of x by two hundred times. Scales, zeros and all
 other sums are float32.
 
-32 codes stand in four times as many bytes as a code has bits: these are loaded, shuffled so that every lane of 16 bits has
-the two bytes that its code begins in, and shifted. Rows are read one after the other, as they lie in memory: several at
-once are several streams, and the processor fetches those ahead only half as fast. A few inputs share the codes of a row; for
-many it pays to dequantise a run of rows first and to leave the product to torch.
+Codes of 1, 2, 4 and 8 bits are whole in words of 16 bits: a vector of words, shifted down k codes and masked, has code k of
+every word, and x is put in that order beforehand. Of other codes, the bytes are shuffled so that every lane of 16 bits has
+the two that its code begins in. Rows are read one after the other, as they lie in memory: several at once are several
+streams, and the processor fetches those ahead only half as fast. A few inputs share the codes of a row; for many it pays to
+dequantise a run of rows first and to leave the product to torch.
 
 Compiled by numba at the first use, for each number of bits, and cached on disk; this module is imported only then.
 """
@@ -35,14 +36,15 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from .groups import GroupQuantised
 from .jit import compiled, split
 
-#: codes in a vector, and sums: of products of neighbours; values that are dequantised at once
-LANES, SUMS, EIGHT = 32, 16, 8
+#: words of 16 bits in a vector, and sums: of products of neighbours; values that are dequantised at once
+LANES, SUMS, EIGHT = 16, 8, 8
 #: bytes that may be read behind a row
-BEHIND = 4 * 8
+BEHIND = 2 * LANES
 #: inputs up to which codes are multiplied as they are; and rows that are dequantised together beyond
 FEW, RUN = 96, 256
 #: inputs that share a row's codes
@@ -66,11 +68,12 @@ def matmul(x: torch.Tensor, weight: GroupQuantised) -> torch.Tensor:
         some = (replace(weight, codes=codes, scale=scale, zero=zero) for codes, scale, zero in parts)
         return torch.cat([F.linear(x, dequantise(part)) for part in some], 1)
     together = 1 if len(x) == 1 else TOGETHER
-    size, count = weight.group_size + -weight.group_size % LANES, len(x) + -len(x) % together
+    order = _order(weight.bits, weight.group_size)
+    size, count = len(order), len(x) + -len(x) % together
     short, (step, sums) = np.zeros((count, groups, size), np.int16), np.zeros((2, count, groups), np.float32)
     # as many of 16 bits as a lane's sum of ``size`` / SUMS products has room for
     most = min(2**15 - 1, (2**31 - 1) // (size // SUMS * (2**weight.bits - 1)))
-    _rounder()(x.contiguous().numpy(), weight.group_size, most, short, step, sums)
+    _rounder()(x.contiguous().numpy(), order, weight.group_size, most, short, step, sums)
     out, codes = torch.empty(len(x), rows), weight.codes.contiguous().numpy()
     halves = [tensor.contiguous().view(torch.int16).numpy() for tensor in (weight.scale, weight.zero)]
     kernel = _multiplier(weight.bits, together)
@@ -90,6 +93,16 @@ def dequantise(weight: GroupQuantised) -> torch.Tensor:
     return out
 
 
+@cache
+def _order(bits: int, group_size: int) -> NDArray[np.intp]:
+    """Where the kernel wants value k of a group, of as many as its vectors hold."""
+    each = 16 // bits if 16 % bits == 0 else 1  # codes of a word
+    values = np.arange(group_size + -group_size % (each * LANES))
+    block, inside = np.divmod(values, each * LANES)
+    word, code = np.divmod(inside, each)
+    return block * each * LANES + code * LANES + word
+
+
 # --- vector code ------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +110,16 @@ def _vector(kind: Any, values: list[int]) -> Any:
     return ir.Constant(ir.VectorType(kind, len(values)), values)
 
 
-def _codes(builder: Any, data: Any, first: Any, bits: int, lanes: int) -> Any:
+def _vectors(builder: Any, data: Any, first: Any, bits: int) -> list[Any]:
+    """Vectors of codes, of 16 bits each, from byte ``first`` on, in the order of `_order`."""
+    if 16 % bits:
+        return [_in_order(builder, data, first, bits, LANES)]
+    words = builder.load(builder.bitcast(builder.gep(data, [first]), _SHORTS.as_pointer()), align=1)
+    mask = _vector(_SHORT, [2**bits - 1] * LANES)
+    return [builder.and_(builder.lshr(words, _vector(_SHORT, [shift] * LANES)), mask) for shift in range(0, 16, bits)]
+
+
+def _in_order(builder: Any, data: Any, first: Any, bits: int, lanes: int) -> Any:
     """``lanes`` codes, of 16 bits each, that begin at byte ``first``."""
     size = lanes * bits // 8
     loaded = builder.load(builder.bitcast(builder.gep(data, [first]), ir.VectorType(_BYTE, size).as_pointer()), align=1)
@@ -119,11 +141,6 @@ def _products(builder: Any, codes: Any, x: Any) -> Any:
     )
 
 
-def _half(builder: Any, data: Any, place: Any) -> Any:
-    """A float from one of 16 bits."""
-    return builder.fpext(builder.bitcast(builder.load(builder.gep(data, [place])), ir.HalfType()), _FLOAT)
-
-
 def _everywhere(builder: Any, value: Any, lanes: int) -> Any:
     kind = ir.VectorType(_FLOAT, lanes)
     vector = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
@@ -135,59 +152,62 @@ def _data(context: Any, builder: Any, signature: Any, args: Any, index: int) -> 
 
 
 @_intrinsic
-def _dots(typing: Any, out: Any, x: Any, step: Any, sums: Any, codes: Any, scale: Any, zero: Any, places: Any, size: Any,
-          blocks: Any, groups: Any, bits: Any, inputs: Any) -> Any:  # fmt: skip
-    """``out[i]``, the products of a row of the weight with ``inputs`` inputs.
+def _half(typing: Any, word: Any) -> Any:
+    """The float of 16 bits that stands in an integer; numba has none of its own."""
 
-    ``places``: where the row begins in codes (bytes), and in scale and zero; and the number of the first input. A row has
-    ``groups`` groups of ``size`` bytes, in which ``blocks`` vectors are read. ``bits`` and ``inputs`` are constants.
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
+
+    return types.float32(types.int16), build
+
+
+@_intrinsic
+def _dots(typing: Any, out: Any, x: Any, factors: Any, codes: Any, place: Any, first: Any, size: Any, blocks: Any,
+          groups: Any, bits: Any, inputs: Any) -> Any:  # fmt: skip
+    """``out[i]`` = sum over groups of ``factors[i, group]`` * (sum of code * x), of a row and of ``inputs`` inputs.
+
+    The row begins at byte ``place``, the inputs at number ``first`` of x. A row has ``groups`` groups of ``size`` bytes, in
+    which ``blocks`` blocks are read. ``bits`` and ``inputs`` are constants.
     """
     if not all(isinstance(kind, types.IntegerLiteral) for kind in (bits, inputs)):
         return None  # numba asks again with the constants
     count = types.intp
-    signature = types.void(
-        out, x, step, sums, codes, scale, zero, types.UniTuple(count, 3), count, count, count, bits, inputs
-    )
+    signature = types.void(out, x, factors, codes, count, count, count, count, count, bits, inputs)
     numbers = range(inputs.literal_value)
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        out, x, step, sums, codes, scale, zero = (_data(context, builder, signature, args, i) for i in range(7))
-        code_at, scale_at, first = cgutils.unpack_tuple(builder, args[7])
-        size, blocks, groups = args[8:11]
+        out, x, factors, codes = (_data(context, builder, signature, args, i) for i in range(4))
+        start, first, size, blocks, groups = args[4:9]
         word = size.type
 
         def whole(value: int) -> Any:
             return ir.Constant(word, value)
 
-        group_width = builder.mul(blocks, whole(LANES))
-        inputs_at = [builder.mul(builder.add(first, whole(i)), groups) for i in numbers]  # in groups
+        each = 16 // bits.literal_value if 16 % bits.literal_value == 0 else 1
+        group_width = builder.mul(blocks, whole(each * LANES))
         totals = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in numbers]
-        shifts = [cgutils.alloca_once_value(builder, ir.Constant(_FLOAT, 0.0)) for _ in numbers]
         parts = [cgutils.alloca_once_value(builder, ir.Constant(_INTS, None)) for _ in numbers]
-
-        def grow(total: Any, a: Any, b: Any) -> None:
-            product = builder.fmul(a, b, flags=_FLAGS)
-            builder.store(builder.fadd(builder.load(total), product, flags=_FLAGS), total)
-
         with cgutils.for_range(builder, groups, intp=word) as group:
             for part in parts:
                 builder.store(ir.Constant(_INTS, None), part)
-            groups_at = [builder.add(start, group.index) for start in inputs_at]
-            codes_at = builder.add(code_at, builder.mul(group.index, size))
-            x_at = [builder.mul(place, group_width) for place in groups_at]
+            codes_at = builder.add(start, builder.mul(group.index, size))
+            x_at = [
+                builder.mul(builder.add(builder.mul(builder.add(first, whole(i)), groups), group.index), group_width)
+                for i in numbers
+            ]
             with cgutils.for_range(builder, blocks, intp=word) as block:
-                place = builder.add(codes_at, builder.mul(block.index, whole(LANES * bits.literal_value // 8)))
-                weights = _codes(builder, codes, place, bits.literal_value, LANES)
-                for part, start in zip(parts, x_at, strict=True):
-                    place = builder.gep(x, [builder.add(start, builder.mul(block.index, whole(LANES)))])
-                    values = builder.load(builder.bitcast(place, _SHORTS.as_pointer()), align=2)
-                    builder.store(builder.add(builder.load(part), _products(builder, weights, values)), part)
-            scale_, zero_ = (_half(builder, data, builder.add(scale_at, group.index)) for data in (scale, zero))
-            for i, place in zip(numbers, groups_at, strict=True):
-                step_, sum_ = (builder.load(builder.gep(data, [place])) for data in (step, sums))
-                factor = _everywhere(builder, builder.fmul(scale_, step_), SUMS)
-                grow(totals[i], builder.sitofp(builder.load(parts[i]), _FLOATS), factor)
-                grow(shifts[i], zero_, sum_)
+                place = builder.add(codes_at, builder.mul(block.index, whole(each * LANES * bits.literal_value // 8)))
+                for number, weights in enumerate(_vectors(builder, codes, place, bits.literal_value)):
+                    inside = builder.add(builder.mul(block.index, whole(each * LANES)), whole(number * LANES))
+                    for part, at in zip(parts, x_at, strict=True):
+                        place = builder.gep(x, [builder.add(at, inside)])
+                        values = builder.load(builder.bitcast(place, _SHORTS.as_pointer()), align=2)
+                        builder.store(builder.add(builder.load(part), _products(builder, weights, values)), part)
+            for i in numbers:
+                place = builder.gep(factors, [builder.add(builder.mul(whole(i), groups), group.index)])
+                factor = _everywhere(builder, builder.load(place), SUMS)
+                product = builder.fmul(builder.sitofp(builder.load(parts[i]), _FLOATS), factor, flags=_FLAGS)
+                builder.store(builder.fadd(builder.load(totals[i]), product, flags=_FLAGS), totals[i])
         for i in numbers:
             vector, width = builder.load(totals[i]), SUMS
             while width > 1:
@@ -195,8 +215,7 @@ def _dots(typing: Any, out: Any, x: Any, step: Any, sums: Any, codes: Any, scale
                 low, high = (_vector(_INT, list(range(start, start + width))) for start in (0, width))
                 halves = (builder.shuffle_vector(vector, vector, half) for half in (low, high))
                 vector = builder.fadd(*halves, flags=_FLAGS)
-            total = builder.fadd(builder.extract_element(vector, _INT(0)), builder.load(shifts[i]), flags=_FLAGS)
-            builder.store(total, builder.gep(out, [whole(i)]))
+            builder.store(builder.extract_element(vector, _INT(0)), builder.gep(out, [whole(i)]))
         return context.get_dummy_value()
 
     return signature, build
@@ -217,7 +236,7 @@ def _values(typing: Any, out: Any, place: Any, codes: Any, start: Any, blocks: A
         floats = ir.VectorType(_FLOAT, EIGHT)
         with cgutils.for_range(builder, args[4], intp=word) as block:
             at = builder.add(args[3], builder.mul(block.index, ir.Constant(word, bits.literal_value)))
-            whole = builder.uitofp(_codes(builder, codes, at, bits.literal_value, EIGHT), floats)
+            whole = builder.uitofp(_in_order(builder, codes, at, bits.literal_value, EIGHT), floats)
             values = builder.fadd(builder.fmul(whole, step), base)
             target = builder.gep(out, [builder.add(args[1], builder.mul(block.index, ir.Constant(word, EIGHT)))])
             builder.store(values, builder.bitcast(target, floats.as_pointer()), align=4)
@@ -227,14 +246,14 @@ def _values(typing: Any, out: Any, place: Any, codes: Any, start: Any, blocks: A
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# The codes of the last row are copied to where it is safe to read behind them.
+# The codes of the last rows are copied to where it is safe to read behind them.
 
 
 @cache
 def _rounder() -> Callable[..., None]:
     """Rounds ``x`` [n, width] to ``short`` [n, groups, size], up to ``most``; and its ``step`` and ``sums`` [n, groups]."""
 
-    def rounder(x, group_size, most, short, step, sums):
+    def rounder(x, order, group_size, most, short, step, sums):
         for i in range(x.shape[0]):
             for group in range(short.shape[1]):
                 first, last = group * group_size, min((group + 1) * group_size, x.shape[1])
@@ -243,7 +262,7 @@ def _rounder() -> Callable[..., None]:
                     largest, total = max(largest, abs(x[i, k])), total + x[i, k]
                 inverse = np.float32(most) / largest if largest > LEAST else np.float32(0)
                 for k in range(first, last):
-                    short[i, group, k - first] = np.int16(np.rint(x[i, k] * inverse))
+                    short[i, group, order[k - first]] = np.int16(np.rint(x[i, k] * inverse))
                 sums[i, group] = total
                 step[i, group] = largest / np.float32(most) if np.isfinite(total) else np.float32(np.nan)
 
@@ -253,24 +272,30 @@ def _rounder() -> Callable[..., None]:
 @cache
 def _multiplier(bits: int, together: int) -> Callable[..., None]:
     """Multiplies a row at a time with ``together`` inputs."""
+    each = 16 // bits if 16 % bits == 0 else 1
 
     def multiply(x, step, sums, codes, scale, zero, out, first, last):
         rows, groups, size = codes.shape
-        flat, xs, steps, all_sums = codes.reshape(-1), x.reshape(-1), step.reshape(-1), sums.reshape(-1)
-        scales, zeros, blocks = scale.reshape(-1), zero.reshape(-1), x.shape[2] // LANES
+        flat, xs, blocks = codes.reshape(-1), x.reshape(-1), x.shape[2] // (each * LANES)
+        factors, shifts = np.empty((together, groups), np.float32), np.empty(together, np.float32)
         found, end = np.empty(together, np.float32), np.zeros(groups * size + BEHIND, np.uint8)
         for row in range(first, last):
             data, place = flat, row * groups * size
-            if row == rows - 1:
-                end[: groups * size] = flat[place:]
+            if place + groups * size + BEHIND > len(flat):
+                end[: groups * size] = flat[place : place + groups * size]
                 data, place = end, 0
             for some in range(0, x.shape[0], together):
-                at = (place, row * groups, some)
-                _dots(found, xs, steps, all_sums, data, scales, zeros, at, size, blocks, groups, bits, together)
+                for i in range(together):
+                    shift = np.float32(0)
+                    for group in range(groups):
+                        factors[i, group] = _half(scale[row, group]) * step[some + i, group]
+                        shift += _half(zero[row, group]) * sums[some + i, group]
+                    shifts[i] = shift
+                _dots(found, xs, factors, data, place, some, size, blocks, groups, bits, together)
                 for i in range(some, min(some + together, out.shape[0])):
-                    out[i, row] = found[i - some]
+                    out[i, row] = found[i - some] + shifts[i - some]
 
-    return compiled(multiply)
+    return compiled(multiply, _FLAGS)
 
 
 @cache

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -252,7 +254,7 @@ class TorchRuntime(StepRuntime):
 
         from broadsheet.core.models import with_cache
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _products(self.network.dtype, len(ids)):
             rows = torch.tensor([ids], device=self.network.device)
             output: Any = self.network(input_ids=rows, **with_cache(self.cache), use_cache=True, logits_to_keep=1)
             return output.logits[0, -1]
@@ -301,6 +303,21 @@ class TorchRuntime(StepRuntime):
 
         folder = POCKET_FOLDER / self.model if self.model in pockets() else Path(self.model)
         return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+@contextmanager
+def _products(dtype: torch.dtype, tokens: int) -> Iterator[None]:
+    """Takes torch's own product of a bfloat16 matrix with one vector: oneDNN's writes the matrix anew in its own order
+    before every product, which takes as long again as the product."""
+    import torch
+
+    one_dnn: Any = torch.backends.mkldnn
+    before = one_dnn.enabled
+    one_dnn.enabled = before and (tokens > 1 or dtype != torch.bfloat16)
+    try:
+        yield
+    finally:
+        one_dnn.enabled = before
 
 
 def quantise(network: Any, bits: int, group_size: int) -> None:
