@@ -275,7 +275,7 @@ def _multiplier(bits: int, together: int) -> Callable[..., None]:
     each = 16 // bits if 16 % bits == 0 else 1
 
     def multiply(x, step, sums, codes, scale, zero, out, first, last):
-        rows, groups, size = codes.shape
+        _, groups, size = codes.shape
         flat, xs, blocks = codes.reshape(-1), x.reshape(-1), x.shape[2] // (each * LANES)
         factors, shifts = np.empty((together, groups), np.float32), np.empty(together, np.float32)
         found, end = np.empty(together, np.float32), np.zeros(groups * size + BEHIND, np.uint8)
