@@ -8,8 +8,8 @@ and kept in the authors' file layout.
     report.tables()
 
 The parts: `config` (the public YAML), `conversations`, `session` (the protocol), `runtimes`, `llamacpp`, `gguf_file`,
-`meters`, `metrics`, `records`, `opslog` (time an operator), `device` (a phone as a model: simulated), `adb`, `qoe`,
-`accuracy`, `report`.
+`onnx_runtime`, `meters`, `metrics`, `records`, `opslog` (time an operator), `device` (a phone as a model: simulated), `adb`,
+`qoe`, `accuracy`, `report`.
 
 Deviations: a model is loaded once an iteration, not once a conversation; a conversation that outgrows the context starts
 anew, where llama.cpp shifts it; what the authors' scripts do wrong is said in `metrics`, `opslog` and `adb`.
@@ -34,14 +34,15 @@ from .session import run_session
 
 __all__ = ["MELT", "MeltReport", "Run", "read_config", "read_conversations", "read_run"]
 
-RUNTIMES = ("torch", "llamacpp", "llama-server")
+RUNTIMES = ("torch", "llamacpp", "llama-server", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class MELT(RunSettings):
     """A run's settings, with the authors' defaults; see `RunSettings` for what they mean.
 
-    ``formats``: of the weights, one run each. ``runtime``: torch, llamacpp (a GGUF file) or llama-server (an address).
+    ``formats``: of the weights, one run each. ``runtime``: torch, llamacpp (a GGUF file), llama-server (an
+    address) or onnxruntime.
     ``meter``: none, rapl, nvml, csv:PATH or model:DEVICE. Raises ValueError for settings out of range.
     """
 
@@ -116,6 +117,10 @@ def runtime(name: str, model: str, form: str, config: ModelConfig, settings: Run
         from .llamacpp import LlamaServerRuntime
 
         return LlamaServerRuntime(model, form, config, settings, clock)
+    if name == "onnxruntime":
+        from .onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime(model, form, config, settings, clock)
     raise ValueError(f"runtime is one of {', '.join(RUNTIMES)}; got '{name}'")
 
 

@@ -20,7 +20,7 @@ from .config import ModelConfig, RunSettings
 from .dialogue import Dialogue, Messages
 from .gguf_file import FORMATS, need_gguf, write_gguf
 from .metrics import Window
-from .runtimes import Answer, Runtime, StepRuntime
+from .runtimes import Answer, Runtime, StepRuntime, tokenizer_of
 
 
 def need_llama() -> Any:
@@ -83,11 +83,7 @@ class LlamaCppRuntime(StepRuntime):
             self.dialogue = Dialogue(self._ids, self._template(), self.config.prompt, self._begin())
             self._text = lambda ids: self.llama.detokenize(ids).decode("utf-8", "replace")
             return
-        from transformers import AutoTokenizer
-
-        from broadsheet.core.models import POCKET_FOLDER, pockets
-
-        tokenizer = AutoTokenizer.from_pretrained(POCKET_FOLDER / self.model if self.model in pockets() else self.model)
+        tokenizer = tokenizer_of(self.model)
         self.ends = frozenset({tokenizer.eos_token_id} - {None})
         self.dialogue = Dialogue.of(tokenizer, self.config.prompt)
         self._text = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -23,6 +23,7 @@ from .metrics import Window
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Runtime(ABC):
 
     def files(self) -> list[Path]:
         """The files that loading reads, for a cold load."""
-        folder = Path(self.model)
-        return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else [folder] * folder.is_file()
+        path = Path(self.model)
+        return files_of(path) or [path] * path.is_file()
 
 
 class StepRuntime(Runtime):
@@ -299,10 +300,26 @@ class TorchRuntime(StepRuntime):
         return self.nbytes - (0 if shared else table.nbytes)
 
     def files(self) -> list[Path]:
-        from broadsheet.core.models import POCKET_FOLDER, pockets
+        return files_of(folder_of(self.model))
 
-        folder = POCKET_FOLDER / self.model if self.model in pockets() else Path(self.model)
-        return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+def folder_of(model: str) -> Path:
+    """Where a built-in model's files are, or those of a folder."""
+    from broadsheet.core.models import POCKET_FOLDER, pockets
+
+    return POCKET_FOLDER / model if model in pockets() else Path(model)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a built-in model, folder or hub name, without the model."""
+    from transformers import AutoTokenizer
+
+    folder = folder_of(model)
+    return AutoTokenizer.from_pretrained(folder if folder.is_dir() else model)
 
 
 @contextmanager
