@@ -45,6 +45,8 @@ from .jit import compiled, split
 LANES, SUMS, EIGHT = 16, 8, 8
 #: bytes that may be read behind a row
 BEHIND = 2 * LANES
+#: bytes that are fetched ahead: a page, behind whose end a processor fetches nothing by itself
+AHEAD = 4096
 #: inputs up to which codes are multiplied as they are; and rows that are dequantised together beyond
 FEW, RUN = 96, 256
 #: inputs that share a row's codes
@@ -141,6 +143,13 @@ def _products(builder: Any, codes: Any, x: Any) -> Any:
     )
 
 
+def _fetch(builder: Any, place: Any) -> None:
+    """Has the processor read a place of memory that is wanted soon; nothing happens where there is none."""
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _INT, _INT, _INT])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(prefetch, [place, _INT(0), _INT(3), _INT(1)])  # to read, keep, data
+
+
 def _everywhere(builder: Any, value: Any, lanes: int) -> Any:
     kind = ir.VectorType(_FLOAT, lanes)
     vector = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
@@ -197,6 +206,7 @@ def _dots(typing: Any, out: Any, x: Any, factors: Any, codes: Any, place: Any, f
             ]
             with cgutils.for_range(builder, blocks, intp=word) as block:
                 place = builder.add(codes_at, builder.mul(block.index, whole(each * LANES * bits.literal_value // 8)))
+                _fetch(builder, builder.gep(codes, [builder.add(place, whole(AHEAD))]))
                 for number, weights in enumerate(_vectors(builder, codes, place, bits.literal_value)):
                     inside = builder.add(builder.mul(block.index, whole(each * LANES)), whole(number * LANES))
                     for part, at in zip(parts, x_at, strict=True):
