@@ -235,7 +235,7 @@ def speed(study: Study) -> None:
         for place, metric in enumerate(("decode_gain", "prefill_gain")):
             gains = [b[place] / a[place] for a, b in zip(found[name, base], found[name, small], strict=True)]
             about = {**shared, "of": small, "over": base}
-            study.add(name, metric, statistics.median(gains), ci=bootstrap_ci(gains), n=repeats, model=MODEL, **about)
+            study.add(name, metric, statistics.median(gains), ci=median_ci(gains), n=repeats, model=MODEL, **about)
     for one in running.values():
         one.unload()
 
@@ -252,7 +252,7 @@ def operators(study: Study) -> None:
         for form, one in running.items():
             shares = profile(one, tokens).merged("per_op")
             found[form].append({share.name: (share.cpu_ms or 0.0) / tokens / 1000 for share in shares})
-    study.add("torch", "read_rate", statistics.median(read), "B/s", bootstrap_ci(read), repeats, **about)
+    study.add("torch", "read_rate", statistics.median(read), "B/s", median_ci(read), repeats, **about)
     products = []
     for form, one in running.items():
         times = [row["MUL_MAT"] for row in found[form]]
@@ -260,11 +260,11 @@ def operators(study: Study) -> None:
         products.append([1 / seconds for seconds in times])
         for metric, values in (("product_seconds", times), ("other_seconds", rest)):
             study.add(
-                "torch", metric, statistics.median(values), "s", bootstrap_ci(values), repeats, MODEL, **about, format=form
+                "torch", metric, statistics.median(values), "s", median_ci(values), repeats, MODEL, **about, format=form
             )
         rate = [one.pass_bytes / seconds for seconds in times]
         study.add(
-            "torch", "product_rate", statistics.median(rate), "B/s", bootstrap_ci(rate), repeats, MODEL, **about, format=form
+            "torch", "product_rate", statistics.median(rate), "B/s", median_ci(rate), repeats, MODEL, **about, format=form
         )
     value, ci = slope(products, [one.pass_bytes for one in running.values()])
     study.add("torch", "product_slope", value, ci=ci, n=repeats, model=MODEL, **about)
@@ -285,9 +285,17 @@ def threads(study: Study) -> None:
             add_rates(study, key, pairs, threads=count, clock="wall", busy=busy)
         gains = [two[0] / one[0] for one, two in zip(*found, strict=True)]
         about = {"format": key[1], "of": 2, "over": 1, "clock": "wall", "busy": busy}
-        study.add(key[0], "thread_gain", statistics.median(gains), ci=bootstrap_ci(gains), n=repeats, model=MODEL, **about)
+        study.add(key[0], "thread_gain", statistics.median(gains), ci=median_ci(gains), n=repeats, model=MODEL, **about)
         for one in running:
             one.unload()
+
+
+def median_ci(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile interval of the median, by bootstrap."""
+    table = np.asarray(values)
+    picks = np.random.default_rng(0).integers(0, len(table), (2000, len(table)))
+    low, high = np.quantile(np.median(table[picks], axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def slope(rates: list[list[float]], sizes: list[int]) -> tuple[float, tuple[float, float]]:
@@ -346,13 +354,13 @@ def turns(study: Study) -> None:
                 "ttft",
                 statistics.median(waits),
                 "s",
-                bootstrap_ci(waits),
+                median_ci(waits),
                 len(some),
                 "pocket-2m",
                 tokens=held,
                 **about,
             )
-            study.add("torch", "prefill_cpu", statistics.median(cpu), "s", bootstrap_ci(cpu), len(cpu), "pocket-2m", **about)
+            study.add("torch", "prefill_cpu", statistics.median(cpu), "s", median_ci(cpu), len(cpu), "pocket-2m", **about)
         spread, stable = stability(run.turns)
         study.add("torch", "variation", spread, n=3, model="pocket-2m", cache=cache, stable=stable, busy=busy)
         worst = max(turn.unaccounted for turn in run.turns)
@@ -404,7 +412,7 @@ def peer(study: Study) -> None:
         running.unload()
         about = {"format": form, "test": "tg128", "threads": 1, "clock": "cpu"}
         for name, rates in (("llama.cpp", own), ("llama-bench", bench)):
-            value, ci = statistics.median(rates), bootstrap_ci(rates)
+            value, ci = statistics.median(rates), median_ci(rates)
             study.add(name, "tg_tps", value, "tokens/s", ci, len(rates), MODEL, **about)
         ratios = [a / b for a, b in zip(own, bench, strict=True)]
         study.add(
@@ -412,7 +420,7 @@ def peer(study: Study) -> None:
             "ratio_to_llama_bench",
             statistics.median(ratios),
             "",
-            bootstrap_ci(ratios),
+            median_ci(ratios),
             len(ratios),
             MODEL,
             **about,
@@ -420,19 +428,19 @@ def peer(study: Study) -> None:
 
 
 def server(study: Study) -> None:
-    """The texts of the built-in model's conversations must be the same; the rates of the large one, token for token."""
-    for model, form, context, length in (("pocket-2m", "f32", 1024, 32), (str(large()), "q8_0", 1024, 48)):
-        shown, fixed = Path(model).name, model != "pocket-2m"
+    """The texts of the built-in model's conversations, which must be the same; the rate of the large one, pass for pass."""
+    for model, form, length in (("pocket-2m", "f32", 32), (str(large()), "q8_0", 48)):
+        built_in = model == "pocket-2m"
         path = runtime(model, "llama.cpp", form).files()[0]
-        settings = RunSettings(context=context, max_gen=length, max_busy=1.0, ignore_eos=fixed)
-        config = ModelConfig(shown, sampling=GREEDY)
+        settings = RunSettings(context=1024, max_gen=length, max_busy=1.0, ignore_eos=not built_in)
+        config = ModelConfig(Path(model).name, sampling=GREEDY)
         own = melt_runtime("llamacpp", str(path), "file", config, settings)
-        with llama_server(study.arguments.llama_server, path, context) as address:
+        with llama_server(study.arguments.llama_server, path, 1024) as address:
             theirs = melt_runtime("llama-server", address, "server", config, settings)
             own.load()
             theirs.load()
             same, ratios = list[float](), list[float]()
-            for number, conversation in enumerate(draw_conversations(microworld_starters(), 1 if fixed else 5)):
+            for number, conversation in enumerate(draw_conversations(microworld_starters(), 5 if built_in else 1)):
                 for one in (own, theirs):
                     one.begin(number)
                 for question in conversation:
@@ -442,9 +450,11 @@ def server(study: Study) -> None:
                     passes = max(other.output_tokens - 1, 1) / other.decode.seconds
                     ratios.append(ours.output_tokens / ours.decode.seconds / passes)
         about = {"format": form, "clock": "wall", "busy": machine.busy()}
-        study.add("llama-server", "same_text", statistics.fmean(same), n=len(same), model=shown, **about)
-        value, ci = statistics.median(ratios), bootstrap_ci(ratios)
-        study.add("llama.cpp", "ratio_to_llama_server", value, ci=ci, n=len(ratios), model=shown, **about)
+        if built_in:
+            study.add("llama-server", "same_text", statistics.fmean(same), n=len(same), model=model, **about)
+        else:
+            value, ci = statistics.median(ratios), median_ci(ratios)
+            study.add("llama.cpp", "ratio_to_llama_server", value, ci=ci, n=len(ratios), model=MODEL, **about)
         own.unload()
 
 
