@@ -14,7 +14,7 @@ from broadsheet.core.numerics.groups import GroupQuantised, quantise_groups
 from broadsheet.methods.weights.rtn import GroupLinear
 
 #: rows, columns, group: groups that fill no vector, a padded last one, fewer rows than are multiplied together
-SHAPES = [(7, 40, 12), (33, 300, 128), (1, 8, 8), (2, 5, 64), (130, 256, 64)]
+SHAPES = [(7, 40, 12), (33, 300, 128), (1, 8, 8), (2, 5, 64), (130, 256, 64), (5, 600, 512)]
 
 
 def made(rows: int, columns: int, group: int, bits: int) -> GroupQuantised:

@@ -13,11 +13,11 @@ product and its sum are one instruction where a float's would be three. With the
 which is 1/65534 of the largest |x| an input, less than bfloat16's rounding of x by two hundred times. Scales, zeros and all
 other sums are float32.
 
-Codes of 1, 2, 4 and 8 bits are whole in words of 16 bits: a vector of words, shifted down k codes and masked, has code k of
-every word, and x is put in that order beforehand. Of other codes, the bytes are shuffled so that every lane of 16 bits has
-the two that its code begins in. Rows are read one after the other, as they lie in memory: several at once are several
-streams, and the processor fetches those ahead only half as fast. A few inputs share the codes of a row; for many it pays to
-dequantise a run of rows first and to leave the product to torch.
+Where a group fills vectors of 16-bit words with whole codes (4 bits in groups of 128), a vector of words, shifted down k
+codes and masked, has code k of every word, and x is put in that order beforehand. Elsewhere the bytes are shuffled so that
+every lane of 16 bits has the two that its code begins in. Rows are read one after the other, as they lie in memory: several
+at once are several streams, and the processor fetches those ahead only half as fast. A few inputs share the codes of a row;
+for many it pays to dequantise a run of rows first and to leave the product to torch.
 
 Compiled by numba at the first use, for each number of bits, and cached on disk; this module is imported only then.
 """
@@ -42,7 +42,7 @@ from .groups import GroupQuantised
 from .jit import compiled, split
 
 #: words of 16 bits in a vector, and sums: of products of neighbours; values that are dequantised at once
-LANES, SUMS, EIGHT = 16, 8, 8
+LANES, SUMS, EIGHT = 32, 16, 8
 #: bytes that may be read behind a row
 BEHIND = 2 * LANES
 #: bytes that are fetched ahead: a page, behind whose end a processor fetches nothing by itself
@@ -70,7 +70,8 @@ def matmul(x: torch.Tensor, weight: GroupQuantised) -> torch.Tensor:
         some = (replace(weight, codes=codes, scale=scale, zero=zero) for codes, scale, zero in parts)
         return torch.cat([F.linear(x, dequantise(part)) for part in some], 1)
     together = 1 if len(x) == 1 else TOGETHER
-    order = _order(weight.bits, weight.group_size)
+    each = _each(weight.bits, weight.group_size)
+    order = _order(each, weight.group_size)
     size, count = len(order), len(x) + -len(x) % together
     short, (step, sums) = np.zeros((count, groups, size), np.int16), np.zeros((2, count, groups), np.float32)
     # as many of 16 bits as a lane's sum of ``size`` / SUMS products has room for
@@ -78,7 +79,7 @@ def matmul(x: torch.Tensor, weight: GroupQuantised) -> torch.Tensor:
     _rounder()(x.contiguous().numpy(), order, weight.group_size, most, short, step, sums)
     out, codes = torch.empty(len(x), rows), weight.codes.contiguous().numpy()
     halves = [tensor.contiguous().view(torch.int16).numpy() for tensor in (weight.scale, weight.zero)]
-    kernel = _multiplier(weight.bits, together)
+    kernel = _multiplier(weight.bits, each, together)
     split(lambda first, last: kernel(short, step, sums, codes, *halves, out.numpy(), first, last), rows, 4)
     return out
 
@@ -95,10 +96,15 @@ def dequantise(weight: GroupQuantised) -> torch.Tensor:
     return out
 
 
+def _each(bits: int, group_size: int) -> int:
+    """Codes that are taken from a word of 16 bits; 1: they are not taken from words."""
+    each = 16 // bits
+    return each if 16 % bits == 0 and group_size % (each * LANES) == 0 else 1
+
+
 @cache
-def _order(bits: int, group_size: int) -> NDArray[np.intp]:
+def _order(each: int, group_size: int) -> NDArray[np.intp]:
     """Where the kernel wants value k of a group, of as many as its vectors hold."""
-    each = 16 // bits if 16 % bits == 0 else 1  # codes of a word
     values = np.arange(group_size + -group_size % (each * LANES))
     block, inside = np.divmod(values, each * LANES)
     word, code = np.divmod(inside, each)
@@ -112,9 +118,9 @@ def _vector(kind: Any, values: list[int]) -> Any:
     return ir.Constant(ir.VectorType(kind, len(values)), values)
 
 
-def _vectors(builder: Any, data: Any, first: Any, bits: int) -> list[Any]:
+def _vectors(builder: Any, data: Any, first: Any, bits: int, each: int) -> list[Any]:
     """Vectors of codes, of 16 bits each, from byte ``first`` on, in the order of `_order`."""
-    if 16 % bits:
+    if each == 1:
         return [_in_order(builder, data, first, bits, LANES)]
     words = builder.load(builder.bitcast(builder.gep(data, [first]), _SHORTS.as_pointer()), align=1)
     mask = _vector(_SHORT, [2**bits - 1] * LANES)
@@ -172,17 +178,17 @@ def _half(typing: Any, word: Any) -> Any:
 
 @_intrinsic
 def _dots(typing: Any, out: Any, x: Any, factors: Any, codes: Any, place: Any, first: Any, size: Any, blocks: Any,
-          groups: Any, bits: Any, inputs: Any) -> Any:  # fmt: skip
+          groups: Any, bits: Any, each: Any, inputs: Any) -> Any:  # fmt: skip
     """``out[i]`` = sum over groups of ``factors[i, group]`` * (sum of code * x), of a row and of ``inputs`` inputs.
 
     The row begins at byte ``place``, the inputs at number ``first`` of x. A row has ``groups`` groups of ``size`` bytes, in
-    which ``blocks`` blocks are read. ``bits`` and ``inputs`` are constants.
+    which ``blocks`` blocks are read, of ``each`` vectors. ``bits``, ``each`` and ``inputs`` are constants.
     """
-    if not all(isinstance(kind, types.IntegerLiteral) for kind in (bits, inputs)):
+    if not all(isinstance(kind, types.IntegerLiteral) for kind in (bits, each, inputs)):
         return None  # numba asks again with the constants
     count = types.intp
-    signature = types.void(out, x, factors, codes, count, count, count, count, count, bits, inputs)
-    numbers = range(inputs.literal_value)
+    signature = types.void(out, x, factors, codes, count, count, count, count, count, bits, each, inputs)
+    numbers, taken = range(inputs.literal_value), each.literal_value
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out, x, factors, codes = (_data(context, builder, signature, args, i) for i in range(4))
@@ -192,8 +198,7 @@ def _dots(typing: Any, out: Any, x: Any, factors: Any, codes: Any, place: Any, f
         def whole(value: int) -> Any:
             return ir.Constant(word, value)
 
-        each = 16 // bits.literal_value if 16 % bits.literal_value == 0 else 1
-        group_width = builder.mul(blocks, whole(each * LANES))
+        group_width = builder.mul(blocks, whole(taken * LANES))
         totals = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in numbers]
         parts = [cgutils.alloca_once_value(builder, ir.Constant(_INTS, None)) for _ in numbers]
         with cgutils.for_range(builder, groups, intp=word) as group:
@@ -205,10 +210,10 @@ def _dots(typing: Any, out: Any, x: Any, factors: Any, codes: Any, place: Any, f
                 for i in numbers
             ]
             with cgutils.for_range(builder, blocks, intp=word) as block:
-                place = builder.add(codes_at, builder.mul(block.index, whole(each * LANES * bits.literal_value // 8)))
+                place = builder.add(codes_at, builder.mul(block.index, whole(taken * LANES * bits.literal_value // 8)))
                 _fetch(builder, builder.gep(codes, [builder.add(place, whole(AHEAD))]))
-                for number, weights in enumerate(_vectors(builder, codes, place, bits.literal_value)):
-                    inside = builder.add(builder.mul(block.index, whole(each * LANES)), whole(number * LANES))
+                for number, weights in enumerate(_vectors(builder, codes, place, bits.literal_value, taken)):
+                    inside = builder.add(builder.mul(block.index, whole(taken * LANES)), whole(number * LANES))
                     for part, at in zip(parts, x_at, strict=True):
                         place = builder.gep(x, [builder.add(at, inside)])
                         values = builder.load(builder.bitcast(place, _SHORTS.as_pointer()), align=2)
@@ -280,9 +285,8 @@ def _rounder() -> Callable[..., None]:
 
 
 @cache
-def _multiplier(bits: int, together: int) -> Callable[..., None]:
+def _multiplier(bits: int, each: int, together: int) -> Callable[..., None]:
     """Multiplies a row at a time with ``together`` inputs."""
-    each = 16 // bits if 16 % bits == 0 else 1
 
     def multiply(x, step, sums, codes, scale, zero, out, first, last):
         _, groups, size = codes.shape
@@ -301,7 +305,7 @@ def _multiplier(bits: int, together: int) -> Callable[..., None]:
                         factors[i, group] = _half(scale[row, group]) * step[some + i, group]
                         shift += _half(zero[row, group]) * sums[some + i, group]
                     shifts[i] = shift
-                _dots(found, xs, factors, data, place, some, size, blocks, groups, bits, together)
+                _dots(found, xs, factors, data, place, some, size, blocks, groups, bits, each, together)
                 for i in range(some, min(some + together, out.shape[0])):
                     out[i, row] = found[i - some] + shifts[i - some]
 
