@@ -230,6 +230,16 @@ def test_profile_adds_up_to_the_passes(plain):
         profile(plain, tokens=600)
 
 
+def test_bfloat16_tokens_are_multiplied_without_onednn():
+    runtime, seen = torch_runtime("bf16"), []
+    runtime.network.lm_head.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    runtime.begin(0)
+    runtime.run([5, 9])
+    runtime.run([7])
+    assert seen == [True, False]
+    assert torch.backends.mkldnn.enabled
+
+
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
