@@ -1,18 +1,23 @@
-"""MELT on this machine: what formats of weights cost and give, on PyTorch and on llama.cpp.
+"""MELT on this machine: what formats of weights cost and give, on PyTorch, llama.cpp and ONNX Runtime.
 
-    python benchmarks/melt_study.py [--public MELT-public] [--llama-bench llama-bench] [--parts ops,speed,...]
+    python benchmarks/melt_study.py [--public MELT-public] [--llama-bench llama-bench] [--llama-server llama-server]
+        [--parts ops,speed,...]
 
 - ops: shares of operators in the public llama.cpp log (needs a checkout of brave-experiments/MELT-public).
 - published: the paper's own accuracies with error bars (needs the checkout too).
-- speed, threads: fixed-length prefill and decode of a model of 107 million random weights, whose every format exceeds the
-  caches, with one and two threads; contenders take turns. With one thread the clock is CPU time of the process, so what
-  else runs does not count (its memory traffic does); with two it is the wall clock, and ``busy`` says how much else ran.
-  ``slope``: of log decode rate over log bytes read a token.
+- speed: fixed-length prefill and decode of a model of 219 million random weights, whose every format exceeds the caches,
+  with one thread; contenders take turns. The clock is CPU time of the process, so what else runs does not count (its memory
+  traffic does). ``slope``: of log decode rate over log bytes read a token.
+- operators: where the CPU time of a decoded token goes on PyTorch, products of weights and the rest, beside the rate at
+  which this core reads an array; and the slope of the products alone.
+- threads: the same model with one and two threads by the wall clock, which take turns; ``busy`` says how much else ran.
 - memory: peak of a process of its own that loads that model and decodes.
 - turns: time to first token by turn of a conversation, with and without the prefix cache, on the built-in model; variation
   of repetitions.
-- accuracy, accuracy-llama: of the built-in model by format, with standard errors, each against its runtime's 32 bits.
+- accuracy, accuracy-llama, accuracy-onnx: of the built-in model by format, with standard errors, each against its runtime's
+  32 bits.
 - peer: the same GGUF file through our llama.cpp runtime and through llama-bench, in CPU time a token.
+- server: conversations through llama-server over HTTP and through llama.cpp in this process, of the same GGUF file.
 - experience: latency of a small periodic job while a model writes.
 - device: SIMULATED sustained runs of models of devices.
 
@@ -23,16 +28,20 @@ under way.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import importlib.util
 import json
 import math
 import random
 import resource
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +52,30 @@ from broadsheet.core.records import Record, home, now, provenance, read_json, wr
 from broadsheet.core.stats import bootstrap_ci, paired_difference
 from broadsheet.methods.estimates.melt import accuracy as acc
 from broadsheet.methods.estimates.melt import machine
+from broadsheet.methods.estimates.melt import runtime as melt_runtime
 from broadsheet.methods.estimates.melt.clock import Clock
 from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings, Sampling
 from broadsheet.methods.estimates.melt.conversations import draw_conversations, microworld_starters
 from broadsheet.methods.estimates.melt.device import device, devices, sustain
 from broadsheet.methods.estimates.melt.fixed import run_fixed
+from broadsheet.methods.estimates.melt.llamacpp import wait_for_server
 from broadsheet.methods.estimates.melt.meters import Meter
 from broadsheet.methods.estimates.melt.metrics import stability
 from broadsheet.methods.estimates.melt.opslog import parse_ops
+from broadsheet.methods.estimates.melt.profile import profile
 from broadsheet.methods.estimates.melt.qoe import job_latency
 from broadsheet.methods.estimates.melt.runtimes import StepRuntime, TorchRuntime
 from broadsheet.methods.estimates.melt.session import run_session
 
 OUT = Path(__file__).parent / "results" / "melt_study.records.json"
-TORCH = ("fp32", "fp16", "bf16", "int8", "int4")
-LLAMA = ("f32", "f16", "bf16", "q8_0", "q4_0")
+#: runtime -> formats, from large to small; gains are of the last over bf16, or over the first where there is none
+FORMATS = {
+    "torch": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "llama.cpp": ("f32", "f16", "bf16", "q8_0", "q4_0"),
+    "onnxruntime": ("fp32", "int8", "int4"),
+}
 GREEDY = Sampling(temperature=0)
-MODEL = "random-107m"
+MODEL = "random-219m"
 
 
 class Study:
@@ -96,8 +112,8 @@ class Study:
 
 
 def large() -> Path:
-    """Two layers of TinyLlama's width with random weights (107 million, 428 MB in 32 bits) and the built-in tokenizer: for
-    speed alone."""
+    """One layer of Llama-2-7B with random weights (with embeddings 219 million, 877 MB in 32 bits) and the built-in
+    tokenizer: for speed alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from broadsheet.core.models import load
@@ -106,7 +122,7 @@ def large() -> Path:
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=2048, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=32,
+            vocab_size=2048, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32,
             num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -115,25 +131,17 @@ def large() -> Path:
 
 
 def runtime(model: str | Path, name: str, form: str, threads: int = 1, **settings: Any) -> StepRuntime:
-    """Loaded: "torch" or "llama.cpp"."""
+    """Loaded; ``name``: of `FORMATS`."""
     wanted = RunSettings(**{"context": 1024, "threads": threads, "max_busy": 1.0, **settings})
-    config = ModelConfig(str(model), sampling=GREEDY)
-    if name == "llama.cpp":
-        from broadsheet.methods.estimates.melt.llamacpp import LlamaCppRuntime
-
-        made: StepRuntime = LlamaCppRuntime(str(model), form, config, wanted, Clock())
-    else:
-        made = TorchRuntime(str(model), form, config, wanted, Clock())
+    made = melt_runtime(name.replace(".", ""), str(model), form, ModelConfig(str(model), sampling=GREEDY), wanted)
+    assert isinstance(made, StepRuntime)
     made.load()
     return made
 
 
-def has_llama() -> bool:
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def installed(name: str) -> bool:
+    """Is a runtime there?"""
+    return importlib.util.find_spec(name.replace(".", "_")) is not None
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------
@@ -184,44 +192,110 @@ def published(study: Study) -> None:
 
 def contenders() -> list[tuple[str, str]]:
     """(runtime, format)."""
-    return [("torch", form) for form in TORCH] + [("llama.cpp", form) for form in LLAMA if has_llama()]
+    return [(name, form) for name, forms in FORMATS.items() if installed(name) for form in forms]
 
 
-def speed(study: Study, threads: int, repeats: int) -> None:
-    clock, busy = ("cpu" if threads == 1 else "wall"), machine.busy()
-    running = {key: runtime(large(), *key, threads) for key in contenders()}
-    found: dict[tuple[str, str], tuple[list[float], list[float]]] = {key: ([], []) for key in running}
+def rates_of(one: StepRuntime, threads: int, clock: str) -> tuple[float, float]:
+    """Of decoding and of prefill, once."""
+    torch.set_num_threads(threads)
+    tests = run_fixed(one, n_gen=8, repetitions=1, warmup=0), run_fixed(one, n_prompt=64, repetitions=1, warmup=0)
+    return tests[0].median(clock), tests[1].median(clock)
+
+
+def add_rates(study: Study, key: tuple[str, str], pairs: list[tuple[float, float]], **about: Any) -> None:
+    """Median and quartiles of the rates of a runtime and format."""
+    for metric, rates in zip(("decode_tps", "prefill_tps"), zip(*pairs, strict=True), strict=True):
+        low, high = (float(value) for value in np.quantile(rates, [0.25, 0.75]))
+        about |= {"format": key[1], "q1": low, "q3": high}
+        study.add(key[0], metric, statistics.median(rates), "tokens/s", n=len(rates), model=MODEL, **about)
+
+
+def speed(study: Study) -> None:
+    repeats, busy = study.arguments.repeats, machine.busy()
+    running = {key: runtime(large(), *key) for key in contenders()}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in running}
     for repeat in range(-1, repeats):  # they take turns; the first is not counted
         for key, one in running.items():
-            torch.set_num_threads(threads)
-            decode = run_fixed(one, n_gen=8, repetitions=1, warmup=0)
-            prefill = run_fixed(one, n_prompt=64, repetitions=1, warmup=0)
+            rates = rates_of(one, 1, "cpu")
             if repeat >= 0:
-                found[key][0].extend(decode.rates(clock))
-                found[key][1].extend(prefill.rates(clock))
-        print(f"speed: {threads} threads, repeat {repeat + 1} of {repeats}", flush=True)
-    shared: dict[str, Any] = {"threads": threads, "clock": clock}
+                found[key].append(rates)
+        print(f"speed: repeat {repeat + 1} of {repeats}", flush=True)
+    shared: dict[str, Any] = {"threads": 1, "clock": "cpu"}
     for key, one in running.items():
-        about = {**shared, "format": key[1]}
-        study.add(key[0], "pass_bytes", one.pass_bytes, "B", model=MODEL, **about)
-        study.add(key[0], "nbytes", one.nbytes, "B", model=MODEL, **about)
-        for metric, rates in zip(("decode_tps", "prefill_tps"), found[key], strict=True):
-            low, high = (float(value) for value in np.quantile(rates, [0.25, 0.75]))
-            about = {**about, "busy": busy, "q1": low, "q3": high}
-            study.add(key[0], metric, statistics.median(rates), "tokens/s", n=len(rates), model=MODEL, **about)
-    for name, forms in (("torch", TORCH), ("llama.cpp", LLAMA)):
-        keys = [(name, form) for form in forms if (name, form) in found]
-        if not keys:
+        study.add(key[0], "pass_bytes", one.pass_bytes, "B", model=MODEL, **shared, format=key[1])
+        study.add(key[0], "nbytes", one.nbytes, "B", model=MODEL, **shared, format=key[1])
+        add_rates(study, key, found[key], **shared, busy=busy)
+    for name, forms in FORMATS.items():
+        if not installed(name):
             continue
-        value, ci = slope([found[key][0] for key in keys], [running[key].pass_bytes for key in keys])
+        sizes = [running[name, form].pass_bytes for form in forms]
+        value, ci = slope([[decode for decode, _ in found[name, form]] for form in forms], sizes)
         study.add(name, "slope", value, ci=ci, n=repeats, model=MODEL, **shared)
-        half, small = found[name, forms[2]], found[name, forms[4]]
-        for metric, place in (("decode_gain", 0), ("prefill_gain", 1)):
-            gains = [b / a for a, b in zip(half[place], small[place], strict=True)]
-            about = {**shared, "of": forms[4], "over": forms[2]}
-            study.add(name, metric, statistics.median(gains), ci=bootstrap_ci(gains), n=repeats, model=MODEL, **about)
+        small, base = forms[-1], "bf16" if "bf16" in forms else forms[0]
+        for place, metric in enumerate(("decode_gain", "prefill_gain")):
+            gains = [b[place] / a[place] for a, b in zip(found[name, base], found[name, small], strict=True)]
+            about = {**shared, "of": small, "over": base}
+            study.add(name, metric, statistics.median(gains), ci=median_ci(gains), n=repeats, model=MODEL, **about)
     for one in running.values():
         one.unload()
+
+
+def operators(study: Study) -> None:
+    repeats, tokens, about = study.arguments.repeats, 4, {"threads": 1, "clock": "cpu"}
+    running = {form: runtime(large(), "torch", form) for form in FORMATS["torch"]}
+    found: dict[str, list[dict[str, float]]] = {form: [] for form in running}
+    array, read = torch.ones(10**8), list[float]()
+    for _ in range(repeats):
+        began = time.process_time()
+        array.sum()
+        read.append(array.nbytes / (time.process_time() - began))
+        for form, one in running.items():
+            shares = profile(one, tokens).merged("per_op")
+            found[form].append({share.name: (share.cpu_ms or 0.0) / tokens / 1000 for share in shares})
+    study.add("torch", "read_rate", statistics.median(read), "B/s", median_ci(read), repeats, **about)
+    products = []
+    for form, one in running.items():
+        times = [row["MUL_MAT"] for row in found[form]]
+        rest = [sum(row.values()) - row["MUL_MAT"] for row in found[form]]
+        products.append([1 / seconds for seconds in times])
+        for metric, values in (("product_seconds", times), ("other_seconds", rest)):
+            study.add(
+                "torch", metric, statistics.median(values), "s", median_ci(values), repeats, MODEL, **about, format=form
+            )
+        rate = [one.pass_bytes / seconds for seconds in times]
+        study.add(
+            "torch", "product_rate", statistics.median(rate), "B/s", median_ci(rate), repeats, MODEL, **about, format=form
+        )
+    value, ci = slope(products, [one.pass_bytes for one in running.values()])
+    study.add("torch", "product_slope", value, ci=ci, n=repeats, model=MODEL, **about)
+
+
+def threads(study: Study) -> None:
+    """One contender after the other, with one and two threads in turn."""
+    repeats, busy = study.arguments.repeats, machine.busy()
+    for key in contenders():
+        running = [runtime(large(), *key, count) for count in (1, 2)]
+        found: list[list[tuple[float, float]]] = [[], []]
+        for repeat in range(-1, repeats):
+            for count, one in enumerate(running, 1):
+                rates = rates_of(one, count, "wall")
+                if repeat >= 0:
+                    found[count - 1].append(rates)
+        for count, pairs in enumerate(found, 1):
+            add_rates(study, key, pairs, threads=count, clock="wall", busy=busy)
+        gains = [two[0] / one[0] for one, two in zip(*found, strict=True)]
+        about = {"format": key[1], "of": 2, "over": 1, "clock": "wall", "busy": busy}
+        study.add(key[0], "thread_gain", statistics.median(gains), ci=median_ci(gains), n=repeats, model=MODEL, **about)
+        for one in running:
+            one.unload()
+
+
+def median_ci(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile interval of the median, by bootstrap."""
+    table = np.asarray(values)
+    picks = np.random.default_rng(0).integers(0, len(table), (2000, len(table)))
+    low, high = np.quantile(np.median(table[picks], axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def slope(rates: list[list[float]], sizes: list[int]) -> tuple[float, tuple[float, float]]:
@@ -280,13 +354,13 @@ def turns(study: Study) -> None:
                 "ttft",
                 statistics.median(waits),
                 "s",
-                bootstrap_ci(waits),
+                median_ci(waits),
                 len(some),
                 "pocket-2m",
                 tokens=held,
                 **about,
             )
-            study.add("torch", "prefill_cpu", statistics.median(cpu), "s", bootstrap_ci(cpu), len(cpu), "pocket-2m", **about)
+            study.add("torch", "prefill_cpu", statistics.median(cpu), "s", median_ci(cpu), len(cpu), "pocket-2m", **about)
         spread, stable = stability(run.turns)
         study.add("torch", "variation", spread, n=3, model="pocket-2m", cache=cache, stable=stable, busy=busy)
         worst = max(turn.unaccounted for turn in run.turns)
@@ -338,7 +412,7 @@ def peer(study: Study) -> None:
         running.unload()
         about = {"format": form, "test": "tg128", "threads": 1, "clock": "cpu"}
         for name, rates in (("llama.cpp", own), ("llama-bench", bench)):
-            value, ci = statistics.median(rates), bootstrap_ci(rates)
+            value, ci = statistics.median(rates), median_ci(rates)
             study.add(name, "tg_tps", value, "tokens/s", ci, len(rates), MODEL, **about)
         ratios = [a / b for a, b in zip(own, bench, strict=True)]
         study.add(
@@ -346,11 +420,58 @@ def peer(study: Study) -> None:
             "ratio_to_llama_bench",
             statistics.median(ratios),
             "",
-            bootstrap_ci(ratios),
+            median_ci(ratios),
             len(ratios),
             MODEL,
             **about,
         )
+
+
+def server(study: Study) -> None:
+    """The texts of the built-in model's conversations, which must be the same; the rate of the large one, pass for pass."""
+    for model, form, length in (("pocket-2m", "f32", 32), (str(large()), "q8_0", 48)):
+        built_in = model == "pocket-2m"
+        path = runtime(model, "llama.cpp", form).files()[0]
+        settings = RunSettings(context=1024, max_gen=length, max_busy=1.0, ignore_eos=not built_in)
+        config = ModelConfig(Path(model).name, sampling=GREEDY)
+        own = melt_runtime("llamacpp", str(path), "file", config, settings)
+        with llama_server(study.arguments.llama_server, path, 1024) as address:
+            theirs = melt_runtime("llama-server", address, "server", config, settings)
+            own.load()
+            theirs.load()
+            same, ratios = list[float](), list[float]()
+            for number, conversation in enumerate(draw_conversations(microworld_starters(), 5 if built_in else 1)):
+                for one in (own, theirs):
+                    one.begin(number)
+                for question in conversation:
+                    ours, other = own.answer(question), theirs.answer(question)
+                    same.append(ours.text == other.text)
+                    # a reply of n tokens takes the server n - 1 passes
+                    passes = max(other.output_tokens - 1, 1) / other.decode.seconds
+                    ratios.append(ours.output_tokens / ours.decode.seconds / passes)
+        about = {"format": form, "clock": "wall", "busy": machine.busy()}
+        if built_in:
+            study.add("llama-server", "same_text", statistics.fmean(same), n=len(same), model=model, **about)
+        else:
+            value, ci = statistics.median(ratios), median_ci(ratios)
+            study.add("llama.cpp", "ratio_to_llama_server", value, ci=ci, n=len(ratios), model=MODEL, **about)
+        own.unload()
+
+
+@contextlib.contextmanager
+def llama_server(program: str, model: Path, context: int) -> Iterator[str]:
+    """A server of one slot and one thread that serves a file; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program, "-m", str(model), "-c", str(context), "-t", "1", "-fa", "on", "--parallel", "1", "--port", str(port)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_server(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.terminate()
+        running.wait()
 
 
 def experience(study: Study) -> None:
@@ -383,27 +504,34 @@ def simulated(study: Study) -> None:
 
 
 PARTS: dict[str, Callable[[Study], None]] = {
-    "ops": ops, "published": published, "device": simulated, "speed": lambda study: speed(study, 1, study.arguments.repeats),
-    "threads": lambda study: speed(study, 2, max(3, study.arguments.repeats // 3)), "memory": memory, "peer": peer,
-    "turns": turns, "experience": experience,
+    "ops": ops, "published": published, "device": simulated, "speed": speed, "operators": operators, "threads": threads,
+    "memory": memory, "peer": peer, "server": server, "turns": turns, "experience": experience,
     "accuracy": lambda study: accuracy(study, "torch", ("fp32", "int8", "int4", "int3", "int2")),
     "accuracy-llama": lambda study: accuracy(study, "llama.cpp", ("f32", "q8_0", "q4_0", "q2_k")),
+    "accuracy-onnx": lambda study: accuracy(study, "onnxruntime", FORMATS["onnxruntime"]),
+}  # fmt: skip
+#: what a part needs: options, and runtimes
+NEEDS = {
+    "ops": ("public",), "published": ("public",), "peer": ("llama_bench", "llama.cpp"),
+    "server": ("llama_server", "llama.cpp"), "accuracy-llama": ("llama.cpp",), "accuracy-onnx": ("onnxruntime",),
 }  # fmt: skip
 
 
 def missing(part: str, arguments: argparse.Namespace) -> str:
     """What a part needs and does not have."""
-    if part in ("ops", "published") and not arguments.public:
-        return "--public"
-    if part in ("peer", "accuracy-llama") and not has_llama():
-        return "llama-cpp-python"
-    return "--llama-bench" if part == "peer" and not arguments.llama_bench else ""
+    lacking = [
+        need if need in FORMATS else "--" + need.replace("_", "-")
+        for need in NEEDS.get(part, ())
+        if not (installed(need) if need in FORMATS else getattr(arguments, need))
+    ]
+    return ", ".join(lacking)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--public", default="", help="a checkout of brave-experiments/MELT-public")
     parser.add_argument("--llama-bench", default="", help="llama.cpp's llama-bench")
+    parser.add_argument("--llama-server", default="", help="llama.cpp's llama-server")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=5)

@@ -23,7 +23,7 @@ def run(
         ),
     ] = "pocket-2m",
     formats: Annotated[str, typer.Option(help="Of the weights, comma-separated: fp32, fp16, bf16, int8 to int2.")] = "fp32",
-    runtime: Annotated[str, typer.Option(help="torch, llamacpp or llama-server.")] = "torch",
+    runtime: Annotated[str, typer.Option(help="torch, llamacpp, llama-server or onnxruntime.")] = "torch",
     conversations: Annotated[str, typer.Option(help="A JSON file of them; default: the microworld's.")] = "",
     count: Annotated[int, typer.Option(help="How many conversations.")] = 5,
     repetitions: Annotated[int, typer.Option(help="How often all of them.")] = 3,
@@ -53,7 +53,7 @@ def run(
     if model.endswith((".yaml", ".yml")):
         config, model = model, read_config(model).model
     parts = tuple(part.strip() for part in formats.split(",") if part.strip())
-    method = MELT(parts, runtime, meter, context, max_gen, repetitions, count, threads)
+    method = MELT(context, max_gen, repetitions, count, threads, formats=parts, runtime=runtime, meter=meter)
     method = configured("melt", method, options_of(option))
     with working() as bar:
         line = bar.add_task(model, total=None)
@@ -110,7 +110,7 @@ def accuracy(
         str, typer.Option("--model", "-m", help="What the runtime takes; for all formats alike.")
     ] = "pocket-2m",
     formats: Annotated[str, typer.Option(help="Of the weights, comma-separated; the first is the reference.")] = "fp32,int4",
-    runtime: Annotated[str, typer.Option(help="torch or llamacpp.")] = "torch",
+    runtime: Annotated[str, typer.Option(help="torch, llamacpp or onnxruntime.")] = "torch",
     items: Annotated[str, typer.Option(help="JSON lines of query, choices, gold; default: tasks of the microworld.")] = "",
     count: Annotated[int, typer.Option(help="Items of a task.")] = 100,
     out: OUT = "",
@@ -134,7 +134,7 @@ def accuracy(
             config = ModelConfig(model, sampling=Sampling(temperature=0))
             running = runtime_of(runtime, model, form, config, RunSettings(context=1024, max_gen=32))
             if not isinstance(running, StepRuntime):
-                raise ValueError(f"the runtime {runtime} gives no log-probabilities; use torch or llamacpp")
+                raise ValueError(f"the runtime {runtime} gives no log-probabilities; use torch, llamacpp or onnxruntime")
             running.load()
             for task in (*chosen, *written):
                 line = bar.add_task(f"{form} {task}", total=count)

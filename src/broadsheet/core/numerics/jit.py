@@ -29,7 +29,10 @@ def split(work: Callable[[int, int], None], count: int, step: int) -> None:
     if len(bounds) < 2:
         work(0, count)
         return
-    list(_pool(os.getpid(), threads).map(lambda bound: work(*bound), bounds))
+    others = [_pool(os.getpid(), threads).submit(work, *bound) for bound in bounds[1:]]
+    work(*bounds[0])  # here, where nothing has to be woken
+    for one in others:
+        one.result()
 
 
 @cache

@@ -31,11 +31,11 @@ def matmul_dominates(records: Sequence[Record]) -> Verdict:
 
 
 def size_decides_speed(records: Sequence[Record]) -> Verdict:
-    """Slope of log decode rate over log bytes read a token, both runtimes, one thread; gains of 4 bits over 16; memory."""
+    """Slope of log decode rate over log bytes read a token, by runtime, one thread; gains of the fewest bits; memory."""
     parts, certain, likely = [], [], []
-    for runtime in ("llama.cpp", "torch"):
+    for runtime in ("llama.cpp", "torch", "onnxruntime"):
         slope = _one(records, method=runtime, metric="slope", threads=1)
-        gains = [_one(records, method=runtime, metric=f"{what}_gain", threads=1) for what in ("decode", "prefill")]
+        decode, prefill = (_one(records, method=runtime, metric=f"{what}_gain", threads=1) for what in ("decode", "prefill"))
         if not slope or not slope.ci:
             if runtime == "torch":
                 return None
@@ -43,9 +43,9 @@ def size_decides_speed(records: Sequence[Record]) -> Verdict:
         certain.append(abs(slope.value - _SLOPE) <= _WITHIN)
         likely.append(slope.ci[1] < 0)
         shown = f"{runtime} slope {slope.value:.2f} [{slope.ci[0]:.2f}, {slope.ci[1]:.2f}]"
-        if all(gains):
-            decode, prefill = (gain.value for gain in gains if gain)
-            shown += f", 4 bits over 16: decode x{decode:.2f}, prefill x{prefill:.2f}"
+        if decode and prefill:
+            of, over = decode.setting["of"], decode.setting["over"]
+            shown += f", {of} over {over}: decode x{decode.value:.2f}, prefill x{prefill.value:.2f}"
         parts.append(shown)
     peaks = {
         form: found
@@ -56,7 +56,7 @@ def size_decides_speed(records: Sequence[Record]) -> Verdict:
         shown = ", ".join(f"{form} {_mega(found.value)}" for form, found in peaks.items())
         before = max(found.setting["before"] for found in peaks.values())
         parts.append(f"peak RSS (llama.cpp) {shown}, of which {_mega(before)} before loading")
-    return graded(certain, likely), "107M random weights, one thread: " + "; ".join(parts)
+    return graded(certain, likely), "a layer of Llama-2-7B, random weights, one thread: " + "; ".join(parts)
 
 
 def _mega(value: float) -> str:

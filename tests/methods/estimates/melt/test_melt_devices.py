@@ -23,7 +23,7 @@ from broadsheet.methods.estimates.melt.adb import (
     run_phone,
 )
 from broadsheet.methods.estimates.melt.clock import Clock
-from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings
+from broadsheet.methods.estimates.melt.config import ModelConfig, RunSettings, Sampling
 from broadsheet.methods.estimates.melt.device import Power, Thermal, device, devices, sustain, work
 from broadsheet.methods.estimates.melt.llamacpp import LlamaServerRuntime, wait_for_server
 from broadsheet.methods.estimates.melt.meters import Meter
@@ -135,7 +135,7 @@ class Server(BaseHTTPRequestHandler):
         shared = 0
         while body["cache_prompt"] and shared < min(len(ids) - 1, len(held)) and ids[shared] == held[shared]:
             shared += 1
-        self.server.held = [*ids, 111, 107, 46]
+        self.server.held = [*ids, 111, 107]  # the last token is not run
         events = [{"content": c, "tokens": [ord(c)]} for c in "ok."]
         timings = {"prompt_n": len(ids) - shared, "prompt_ms": 2.0, "predicted_n": 3, "predicted_ms": 3.0}
         events.append({"content": "", "tokens": [], "stop": True, "timings": timings})
@@ -165,11 +165,50 @@ def test_llama_server_over_http(server, tmp_path):
     assert first.output_tokens == 3
     assert first.session_tokens == 0
     assert first.input_tokens == len("user: hello\nassistant:")
-    assert second.session_tokens == first.input_tokens + 3  # the reply's tokens came back and are in its cache
-    assert second.input_tokens == len("\nuser: again\nassistant:")
+    assert second.session_tokens == first.input_tokens + 2  # the reply's tokens came back and are in its cache
+    assert second.input_tokens == 1 + len("\nuser: again\nassistant:")
     assert first.decode_tps == pytest.approx(1000, rel=1e-3)
     assert first.prefill.seconds == pytest.approx(0.002, rel=1e-3)
     assert first.unaccounted < 1e-3
+
+
+class Recorded(BaseHTTPRequestHandler):
+    """Answers a request as the llama-server did whose answers were recorded; one that was not recorded is an error."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self._answer(None)
+
+    def do_POST(self):
+        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _answer(self, body):
+        known = [one["reply"] for one in self.server.exchanges if (one["path"], one["body"]) == (self.path, body)]
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write((known[0] if known else f"not recorded: {body}").encode())
+
+
+def test_a_recorded_llama_server():
+    """The texts are those that llama-cpp-python gives of the same file; see tests/golden."""
+    golden = json.loads((Path(__file__).parents[3] / "golden" / "llama_server.json").read_text(encoding="utf-8"))
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Recorded)
+    running.exchanges = golden["exchanges"]
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    config = ModelConfig("pocket-2m", sampling=Sampling(temperature=0))
+    address = f"http://127.0.0.1:{running.server_port}"
+    runtime = LlamaServerRuntime(address, "server", config, RunSettings(context=512, max_gen=24), Clock())
+    runtime.load()
+    for before, turn in zip([None, *golden["turns"]], golden["turns"]):
+        if before is None or before["conversation"] != turn["conversation"]:
+            runtime.begin(turn["conversation"])
+        answer = runtime.answer(turn["question"])
+        assert {name: getattr(answer, name) for name in turn if hasattr(answer, name)} == {
+            name: value for name, value in turn.items() if name not in ("conversation", "question")
+        }
+    running.shutdown()
 
 
 def test_servers_that_cannot(server):

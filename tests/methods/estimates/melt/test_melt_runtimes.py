@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +122,80 @@ def test_a_file_that_is_not_there():
         LlamaCppRuntime("nowhere.gguf", "file", GREEDY, SETTINGS, Clock())
 
 
+# --- ONNX Runtime -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, plain):
+    """A folder with a model of random weights, whose output layer is not its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    plain.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def onnx_runtime(model, form):
+    from broadsheet.methods.estimates.melt.onnx_runtime import OnnxRuntime
+
+    made = OnnxRuntime(model, form, GREEDY, RunSettings(context=128, max_gen=12), Clock())
+    made.load()
+    return made
+
+
+@pytest.mark.slow
+def test_onnx_runtime_writes_what_transformers_writes(tiny, tmp_path, monkeypatch):
+    for package in ("onnxruntime", "onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is an extra")
+    monkeypatch.setenv("BROADSHEET_HOME", str(tmp_path))
+    reference = TorchRuntime(tiny, "fp32", GREEDY, RunSettings(context=128, max_gen=12), Clock())
+    reference.load()
+    sizes = []
+    for form, off in (("fp32", 1e-4), ("int8", 0.05), ("int4", 0.5)):
+        runtime = onnx_runtime(tiny, form)
+        reference.begin(0)
+        runtime.begin(0)
+        ids = [5, 9, 400, 77]
+        for some in (ids, [3], [8, 8]):  # a prompt, a token, and a longer piece behind what is cached
+            wanted, got = reference.run(some), torch.from_numpy(runtime.run(some))
+            assert (wanted - got).norm() <= off * wanted.norm()
+        runtime.rewind(len(ids))
+        reference.rewind(len(ids))
+        assert (reference.run([7]) - torch.from_numpy(runtime.run([7]))).norm() <= off * wanted.norm()
+        sizes.append((runtime.nbytes, runtime.pass_bytes))
+        assert runtime.nbytes - runtime.pass_bytes == 2048 * 128 * 4  # the embedding is looked up
+        assert sum(path.stat().st_size for path in runtime.files()) >= runtime.nbytes
+        if form == "fp32":
+            assert runtime.nbytes == pytest.approx(reference.nbytes, rel=1e-3)
+            reference.begin(0)
+            runtime.begin(0)
+            for prompt in ("Pay bedu 75.", "How much?"):
+                one, other = reference.answer(prompt), runtime.answer(prompt)
+                assert reference.tokens == runtime.tokens
+                assert (one.input_tokens, one.session_tokens) == (other.input_tokens, other.session_tokens)
+        runtime.unload()
+    weights = [held for _, held in sizes]
+    assert weights[1] < 0.3 * weights[0]  # a quarter, and scales
+    assert weights[2] < 0.17 * weights[0]
+    runtime.settings = RunSettings(context=512)
+    with pytest.raises(ValueError, match="a context of 512 is beyond the 256 positions"):
+        runtime.load()
+
+
+def test_onnx_runtime_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"pip install 'broadsheet\[onnx\]'"):
+        onnx_runtime("pocket-2m", "fp32")
+    with pytest.raises(ValueError, match="onnxruntime has no format 'bf16'; it has fp32, int8, int4"):
+        onnx_runtime("pocket-2m", "bf16")
+
+
 # --- fixed lengths ----------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +228,16 @@ def test_profile_adds_up_to_the_passes(plain):
     assert not plain.network.model.layers[0].mlp.up_proj._forward_hooks  # they are gone
     with pytest.raises(ValueError, match="do not fit a context of 512"):
         profile(plain, tokens=600)
+
+
+def test_bfloat16_tokens_are_multiplied_without_onednn():
+    runtime, seen = torch_runtime("bf16"), []
+    runtime.network.lm_head.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    runtime.begin(0)
+    runtime.run([5, 9])
+    runtime.run([7])
+    assert seen == [True, False]
+    assert torch.backends.mkldnn.enabled
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

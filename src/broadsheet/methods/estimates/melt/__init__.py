@@ -8,8 +8,8 @@ and kept in the authors' file layout.
     report.tables()
 
 The parts: `config` (the public YAML), `conversations`, `session` (the protocol), `runtimes`, `llamacpp`, `gguf_file`,
-`meters`, `metrics`, `records`, `opslog` (time an operator), `device` (a phone as a model: simulated), `adb`, `qoe`,
-`accuracy`, `report`.
+`onnx_runtime`, `meters`, `metrics`, `records`, `opslog` (time an operator), `device` (a phone as a model: simulated), `adb`,
+`qoe`, `accuracy`, `report`.
 
 Deviations: a model is loaded once an iteration, not once a conversation; a conversation that outgrows the context starts
 anew, where llama.cpp shifts it; what the authors' scripts do wrong is said in `metrics`, `opslog` and `adb`.
@@ -34,46 +34,34 @@ from .session import run_session
 
 __all__ = ["MELT", "MeltReport", "Run", "read_config", "read_conversations", "read_run"]
 
-RUNTIMES = ("torch", "llamacpp", "llama-server")
+RUNTIMES = ("torch", "llamacpp", "llama-server", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class MELT:
+class MELT(RunSettings):
     """A run's settings, with the authors' defaults; see `RunSettings` for what they mean.
 
-    ``formats``: of the weights, one run each. ``runtime``: torch, llamacpp (a GGUF file) or llama-server (an address).
+    ``formats``: of the weights, one run each. ``runtime``: torch, llamacpp (a GGUF file), llama-server (an
+    address) or onnxruntime.
     ``meter``: none, rapl, nvml, csv:PATH or model:DEVICE. Raises ValueError for settings out of range.
     """
 
     formats: tuple[str, ...] = ("fp32",)
     runtime: str = "torch"
     meter: str = "none"
-    context: int = 2048
-    max_gen: int = 256
-    repetitions: int = 3
-    conversations: int = 5
-    threads: int = 1
-    seed: int = 42
-    ignore_eos: bool = False
-    keep_cache: bool = True
-    idle: float = 60.0
-    tail: float = 10.0
-    warmup: int = 1
-    cold: bool = False
-    max_busy: float = 0.1
-    sustain: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.formats, str):  # -o formats=int4
             object.__setattr__(self, "formats", tuple(part.strip() for part in self.formats.split(",") if part.strip()))
         if not self.formats:
             raise ValueError("formats names at least one format of weights, such as fp32 or int4")
         if self.runtime not in RUNTIMES:
             raise ValueError(f"runtime is one of {', '.join(RUNTIMES)}; got '{self.runtime}'")
-        self.settings  # noqa: B018  # checks them
 
     @property
     def settings(self) -> RunSettings:
+        """What the runs of all formats share."""
         return RunSettings(**{one.name: getattr(self, one.name) for one in fields(RunSettings)})
 
     def estimate(
@@ -129,6 +117,10 @@ def runtime(name: str, model: str, form: str, config: ModelConfig, settings: Run
         from .llamacpp import LlamaServerRuntime
 
         return LlamaServerRuntime(model, form, config, settings, clock)
+    if name == "onnxruntime":
+        from .onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime(model, form, config, settings, clock)
     raise ValueError(f"runtime is one of {', '.join(RUNTIMES)}; got '{name}'")
 
 

@@ -20,7 +20,7 @@ from .config import ModelConfig, RunSettings
 from .dialogue import Dialogue, Messages
 from .gguf_file import FORMATS, need_gguf, write_gguf
 from .metrics import Window
-from .runtimes import Answer, Runtime, StepRuntime
+from .runtimes import Answer, Runtime, StepRuntime, tokenizer_of
 
 
 def need_llama() -> Any:
@@ -80,14 +80,10 @@ class LlamaCppRuntime(StepRuntime):
     def _tokenizer(self) -> None:
         if self.format == "file":
             self.ends = frozenset({self.llama.token_eos()} - {-1})
-            self.dialogue = Dialogue(self._ids, _template(self.llama.metadata), self.config.prompt, self._begin())
+            self.dialogue = Dialogue(self._ids, self._template(), self.config.prompt, self._begin())
             self._text = lambda ids: self.llama.detokenize(ids).decode("utf-8", "replace")
             return
-        from transformers import AutoTokenizer
-
-        from broadsheet.core.models import POCKET_FOLDER, pockets
-
-        tokenizer = AutoTokenizer.from_pretrained(POCKET_FOLDER / self.model if self.model in pockets() else self.model)
+        tokenizer = tokenizer_of(self.model)
         self.ends = frozenset({tokenizer.eos_token_id} - {None})
         self.dialogue = Dialogue.of(tokenizer, self.config.prompt)
         self._text = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -97,6 +93,24 @@ class LlamaCppRuntime(StepRuntime):
 
     def _begin(self) -> list[int]:
         return [self.llama.token_bos()] if self.llama.metadata.get("tokenizer.ggml.add_bos_token", "true") == "true" else []
+
+    def _template(self) -> Any:
+        """The file's own chat template, in jinja2's sandbox; None without one."""
+        source = self.llama.metadata.get("tokenizer.chat_template")
+        if not source:
+            return None
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+        ends = {"bos_token": self.llama.token_bos(), "eos_token": self.llama.token_eos()}
+        named = {
+            name: "" if token < 0 else self.llama.detokenize([token], special=True).decode() for name, token in ends.items()
+        }
+
+        def render(messages: Messages) -> str:
+            return str(template.render(messages=messages, add_generation_prompt=True, **named))
+
+        return render
 
     def unload(self) -> None:
         if hasattr(self, "llama"):
@@ -136,24 +150,12 @@ def _pass_bytes(path: Path) -> int:
     return sum(size for name, size in tensors.items() if not (own and name == "token_embd.weight"))
 
 
-def _template(metadata: dict[str, str]) -> Any:
-    """The file's own chat template, in jinja2's sandbox; None without one."""
-    source = metadata.get("tokenizer.chat_template")
-    if not source:
-        return None
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-
-    def render(messages: Messages) -> str:
-        return str(template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token=""))
-
-    return render
-
-
 class LlamaServerRuntime(Runtime):
     """``llama-server`` at an address. It keeps the cache and says what it prefilled and how long both parts took; when they
-    were follows from the arrival of the last token. ``overhead`` is what is left of a turn, transfer included."""
+    were follows from the arrival of the last token. ``overhead`` is what is left of a turn, transfer included.
+
+    It never runs a reply's last token, which the next turn prefills: where a runtime that is stepped takes n passes for a
+    reply of n tokens, it takes n - 1, and its rate is n over their time."""
 
     name = "llama-server"
     formats = ("server",)
@@ -193,10 +195,11 @@ class LlamaServerRuntime(Runtime):
                 f"conversation {self.conversation}, turn {self.turn}: a prompt of {len(new)} tokens leaves no room for a "
                 f"reply in a context of {settings.context}"
             )
-        ids = self.tokens + new
+        ids, held = self.tokens + new, len(self.tokens)
         asked = {
             "prompt": ids, "n_predict": min(settings.max_gen, settings.context - len(ids)), "stream": True,
-            "return_tokens": True, "cache_prompt": settings.keep_cache, "temperature": sampling.temperature,
+            # a conversation begins with an empty cache, whatever the one before had in common with it
+            "return_tokens": True, "cache_prompt": settings.keep_cache and held > 0, "temperature": sampling.temperature,
             "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": 0.0, "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": sampling.repeat_last_n, "seed": settings.seed + self.conversation,
             "ignore_eos": settings.ignore_eos,

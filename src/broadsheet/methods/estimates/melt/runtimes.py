@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from .metrics import Window
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class Runtime(ABC):
 
     def files(self) -> list[Path]:
         """The files that loading reads, for a cold load."""
-        folder = Path(self.model)
-        return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else [folder] * folder.is_file()
+        path = Path(self.model)
+        return files_of(path) or [path] * path.is_file()
 
 
 class StepRuntime(Runtime):
@@ -252,7 +255,7 @@ class TorchRuntime(StepRuntime):
 
         from broadsheet.core.models import with_cache
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _products(self.network.dtype, len(ids)):
             rows = torch.tensor([ids], device=self.network.device)
             output: Any = self.network(input_ids=rows, **with_cache(self.cache), use_cache=True, logits_to_keep=1)
             return output.logits[0, -1]
@@ -297,10 +300,41 @@ class TorchRuntime(StepRuntime):
         return self.nbytes - (0 if shared else table.nbytes)
 
     def files(self) -> list[Path]:
-        from broadsheet.core.models import POCKET_FOLDER, pockets
+        return files_of(folder_of(self.model))
 
-        folder = POCKET_FOLDER / self.model if self.model in pockets() else Path(self.model)
-        return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+def folder_of(model: str) -> Path:
+    """Where a built-in model's files are, or those of a folder."""
+    from broadsheet.core.models import POCKET_FOLDER, pockets
+
+    return POCKET_FOLDER / model if model in pockets() else Path(model)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a built-in model, folder or hub name, without the model."""
+    from transformers import AutoTokenizer
+
+    folder = folder_of(model)
+    return AutoTokenizer.from_pretrained(folder if folder.is_dir() else model)
+
+
+@contextmanager
+def _products(dtype: torch.dtype, tokens: int) -> Iterator[None]:
+    """Takes torch's own product of a bfloat16 matrix with one vector: oneDNN's writes the matrix anew in its own order
+    before every product, which takes as long again as the product."""
+    import torch
+
+    one_dnn: Any = torch.backends.mkldnn
+    before = one_dnn.enabled
+    one_dnn.enabled = before and (tokens > 1 or dtype != torch.bfloat16)
+    try:
+        yield
+    finally:
+        one_dnn.enabled = before
 
 
 def quantise(network: Any, bits: int, group_size: int) -> None:
