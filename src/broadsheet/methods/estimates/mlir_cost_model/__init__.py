@@ -24,7 +24,7 @@ from .capture import capture as capture
 from .cost_model import Answer, CostModel
 from .cost_model import Prediction as Prediction
 from .features import flops, interface
-from .labels import TARGETS, compile_text, dispatch_us, peak_live_bytes
+from .labels import TARGETS, compile_text, measure_net, peak_live_bytes
 from .stablehlo import parse
 
 
@@ -105,7 +105,7 @@ class MLIRCostModel:
         measured: dict[str, float | None] = {}
         if measure:
             compiled = compile_text(text)
-            measured = compiled.labels() | {"time": max(compiled.measure().time - dispatch_us(), 0.1)}
+            measured = compiled.labels() | {"time": measure_net([compiled])[0][0].time}
         return CostReport(name, len(function), answer, exact, measured, milliseconds, tuple(notes))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -44,11 +44,11 @@ class TensorType:
     dtype: str
     shape: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the dense array; types below 8 bits take a byte an element, as XLA's CPU backend stores them."""
         return self.elements * ((_width(self.dtype) + 7) // 8)
