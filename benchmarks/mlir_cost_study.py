@@ -1,7 +1,8 @@
 """Cost models of StableHLO programs on XLA's CPU compiler: a corpus, models on two splits, and what they are good for.
 
     python benchmarks/mlir_cost_study.py corpus    # two to four programs a second; stopped and resumed at will
-    python benchmarks/mlir_cost_study.py models ensemble order speed fusion report
+    python benchmarks/mlir_cost_study.py plans      # measures the candidates of the fusion study, as long
+    python benchmarks/mlir_cost_study.py ensemble models order speed transfer fusion report
 
 What a step finds is kept in ``--work``, cell by cell, so that every step goes on where it was stopped; ``report`` writes the
 records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); all
@@ -32,25 +33,29 @@ from broadsheet.methods.estimates.mlir_cost_model import corpus as corpora
 from broadsheet.methods.estimates.mlir_cost_model import order
 from broadsheet.methods.estimates.mlir_cost_model.capture import capture, to_linalg
 from broadsheet.methods.estimates.mlir_cost_model.cost_model import SHIPPED, CostModel, values
-from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, recovered
+from broadsheet.methods.estimates.mlir_cost_model.features import count
+from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, best_margin, recovered
 from broadsheet.methods.estimates.mlir_cost_model.generate import whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import (
     TARGETS,
     compile_text,
     compiler_version,
-    dispatch_us,
+    label,
     machine,
+    measure,
+    measure_net,
     peak_live_bytes,
     pin,
 )  # fmt: skip
-from broadsheet.methods.estimates.mlir_cost_model.models import Line, TokenModel, Training, Trees
+from broadsheet.methods.estimates.mlir_cost_model.models import Line, TokenModel, Trees
+from broadsheet.methods.estimates.mlir_cost_model.networks import Training, run_network
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.templates import TEMPLATES
 
 FOLDS, MEMBERS = 4, 3
 NAMES = tuple(TARGETS)
 COUNTS = ("kernels", "fusions", "instructions", "spills")
-#: name -> how it is made. "conv" and so on are the paper's: tokens alone; "conv_sizes" is one member of our ensemble
+#: name -> how it is made. Networks on tokens are the paper's; the cost model that is shipped is "model"
 MODELS: dict[str, Callable[[], Any]] = {
     "mean": lambda: Line(NAMES, "mean"),
     "flops": lambda: Line(NAMES, "flops"),
@@ -58,18 +63,23 @@ MODELS: dict[str, Callable[[], Any]] = {
     "additive": lambda: Line(NAMES, "additive"),
     "trees": lambda: Trees(NAMES),
     "trees_counts": lambda: Trees(NAMES, sized=False),
-    "bag_ops": lambda: TokenModel(NAMES, "bag", "ops", sizes=False),
-    "bag": lambda: TokenModel(NAMES, "bag", sizes=False),
-    "conv_ops": lambda: TokenModel(NAMES, "conv", "ops", sizes=False),
-    "conv": lambda: TokenModel(NAMES, "conv", sizes=False),
-    "conv_sizes": lambda: TokenModel(NAMES, "conv"),
-    "lstm": lambda: TokenModel(NAMES, "lstm", sizes=False),
-}  # fmt: skip
+    "bag_ops": lambda: TokenModel(NAMES, "bag", "ops"),
+    "bag": lambda: TokenModel(NAMES, "bag"),
+    "conv_ops": lambda: TokenModel(NAMES, "conv", "ops"),
+    "conv": lambda: TokenModel(NAMES, "conv"),
+    "lstm": lambda: TokenModel(NAMES, "lstm"),
+    "transformer": lambda: TokenModel(NAMES, "transformer", training=Training(epochs=5)),
+}
 #: on all folds of templates; the others on the first alone, to keep the study within an hour or two of one core
 EVERY_FOLD = ("mean", "flops", "roofline", "additive", "trees")
+#: parts of the ensemble, reported beside the whole: its networks on graphs alone, its trees alone
+PARTS = ("graph", "forest", "model")
 #: model of order pairs -> programs it learns from; what can only guess guesses from fewer
 ORDER = {"trees": 3000, "bag_ops": 3000, "bag": 3000, "conv_ops": 6000, "conv": 6000}
-RANDOM = ("mean", "flops", "additive", "trees", "conv_sizes")
+RANDOM = ("mean", "flops", "additive", "trees")
+#: rows of the second target to learn from
+FEW = (20, 50, 100, 200)
+ISA = "AVX2"
 
 
 class Study:
@@ -145,7 +155,7 @@ class Study:
                 self.predictions("template", name, fold)
         for name in RANDOM:
             self.predictions("random", name, 0)
-        for name in ("trees", "conv_sizes"):
+        for name in ("trees", "conv"):
             self.predictions("shuffled", name, 0)
 
     def predictions(self, split: str, name: str, fold: int) -> np.ndarray[Any, Any]:
@@ -182,23 +192,27 @@ class Study:
         model.save(self.work / f"fold{fold}.safetensors")
         if fold == 0:
             model.save(SHIPPED["stablehlo-cpu"])
+        counts = [count(self.programs[place]) for place in test]
         answers = model.answers([self.programs[place] for place in test])
+        networks, forests = (part.mean(0) for part in model.parts(counts))
         return {
+            "graph": model.scale.backward(networks).tolist(), "forest": model.scale.backward(forests).tolist(),
+            "mix": model.mix.tolist(),
             "predictions": [[tuple(one.predictions[name]) for name in NAMES] for one in answers],
             "abstain": [one.abstain for one in answers],
-        }
+        }  # fmt: skip
 
     def order(self) -> None:
         """Pairs of programs that differ in operands or order alone: which has the larger peak?"""
-        for name, count in ORDER.items():
-            self.cell(f"order.{name}.{count}", lambda name=name, count=count: self.fit_order(name, count))
+        for name, rows in ORDER.items():
+            self.cell(f"order.{name}.{rows}", lambda name=name, rows=rows: self.fit_order(name, rows))
 
     def fit_order(self, name: str, count: int) -> dict[str, list[float]]:
         programs = [parse(text) for text in order.programs(np.random.default_rng(self.arguments.seed), count)]
         goal = np.array([[float(peak_live_bytes(program))] for program in programs])
         kinds = {"trees": lambda: Trees(("peak_bytes",))} | {
             f"{kind}{'_ops' * (scheme == 'ops')}": lambda kind=kind, scheme=scheme: TokenModel(
-                ("peak_bytes",), kind, scheme, False, Training(epochs=16, lr=1e-3)
+                ("peak_bytes",), kind, scheme, Training(epochs=16, lr=1e-3)
             )
             for kind in ("bag", "conv")
             for scheme in ("ops", "operands")
@@ -221,24 +235,26 @@ class Study:
         model = CostModel.load(self.work / "fold0.safetensors")
         near = min(range(len(self.rows)), key=lambda place: abs(len(self.programs[place]) - 200))
         text, function = self.rows[near]["text"], self.programs[near]
-        code = model.models[0].encode([function])
-        whole, one = model.answer, model.models[0]
+        codes = model.encode([count(function)])
 
-        def median(do: Callable[[], Any]) -> float:
+        def least(do: Callable[[], Any]) -> float:
+            """The lower quartile: other work on the machine only adds."""
             spent = []
-            for _ in range(50):
+            for _ in range(100):
                 began = time.process_time()
                 do()
                 spent.append((time.process_time() - began) * 1e3)
-            return float(np.median(spent[5:]))
+            return float(np.quantile(spent[10:], 0.25))
 
         began = time.process_time()
         compiled = compile_text(text)
-        compiled.measure()
+        measure([compiled])
+        measured = (time.process_time() - began) * 1e3
         return {
-            "operations": len(function), "tokens": len(code[0].numbers), "parse": median(lambda: parse(text)),
-            "network": median(lambda: one.run(code)), "answer": median(lambda: whole(function)),
-            "compile_and_measure": (time.process_time() - began) * 1e3, "compile": compiled.seconds * 1e3,
+            "operations": len(function), "parse": least(lambda: parse(text)),
+            "network": least(lambda: run_network(model.models[0].network, codes)),
+            "answer": least(lambda: model.answer(function)), "compile_and_measure": measured,
+            "compile": compiled.seconds * 1e3,
         }  # fmt: skip
 
     def abstention(self) -> dict[str, list[float]]:
@@ -252,12 +268,53 @@ class Study:
         answers = {"training": known, "held_out": own, "linalg": foreign}
         return {name: [float(bool(one.abstain)) for one in some] for name, some in answers.items()}
 
-    def fusion(self) -> None:
+    def transfer(self) -> None:
+        """The first fold's model on another instruction set: as it is, adapted from a few rows, and trees from those alone.
+
+        The few rows are of templates that the model knows, the test rows of those that it does not."""
+        self.cell("second", self.second_labels)
+        self.cell("transfer", self.fit_transfer)
+
+    def second_places(self) -> tuple[list[int], list[int]]:
+        """Places of the rows to learn from and to test on."""
+        test, rng = self.folds("template")[0], np.random.default_rng(self.arguments.seed)
+        train = np.setdiff1d(np.arange(len(self.rows)), test)
+        return rng.permutation(train)[: max(FEW)].tolist(), rng.permutation(test)[:200].tolist()
+
+    def second_labels(self) -> list[dict[str, Any]]:
         pin()
-        for number in range(self.arguments.graphs):
-            self.cell(f"fusion.{number}", lambda number=number: self.measure_plans(number))
-        for number in range(self.arguments.graphs):
-            self.cell(f"choice.{number}", lambda number=number: self.choices(number))
+        few, test = self.second_places()
+        places = few + test
+        found: list[dict[str, Any]] = []
+        for at in range(0, len(places), 50):
+            found += label([self.rows[place]["text"] for place in places[at : at + 50]], ISA)
+        return found
+
+    def fit_transfer(self) -> dict[str, list[list[float]]]:
+        few, test = self.second_places()
+        labels = self.kept("second")
+        rows = [{**self.rows[place], "labels": one, "isa": ISA} for place, one in zip(few + test, labels, strict=True)]
+        model = CostModel.load(self.work / "fold0.safetensors")
+        programs = [self.programs[place] for place in test]
+
+        def said(one: CostModel) -> list[list[float]]:
+            return [[answer.predictions[name].value for name in NAMES] for answer in one.answers(programs)]
+
+        found = {"0": said(model), "truth": values(rows[len(few) :], NAMES)[0].tolist()}
+        for number in FEW:
+            found[str(number)] = said(model.adapt(rows[:number]))
+            trees = Trees(NAMES).fit([self.programs[place] for place in few[:number]], values(rows[:number], NAMES)[0])
+            found[f"trees.{number}"] = trees.predict(programs).tolist()
+        return found
+
+    def plans(self) -> None:
+        """Times of the candidates: first of the graphs to be decided, then of those that choose the margins."""
+        pin()
+        for start in range(0, self.arguments.graphs + self.arguments.tuning, 8):
+            numbers = [n for n in range(start, start + 8) if not self.path(f"fusion.{n}").exists()]
+            numbers = [n for n in numbers if n < self.arguments.graphs + self.arguments.tuning]
+            for number, found in zip(numbers, self.measure_plans(numbers) if numbers else [], strict=True):
+                self.cell(f"fusion.{number}", lambda found=found: found)
 
     def decision(self, number: int) -> Decision:
         """Of graph ``number``: a whole program of any template, on random sizes that the corpus has not (another stream)."""
@@ -267,41 +324,77 @@ class Study:
             if 4 <= len(graph.nodes) <= 14:
                 return Decision(graph, int(np.ceil(0.6 * len(graph.nodes))), most=12)
 
-    def measure_plans(self, number: int) -> dict[str, Any]:
-        """Every segment of every plan of one graph, and the graph as one segment, timed twice."""
+    def measure_plans(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Every segment of every plan of some graphs, and each graph as one segment, timed by turns."""
+        texts: dict[tuple[int, int, int], str] = {}
+        for number in numbers:
+            graph = (decision := self.decision(number)).graph
+            every = decision.texts() | {(0, len(graph.nodes)): capture(graph.function(), *graph.arguments())}
+            texts |= {(number, a, b): text for (a, b), text in every.items()}
+        timings, call = measure_net([compile_text(text, inspect=False) for text in texts.values()])
+        found = dict(zip(texts, timings, strict=True))
+        return [
+            {"call": call, "times": [[a, b, one.time, one.again] for (n, a, b), one in found.items() if n == number]}
+            for number in numbers
+        ]
+
+    def fusion(self) -> None:
+        count = self.arguments.graphs + self.arguments.tuning
+        for number in range(count):
+            self.cell(f"promise.{number}", lambda number=number: self.promises(number))
+        margins = {fold: self.margins(fold) for fold in range(FOLDS)}
+        for number in range(self.arguments.graphs):
+            self.cell(f"choice.{number}", lambda number=number: self.choice(number, margins))
+
+    def fold_of(self, template: str) -> int:
+        return next(
+            n for n, some in enumerate(corpora.folds(self.templates, FOLDS, self.arguments.seed)) if template in some
+        )
+
+    def promises(self, number: int) -> dict[str, Any]:
+        """Microseconds of every segment, by each member of models that have not seen the graph's template ("model",
+        "trees") and of such that have ("model_seen"); seconds of CPU that the ensemble needed a segment."""
         decision = self.decision(number)
-        graph, call = decision.graph, dispatch_us(2)
-        texts = decision.texts() | {(0, len(graph.nodes)): capture(graph.function(), *graph.arguments())}
-        times = []
-        for span, text in texts.items():
-            timing = compile_text(text).measure()
-            times.append([*span, max(timing.time - call, 0.1), max(timing.again - call, 0.1)])
-        return {"call": call, "times": times}
-
-    def choices(self, number: int) -> tuple[dict[str, Any], float, float]:
-        """What everyone chooses; the time of the graph as one segment; seconds of CPU that the ensemble needed a segment.
-
-        "model" and "trees" have not seen the graph's template, "model_seen" and "trees_seen" have (not the graph).
-        """
-        decision, found = self.decision(number), self.kept(f"fusion.{number}")
-        first, second = ({(a, b): (x, y)[which] for a, b, x, y in found["times"]} for which in (0, 1))
-        programs = {span: parse(text) for span, text in decision.texts().items()}
-        template = decision.graph.template
-        away = next(n for n, test in enumerate(self.folds("template")) if template in {self.templates[p] for p in test})
-        predicted, spent = {}, 0.0
-        for suffix, fold in (("", away), ("_seen", (away + 1) % FOLDS)):
-            model, trees = self.load(fold), self.time_trees(fold)
+        programs = [parse(text) for text in decision.texts().values()]
+        away = self.fold_of(decision.graph.template)
+        found, spent = {}, 0.0
+        for name, fold in (("model_seen", (away + 1) % FOLDS), ("model", away)):
             began = time.process_time()
-            answers = model.answers(list(programs.values()))
+            found[name] = self.load(fold).member_values([count(one) for one in programs], "time").T.tolist()
             spent = (time.process_time() - began) / len(programs)
-            predicted[f"model{suffix}"] = {
-                span: one.predictions["time"].value for span, one in zip(programs, answers, strict=True)
-            }
-            predicted[f"trees{suffix}"] = dict(
-                zip(programs, trees.predict(list(programs.values()))[:, 0].tolist(), strict=True)
-            )
-        choice = decision.decide(first, second, predicted, found["call"])
-        return asdict(choice), second[0, len(decision.graph.nodes)] + found["call"], spent
+        found["trees"] = [[value] for value in self.time_trees(away).predict(programs)[:, 0].tolist()]
+        return {"spans": list(decision.texts()), "promised": found, "seconds": spent}
+
+    def case(self, number: int) -> tuple[Decision, dict[str, dict[Any, Any]], Any, Any, float]:
+        """(decision, promises of every model, first and second measured times, cost of a call)."""
+        decision, found, said = self.decision(number), self.kept(f"fusion.{number}"), self.kept(f"promise.{number}")
+        first, second = ({(a, b): pair[which] for a, b, *pair in found["times"]} for which in (0, 1))
+        spans = [tuple(span) for span in said["spans"]]
+        promised = {name: dict(zip(spans, rows, strict=True)) for name, rows in said["promised"].items()}
+        return decision, promised, first, second, found["call"]
+
+    def margins(self, fold: int) -> dict[str, float]:
+        """Chosen on other graphs, none of a template of the fold; each was predicted by a model that did not know its own
+        template."""
+        cases = [
+            case
+            for number in range(self.arguments.graphs, self.arguments.graphs + self.arguments.tuning)
+            if self.fold_of((case := self.case(number))[0].graph.template) != fold
+        ]
+        return {
+            name: best_margin([(d, d.costs(said[name], call), d.costs(second, call)) for d, said, _, second, call in cases])
+            for name in ("model", "model_seen", "trees")
+        }
+
+    def choice(self, number: int, margins: dict[int, dict[str, float]]) -> tuple[dict[str, Any], float, float]:
+        """What everyone chooses ("_always": without a margin); the time of the graph as one segment; seconds a segment."""
+        decision, promised, first, second, call = self.case(number)
+        mine = margins[self.fold_of(decision.graph.template)]
+        every = promised | {f"{name}_always": said for name, said in promised.items()}
+        limits = mine | {f"{name}_always": 0.0 for name in promised}
+        chosen = decision.decide(first, second, every, call, limits)
+        seconds = self.kept(f"promise.{number}")["seconds"]
+        return asdict(chosen), second[0, len(decision.graph.nodes)] + call, seconds
 
     @cache  # noqa: B019  # one study a process
     def load(self, fold: int) -> CostModel:
@@ -325,14 +418,15 @@ class Study:
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
         self.splits()
         self.intervals()
-        for name, count in ORDER.items():
-            for kind, right in self.kept(f"order.{name}.{count}").items():
+        for name, rows in ORDER.items():
+            for kind, right in self.kept(f"order.{name}.{rows}").items():
                 accuracy, interval = float(np.mean(right)), bootstrap_ci(right)
-                self.add(name, "order_accuracy", accuracy, ci=interval, n=len(right), pairs=kind, programs=count)
+                self.add(name, "order_accuracy", accuracy, ci=interval, n=len(right), pairs=kind, programs=rows)
         for name, value in self.kept("speed").items():
-            self.add("model", f"speed_{name}", value, "" if name in ("operations", "tokens") else "ms")
+            self.add("model", f"speed_{name}", value, "" if name == "operations" else "ms")
         for name, found in self.kept("dialects").items():
             self.add("model", "abstain", float(np.mean(found)), n=len(found), on=name)
+        self.second()
         self.decisions()
         path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
         write_results(self.records, path)
@@ -357,22 +451,27 @@ class Study:
     def splits(self) -> None:
         """Errors of every model and target; the networks that ran on the first fold alone stand beside the others there."""
         for split, names, folds in (
-            ("template", [*EVERY_FOLD, "model"], range(FOLDS)), ("template-0", [*MODELS, "model"], range(1)),
-            ("random-0", RANDOM, range(1)), ("shuffled-0", ("trees", "conv_sizes"), range(1)),
+            ("template", [*EVERY_FOLD, *PARTS], range(FOLDS)), ("template-0", [*MODELS, *PARTS], range(1)),
+            ("random-0", RANDOM, range(1)), ("shuffled-0", ("trees", "conv"), range(1)),
         ):  # fmt: skip
             parts = self.folds("random" if split == "random-0" else "template")
             places = np.concatenate([parts[fold] for fold in folds])
             for name in names:
-                if name != "model" and not all(self.path(f"{split.split('-')[0]}.{name}.{n}").exists() for n in folds):
+                if name not in PARTS and not all(self.path(f"{split.split('-')[0]}.{name}.{n}").exists() for n in folds):
                     print(f"{split} {name} has not run", file=sys.stderr)
                     continue
                 found = [self.said(split.split("-")[0], name, fold) for fold in folds]
                 for column, target in enumerate(NAMES):
                     self.errors(split, name, target, np.concatenate(found)[:, column], places)
+        for column, target in enumerate(NAMES):
+            shares = [self.kept(f"ensemble.{fold}")["mix"][column] for fold in range(FOLDS)]
+            self.add("model", "share_of_networks", float(np.mean(shares)), n=FOLDS, target=target)
 
     def said(self, split: str, name: str, fold: int) -> np.ndarray[Any, Any]:
         if name == "model":
             return np.array(self.kept(f"ensemble.{fold}")["predictions"])[:, :, 0]
+        if name in PARTS:
+            return np.array(self.kept(f"ensemble.{fold}")[name])
         return self.predictions(split, name, fold)
 
     def errors(self, split: str, name: str, target: str, found: np.ndarray[Any, Any], places: np.ndarray[Any, Any]) -> None:
@@ -427,13 +526,31 @@ class Study:
             self.add("model", "coverage", float(np.mean(inside)), ci=interval, n=len(inside), target=target)
             self.add("model", "interval_factor", float(np.median(width)), n=len(width), target=target)
 
+    def second(self) -> None:
+        """Errors on the second instruction set: RMSE of log(1 + value), by rows learnt from."""
+        found = {name: np.array(rows, dtype=float) for name, rows in self.kept("transfer").items()}
+        truth = found.pop("truth")
+        for name, said in found.items():
+            method, number = ("trees", name.split(".")[1]) if "." in name else ("model", name)
+            for column, target in enumerate(NAMES):
+                known = ~np.isnan(truth[:, column])
+                a, b = said[known, column], truth[known, column]
+                if target != "vector_util":
+                    a, b = np.log1p(a), np.log1p(b)
+                for metric, value in (("rmse", np.sqrt(((a - b) ** 2).mean())), ("spearman", spearmanr(a, b).statistic)):
+                    value = float(np.nan_to_num(value))
+                    self.add(method, f"transfer_{metric}", value, n=len(b), isa=ISA, adapted=int(number), target=target)
+
     def decisions(self) -> None:
         """The fusion study: gain over the default on the mean, part of the oracle's, how often worse than the default."""
-        count = len(list((self.work / "cells").glob("choice.*.json")))
+        count = self.arguments.graphs
         found = [self.kept(f"choice.{number}") for number in range(count)]
         choices = [Choice(**choice) for choice, _, _ in found]
         for name in ("default", "random", "bytes", "oracle", *choices[0].models):
             gains = [one.gain(name) for one in choices]
+            if name in choices[0].models:
+                moved = [float(one.models[name] != one.default) for one in choices]
+                self.add(name, "moved", float(np.mean(moved)), n=count, study="fusion")
             self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains), n=count, study="fusion")
             self.add(name, "recovered", recovered(choices, name), n=count, study="fusion")
             worse = [float(one.worse(name)) for one in choices]
@@ -447,7 +564,7 @@ class Study:
         self.add("model", "of_compile_time", float(np.median(share)), n=count, study="fusion")
 
 
-STEPS = ("corpus", "models", "ensemble", "order", "speed", "fusion", "report")
+STEPS = ("corpus", "plans", "models", "ensemble", "order", "speed", "transfer", "fusion", "report")
 
 
 def main() -> None:
@@ -456,6 +573,7 @@ def main() -> None:
     parser.add_argument("--work", default="mlir_cost", help="folder of the corpus and of what the steps found")
     parser.add_argument("--rows", type=int, default=3181)
     parser.add_argument("--graphs", type=int, default=100, help="of the fusion study")
+    parser.add_argument("--tuning", type=int, default=100, help="further graphs, which choose the margins")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from broadsheet.methods.estimates.mlir_cost_model.corpus import folds
 from broadsheet.methods.estimates.mlir_cost_model.cost_model import SHIPPED
 from broadsheet.methods.estimates.mlir_cost_model.features import count
 from broadsheet.methods.estimates.mlir_cost_model.forest import Forest
-from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, recovered
+from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision, best_margin, recovered
 from broadsheet.methods.estimates.mlir_cost_model.generate import whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import peak_live_bytes
 from broadsheet.methods.estimates.mlir_cost_model.models import Line, Scale, TokenModel, Trees
@@ -266,12 +266,38 @@ def test_who_decides_is_judged_by_the_second_measurement():
     decision = Decision(graph, len(graph.nodes) - 1)
     second = {span: float(span[1] - span[0]) ** 2 for span in decision.spans}
     lucky = dict.fromkeys(decision.spans, 5.0) | {decision.plans[-1][0]: 0.0}
-    choice = decision.decide(second, second, {"perfect": second, "lucky": lucky}, call=0.0)
-    best = min(sum(second[span] for span in plan) for plan in decision.plans)
-    assert choice.oracle == choice.models["perfect"] == best
+    margins = {"perfect": 0.0, "lucky": 0.0, "timid": 1.0}
+    choice = decision.decide(second, second, {"perfect": second, "lucky": lucky, "timid": second}, 0.1, margins)
+    best = min(sum(second[span] + 0.1 for span in plan) for plan in decision.plans)
+    assert choice.oracle == pytest.approx(best)
+    assert choice.models["perfect"] == choice.oracle
+    assert choice.models["timid"] == choice.default
     assert choice.models["lucky"] >= best
     assert choice.gain("default") == 0
     assert recovered([choice], "perfect") == 1 or choice.oracle == choice.default
+
+
+def test_members_that_disagree_keep_the_default():
+    graph = whole("mlp", np.random.default_rng(1))
+    decision = Decision(graph, len(graph.nodes) - 1)
+    promised = np.full((len(decision.plans), 2), 10.0)
+    promised[1] = 5.0, 13.0  # on the mean better by a fifth
+    promised[2] = 9.0, 9.0
+    assert decision.choose(promised) == 2
+    assert decision.choose(promised, 0.2) == 0
+
+
+def test_the_margin_is_what_would_have_gained_most():
+    graph = whole("mlp", np.random.default_rng(1))
+    decision = Decision(graph, len(graph.nodes) - 1)
+
+    def case(promise, truth):
+        promised, cost = np.full((len(decision.plans), 1), 10.0), np.full(len(decision.plans), 10.0)
+        promised[1], cost[1] = promise, truth
+        return decision, promised, cost
+
+    assert best_margin([case(9.6, 12.0), case(7.0, 7.5)]) == 0.2
+    assert best_margin([case(5.0, 12.0)]) == 1.0
 
 
 def test_gain_and_worse():

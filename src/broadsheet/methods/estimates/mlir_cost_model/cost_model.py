@@ -114,7 +114,7 @@ class CostModel:
         self.vocabulary = NodeVocabulary.build(programs, [part_of[name] for name in names])
         self.features, self.scale = Features.build(programs), Scale.fit(self.targets, goal)
         self.totals = TotalScale.fit(np.array([one.totals for one in programs]), goal)
-        codes, x, y = self._encode(programs), self.features(programs), self.scale.forward(goal)
+        codes, x, y = self.encode(programs), self.features(programs), self.scale.forward(goal)
         inputs = np.array([one.totals for one in codes], float)
         self.models, held = [], []
         for member in range(self.members):
@@ -134,7 +134,7 @@ class CostModel:
         }  # fmt: skip
         return self
 
-    def _encode(self, programs: Sequence[Counts]) -> list[EncodedGraph]:
+    def encode(self, programs: Sequence[Counts]) -> list[EncodedGraph]:
         totals = self.totals(np.array([one.totals for one in programs]))
         return [self.vocabulary.encode(one, row) for one, row in zip(programs, totals, strict=True)]
 
@@ -167,13 +167,24 @@ class CostModel:
             "unknown": max(0.02, float(np.quantile([one.unknown for one in codes], 0.99))),
         }
 
+    def parts(self, programs: Sequence[Counts]) -> tuple[Array, Array]:
+        """(networks, forests) alone. Raises ValueError where nothing is trained."""
+        if not self.models:
+            raise ValueError("the model is not trained; load one (CostModel.load) or fit it")
+        return self._parts(self.encode(programs), self.features(programs))
+
     def members_say(self, programs: Sequence[Counts]) -> tuple[Array, list[EncodedGraph]]:
         """(predictions of every member [members, programs, targets], standardised; the programs encoded)."""
         if not self.models:
             raise ValueError("the model is not trained; load one (CostModel.load) or fit it")
-        codes = self._encode(programs)
+        codes = self.encode(programs)
         networks, forests = self._parts(codes, self.features(programs))
         return self.mix * networks + (1 - self.mix) * forests, codes
+
+    def member_values(self, programs: Sequence[Counts], target: str) -> Array:
+        """What every member says of one target, in its unit [members, programs]: their differences say how sure they are."""
+        said, _ = self.members_say(programs)
+        return np.stack([self.scale.backward(one)[:, self.targets.index(target)] for one in said])
 
     def answer(self, program: str | Function) -> Answer:
         """Everything about one program. Raises ValueError for text that cannot be read (with its line)."""
@@ -212,7 +223,7 @@ class CostModel:
         programs = [count(parse(row["text"])) for row in rows]
         goal, _ = values(rows, self.targets)
         y, x = self.scale.forward(goal), self.features(programs)
-        codes, models = self._encode(programs), []
+        codes, models = self.encode(programs), []
         for one in self.models:
             network = deepcopy(one.network)
             network.head.rescale(*_lines(run_network(network, codes), y))

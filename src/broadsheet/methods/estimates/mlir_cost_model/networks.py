@@ -73,7 +73,7 @@ class Head(nn.Module):
             for layer in (self.dense[-1], self.line):
                 layer.weight *= by[:, None]  # type: ignore[operator]  # a Linear's
                 layer.bias *= by  # type: ignore[operator]
-            self.line.bias += plus
+            self.line.bias.add_(plus)
 
 
 class Network(nn.Module):
@@ -142,22 +142,19 @@ def _positions(length: int, width: int) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A node learns from its neighbours in program order (a convolution of width 3), the mean of what it reads and the
-    sum of its readers; residual."""
+    """A node learns from its neighbours in program order, the mean of what it reads and the sum of its readers; residual."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.order = nn.Conv1d(width, width, 3, padding=1)
-        self.flow = nn.Linear(2 * width, width, bias=False)
+        self.mix = nn.Linear(5 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor, readers: Tensor, read: Tensor, share: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, reads: Tensor, share: Tensor) -> Tensor:
+        """``x`` [batch, nodes, width], ``reads`` [batch, reader, read]: how often, ``share``: the same as parts of one."""
         z = self.norm(x) * mask
-        flat = z.reshape(-1, z.shape[-1])
-        inputs = torch.zeros_like(flat).index_add_(0, readers, flat[read] * share)
-        users = torch.zeros_like(flat).index_add_(0, read, flat[readers])
-        flow = self.flow(torch.cat([inputs, users], -1)).view_as(z)
-        return x + torch.relu(self.order(z.transpose(1, 2)).transpose(1, 2) + flow) * mask
+        wide = nn.functional.pad(z, (0, 0, 1, 1))
+        seen = torch.cat([wide[:, :-2], z, wide[:, 2:], share @ z, reads.transpose(1, 2) @ z], -1)
+        return x + torch.relu(self.mix(seen)) * mask
 
 
 class GraphNetwork(nn.Module):
@@ -181,31 +178,28 @@ class GraphNetwork(nn.Module):
 
     @staticmethod
     def collate(programs: Sequence[EncodedGraph]) -> Batch:
-        """Words [batch, nodes, words], sizes [batch, nodes, SIZES], last [batch, nodes], readers and what they read
-        [edges] as places in batch x nodes, the edge's share of all that its reader reads [edges, 1], totals."""
+        """Words [batch, nodes, words], sizes [batch, nodes, SIZES], last [batch, nodes], reads [batch, reader, read],
+        totals [batch, totals]."""
         length = max(one.length for one in programs)
         words = np.zeros((len(programs), length, max(one.words.shape[1] for one in programs)), np.int64)
         sizes = np.zeros((len(programs), length, SIZES), np.float32)
         last = np.zeros((len(programs), length), np.int64)
+        reads = np.zeros((len(programs), length, length), np.float32)
         for row, one in enumerate(programs):
             words[row, : one.length, : one.words.shape[1]] = one.words
             sizes[row, : one.length] = one.sizes
             last[row, : one.length] = one.last
-        edges = np.concatenate([one.edges + row * length for row, one in enumerate(programs)])
-        share = 1 / np.bincount(edges[:, 0], minlength=1)[edges[:, 0]]
+            np.add.at(reads[row], (one.edges[:, 0], one.edges[:, 1]), 1)
         totals = np.stack([one.totals for one in programs])
-        readers, read = edges.T.copy()
-        arrays = (words, sizes, last, readers, read, share.astype(np.float32)[:, None], totals)
-        return tuple(torch.from_numpy(one) for one in arrays)
+        return tuple(torch.from_numpy(one) for one in (words, sizes, last, reads, totals))
 
-    def forward(
-        self, words: Tensor, sizes: Tensor, last: Tensor, readers: Tensor, read: Tensor, share: Tensor, totals: Tensor
-    ) -> Tensor:
+    def forward(self, words: Tensor, sizes: Tensor, last: Tensor, reads: Tensor, totals: Tensor) -> Tensor:
         mask = (words[..., :1] > 0).float()
+        share = reads / reads.sum(-1, keepdim=True).clamp(min=1)
         x = (self.embedding(words).sum(2) + self.size(sizes)) * mask
         weights = 3.0 * self.weigh(torch.cat([x, sizes], -1))
         for layer in self.layers:
-            x = layer(x, mask, readers, read, share)
+            x = layer(x, mask, reads, share)
         return self.head(x, mask, torch.cat([totals, live(weights, last, mask).amax(1)], -1))
 
 
