@@ -2,7 +2,7 @@
 
     python benchmarks/mlir_cost_study.py corpus    # two to four programs a second; stopped and resumed at will
     python benchmarks/mlir_cost_study.py plans      # measures the candidates of the fusion study, as long
-    python benchmarks/mlir_cost_study.py ensemble models order speed transfer fusion report
+    python benchmarks/mlir_cost_study.py ensemble models order speed transfer fusion unroll report
 
 What a step finds is kept in ``--work``, cell by cell, so that every step goes on where it was stopped; ``report`` writes the
 records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); all
@@ -30,7 +30,7 @@ from scipy.stats import kendalltau, spearmanr
 from broadsheet.core.records import Record, now, provenance, write_results
 from broadsheet.core.stats import bootstrap_ci
 from broadsheet.methods.estimates.mlir_cost_model import corpus as corpora
-from broadsheet.methods.estimates.mlir_cost_model import order
+from broadsheet.methods.estimates.mlir_cost_model import order, unroll
 from broadsheet.methods.estimates.mlir_cost_model.capture import capture, to_linalg
 from broadsheet.methods.estimates.mlir_cost_model.cost_model import SHIPPED, CostModel, values
 from broadsheet.methods.estimates.mlir_cost_model.features import count
@@ -80,6 +80,8 @@ RANDOM = ("mean", "flops", "additive", "trees")
 #: rows of the second target to learn from
 FEW = (20, 50, 100, 200)
 ISA = "AVX2"
+#: processors of the unrolling study: 16 and 32 vector registers
+CPUS = ("haswell", "skylake-avx512")
 
 
 class Study:
@@ -155,7 +157,7 @@ class Study:
                 self.predictions("template", name, fold)
         for name in RANDOM:
             self.predictions("random", name, 0)
-        for name in ("trees", "conv"):
+        for name in ("trees", "bag"):
             self.predictions("shuffled", name, 0)
 
     def predictions(self, split: str, name: str, fold: int) -> np.ndarray[Any, Any]:
@@ -396,6 +398,38 @@ class Study:
         seconds = self.kept(f"promise.{number}")["seconds"]
         return asdict(chosen), second[0, len(decision.graph.nodes)] + call, seconds
 
+    def unroll(self) -> None:
+        """How far to unroll loops, by predicted spills; two halves of the kinds, each predicted by the other's model."""
+        pin()
+        kernels = unroll.kernels()
+        for cpu in CPUS:
+            self.cell(f"unroll.{cpu}", lambda cpu=cpu: unroll.rows(kernels, cpu))
+        self.cell("unroll.times", lambda: unroll.run_times([(one, n) for one in kernels for n in unroll.FACTORS]))
+        self.cell("unroll.said", self.fit_unroll)
+
+    def fit_unroll(self) -> dict[str, list[float]]:
+        """Predicted spills of every row: by the model and by trees for the first processor; for the second by the first's
+        model as it is, adapted from 200 rows, and by trees on those."""
+        first, second = (self.kept(f"unroll.{cpu}") for cpu in CPUS)
+        names = [row["template"] for row in first]
+        programs = [parse(row["text"]) for row in first]
+        found = {name: np.zeros(len(first)) for name in ("model", "trees", "as_it_is", "adapted", "few_trees")}
+        for part in corpora.folds(names, 2, self.arguments.seed):
+            test = np.flatnonzero(np.isin(names, part))
+            train = np.setdiff1d(np.arange(len(names)), test)
+            few = np.random.default_rng(self.arguments.seed).permutation(train)[:200]
+            strange = [programs[place] for place in test]
+            model = CostModel(("spills", "instructions"), members=3, seed=self.arguments.seed)
+            model.fit([first[place] for place in train])
+            adapted = model.adapt([second[place] for place in few])
+            for name, one in (("model", model), ("as_it_is", model), ("adapted", adapted)):
+                found[name][test] = [answer.predictions["spills"].value for answer in one.answers(strange)]
+            for name, rows, places in (("trees", first, train), ("few_trees", second, few)):
+                spills = np.array([[float(rows[place]["labels"]["spills"])] for place in places])
+                trees = Trees(("spills",)).fit([programs[place] for place in places], spills)
+                found[name][test] = trees.predict(strange)[:, 0]
+        return {name: values.tolist() for name, values in found.items()}
+
     @cache  # noqa: B019  # one study a process
     def load(self, fold: int) -> CostModel:
         return CostModel.load(self.work / f"fold{fold}.safetensors")
@@ -428,6 +462,7 @@ class Study:
             self.add("model", "abstain", float(np.mean(found)), n=len(found), on=name)
         self.second()
         self.decisions()
+        self.unrolling()
         path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
         write_results(self.records, path)
         sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
@@ -452,7 +487,7 @@ class Study:
         """Errors of every model and target; the networks that ran on the first fold alone stand beside the others there."""
         for split, names, folds in (
             ("template", [*EVERY_FOLD, *PARTS], range(FOLDS)), ("template-0", [*MODELS, *PARTS], range(1)),
-            ("random-0", RANDOM, range(1)), ("shuffled-0", ("trees", "conv"), range(1)),
+            ("random-0", RANDOM, range(1)), ("shuffled-0", ("trees", "bag"), range(1)),
         ):  # fmt: skip
             parts = self.folds("random" if split == "random-0" else "template")
             places = np.concatenate([parts[fold] for fold in folds])
@@ -563,8 +598,39 @@ class Study:
         share = [1e3 * spent / compile_ms for _, _, spent in found]
         self.add("model", "of_compile_time", float(np.median(share)), n=count, study="fusion")
 
+    def unrolling(self) -> None:
+        """Errors in spills, how often "does it spill" is right, and the gain of the rule in measured time over factor 1."""
+        count = len(unroll.FACTORS)
+        said = {name: np.array(values) for name, values in self.kept("unroll.said").items()}
+        times = np.array(self.kept("unroll.times")).reshape(-1, count, 2)
+        first, judged = times[..., 0], times[..., 1]
+        kinds = [row["template"] for row in self.kept(f"unroll.{CPUS[0]}")][::count]
+        for name, spills in said.items():
+            cpu = CPUS[name not in ("model", "trees")]
+            truth = np.array([float(row["labels"]["spills"]) for row in self.kept(f"unroll.{cpu}")])
+            a, b = np.log1p(spills), np.log1p(truth)
+            right = ((spills >= 0.5) == (truth > 0)).astype(float).tolist()
+            groups = [kind for kind in kinds for _ in unroll.FACTORS]
+            where = {"study": "unroll", "cpu": cpu}
+            self.add(name, "spills_rmse", float(np.sqrt(((a - b) ** 2).mean())), n=len(b), **where)
+            self.add(name, "spills_spearman", float(spearmanr(a, b).statistic), n=len(b), **where)
+            self.add(name, "spilling_known", float(np.mean(right)), ci=bootstrap_ci(right, groups), n=len(b), **where)
+        truth = np.array([float(row["labels"]["spills"]) for row in self.kept(f"unroll.{CPUS[0]}")])
+        every = {name: said[name].reshape(-1, count) for name in ("model", "trees")} | {"compiled": truth.reshape(-1, count)}
+        rows = np.arange(len(judged))
+        chosen = {name: np.array([unroll.choose(row) for row in values]) for name, values in every.items()}
+        chosen |= {f"always_{factor}": np.full(len(rows), place) for place, factor in enumerate(unroll.FACTORS)}
+        chosen["oracle"] = first.argmin(1)
+        random = judged.mean(1)
+        for name, spent in [(name, judged[rows, place]) for name, place in chosen.items()] + [("random", random)]:
+            gains = (1 - spent / judged[:, 0]).tolist()
+            worse = [float(one < -0.02) for one in gains]
+            where = {"study": "unroll", "cpu": CPUS[0]}
+            self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains, kinds), n=len(gains), **where)
+            self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse, kinds), n=len(gains), **where)
 
-STEPS = ("corpus", "plans", "models", "ensemble", "order", "speed", "transfer", "fusion", "report")
+
+STEPS = ("corpus", "plans", "models", "ensemble", "order", "speed", "transfer", "fusion", "unroll", "report")
 
 
 def main() -> None:
