@@ -48,7 +48,7 @@ from broadsheet.methods.estimates.mlir_cost_model.labels import (
     pin,
 )  # fmt: skip
 from broadsheet.methods.estimates.mlir_cost_model.models import Line, TokenModel, Trees
-from broadsheet.methods.estimates.mlir_cost_model.networks import Training, run_network
+from broadsheet.methods.estimates.mlir_cost_model.networks import Training, run_networks
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.templates import TEMPLATES
 
@@ -254,7 +254,7 @@ class Study:
         measured = (time.process_time() - began) * 1e3
         return {
             "operations": len(function), "parse": least(lambda: parse(text)),
-            "network": least(lambda: run_network(model.models[0].network, codes)),
+            "network": least(lambda: run_networks([model.models[0].network], codes)),
             "answer": least(lambda: model.answer(function)), "compile_and_measure": measured,
             "compile": compiled.seconds * 1e3,
         }  # fmt: skip

@@ -18,7 +18,7 @@ from broadsheet.methods.estimates.mlir_cost_model.fusion import Choice, Decision
 from broadsheet.methods.estimates.mlir_cost_model.generate import whole
 from broadsheet.methods.estimates.mlir_cost_model.labels import peak_live_bytes
 from broadsheet.methods.estimates.mlir_cost_model.models import Line, Scale, TokenModel, Trees
-from broadsheet.methods.estimates.mlir_cost_model.networks import KINDS, GraphNetwork, Network, Training, live, run_network
+from broadsheet.methods.estimates.mlir_cost_model.networks import KINDS, GraphNetwork, Network, Training, live, run_networks
 from broadsheet.methods.estimates.mlir_cost_model.nodes import NodeVocabulary
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.tokens import Encoded
@@ -66,8 +66,8 @@ def test_padding_does_not_change_what_a_network_says(kind):
     network = Network(kind, 30, 2).eval()
     rng = np.random.default_rng(0)
     programs = [Encoded(rng.integers(1, 30, n).tolist(), 0.0, 0) for n in (5, 33, 60)]
-    together = run_network(network, programs)
-    alone = np.concatenate([run_network(network, [one]) for one in programs])
+    together = run_networks([network], programs)[0]
+    alone = np.concatenate([run_networks([network], [one])[0] for one in programs])
     assert np.allclose(together, alone, atol=1e-4)
     with pytest.raises(ValueError, match="the network is bag, lstm, conv, transformer"):
         Network("mlp", 30, 2)
@@ -79,8 +79,8 @@ def test_padding_does_not_change_what_a_graph_network_says(rows):
     vocabulary = NodeVocabulary.build(programs)
     network = GraphNetwork(len(vocabulary), 2, 9).eval()
     codes = [vocabulary.encode(one, np.ones(9)) for one in programs]
-    alone = np.concatenate([run_network(network, [one]) for one in codes])
-    assert np.allclose(run_network(network, codes), alone, atol=1e-4)
+    alone = np.concatenate([run_networks([network], [one])[0] for one in codes])
+    assert np.allclose(run_networks([network], codes)[0], alone, atol=1e-4)
 
 
 def test_what_lives_at_a_node_is_summed():

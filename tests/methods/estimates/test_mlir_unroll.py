@@ -24,7 +24,6 @@ from broadsheet.methods.estimates.mlir_cost_model.unroll import (
     stencil,
 )
 
-
 runs = pytest.mark.skipif("avx" not in machine(), reason="this CPU has no AVX2 to run the code with")
 
 

@@ -27,7 +27,7 @@ from .features import Counts, Features, TotalScale, count
 from .forest import Forest
 from .labels import TARGETS, machine
 from .models import Array, Scale
-from .networks import GraphNetwork, Training, fit_network, run_network
+from .networks import GraphNetwork, Training, fit_network, run_networks
 from .nodes import EncodedGraph, NodeVocabulary
 from .stablehlo import Function, parse
 
@@ -140,7 +140,7 @@ class CostModel:
 
     def _parts(self, codes: Sequence[EncodedGraph], x: Array) -> tuple[Array, Array]:
         """What the networks and what the forests say, each [members, programs, targets], standardised."""
-        networks = np.stack([run_network(one.network, codes) for one in self.models])
+        networks = run_networks([one.network for one in self.models], codes)
         return networks, np.stack([one.forest(x) for one in self.models])
 
     def _calibrate(
@@ -226,7 +226,7 @@ class CostModel:
         codes, models = self.encode(programs), []
         for one in self.models:
             network = deepcopy(one.network)
-            network.head.rescale(*_lines(run_network(network, codes), y))
+            network.head.rescale(*_lines(run_networks([network], codes)[0], y))
             fit_network(network, codes, y, [], replace(self.training, epochs=5, lr=self.training.lr / 4))
             models.append(Member(network, one.forest.rescaled(*_lines(one.forest(x), y))))
         adapted = replace(self, models=models)

@@ -15,7 +15,7 @@ import torch
 
 from .features import Counts, Features, TotalScale, count, interface
 from .forest import Forest
-from .networks import Kind, Network, Training, fit_network, run_network
+from .networks import Kind, Network, Training, fit_network, run_networks
 from .stablehlo import Function
 from .tokens import Scheme, Vocabulary, tokenise
 
@@ -79,7 +79,7 @@ class TokenModel:
 
     def predict(self, programs: Sequence[Function]) -> Array:
         codes = [self.vocabulary.encode(tokenise(program, self.scheme)) for program in programs]
-        return self.scale.backward(run_network(self.network, codes))
+        return self.scale.backward(run_networks([self.network], codes)[0])
 
 
 @dataclass

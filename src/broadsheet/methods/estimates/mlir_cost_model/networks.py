@@ -284,12 +284,11 @@ def _huber(found: Tensor, goal: Tensor) -> Tensor:
     return nn.functional.huber_loss(found[known], goal[known])
 
 
-def run_network(network: AnyNetwork, programs: Sequence[Any]) -> Array:
-    """[programs, targets], standardised."""
+def run_networks(networks: Sequence[AnyNetwork], programs: Sequence[Any]) -> Array:
+    """Of networks of one kind and size: [networks, programs, targets], standardised."""
+    found = np.zeros((len(networks), len(programs), networks[0].targets))
     with torch.inference_mode():
-        if len(programs) == 1:
-            return network(*network.collate(programs)).numpy().astype(float)
-        found = np.zeros((len(programs), network.targets))
-        for places, batch in _batches(network, programs, 64):
-            found[places] = network(*batch).numpy()
+        for places, batch in _batches(networks[0], programs, 64):
+            for place, network in enumerate(networks):
+                found[place, places] = network(*batch).numpy()
     return found
