@@ -2,7 +2,7 @@
 
     python benchmarks/mlir_cost_study.py corpus    # two to four programs a second; stopped and resumed at will
     python benchmarks/mlir_cost_study.py plans      # measures the candidates of the fusion study, as long
-    python benchmarks/mlir_cost_study.py ensemble models order speed transfer fusion unroll report
+    python benchmarks/mlir_cost_study.py ensemble models order speed transfer fusion unroll remat report
 
 What a step finds is kept in ``--work``, cell by cell, so that every step goes on where it was stopped; ``report`` writes the
 records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); all
@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ from broadsheet.methods.estimates.mlir_cost_model.labels import (
 )  # fmt: skip
 from broadsheet.methods.estimates.mlir_cost_model.models import Line, TokenModel, Trees
 from broadsheet.methods.estimates.mlir_cost_model.networks import Training, run_networks
+from broadsheet.methods.estimates.mlir_cost_model.recompute import Recompute
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.templates import TEMPLATES
 
@@ -430,6 +432,45 @@ class Study:
                 found[name][test] = trees.predict(strange)[:, 0]
         return {name: values.tolist() for name, values in found.items()}
 
+    def remat(self) -> None:
+        """What to store under half the bytes: graphs of the fusion study's stream, cut where most sets fit."""
+        pin()
+        numbers = range(1000, 1000 + self.arguments.remat)
+        for start in range(0, len(numbers), 8):
+            some = [number for number in numbers[start : start + 8] if not self.path(f"remat.{number}").exists()]
+            for number, found in zip(some, self.measure_sets(some) if some else [], strict=True):
+                self.cell(f"remat.{number}", lambda found=found: found)
+
+    def stored(self, number: int) -> Recompute:
+        rng = np.random.default_rng([7, self.arguments.seed, number])
+        while True:
+            graph = whole(list(TEMPLATES)[int(rng.integers(len(TEMPLATES)))], rng)
+            found = []
+            for cut in range(1, len(graph.nodes)):
+                with suppress(ValueError):
+                    found.append(Recompute(graph, cut))
+            if found:
+                return max(found, key=lambda one: len(one.sets))
+
+    def measure_sets(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Measured and promised microseconds of every set, by turns and by the model that does not know the template."""
+        decisions = {number: self.stored(number) for number in numbers}
+        texts = {(number, *key): text for number, one in decisions.items() for key, text in one.texts().items()}
+        timings, call = measure_net([compile_text(text, inspect=False) for text in texts.values()])
+        measured = dict(zip(texts, timings, strict=True))
+        rows = []
+        for number, one in decisions.items():
+            mine = {key[1:]: text for key, text in texts.items() if key[0] == number}
+            programs = [count(parse(text)) for text in mine.values()]
+            said = self.load(self.fold_of(one.graph.template)).member_values(programs, "time").mean(0)
+            first, second = (
+                one.costs({key: getattr(measured[number, *key], which) for key in mine}, call) for which in ("time", "again")
+            )
+            model = one.costs(dict(zip(mine, said, strict=True)), call)
+            row = {"first": first, "second": second, "model": model, "flops": one.flops()}
+            rows.append({name: values.tolist() for name, values in row.items()} | {"template": one.graph.template})
+        return rows
+
     @cache  # noqa: B019  # one study a process
     def load(self, fold: int) -> CostModel:
         return CostModel.load(self.work / f"fold{fold}.safetensors")
@@ -463,6 +504,7 @@ class Study:
         self.second()
         self.decisions()
         self.unrolling()
+        self.recomputing()
         path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
         write_results(self.records, path)
         sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
@@ -629,8 +671,25 @@ class Study:
             self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains, kinds), n=len(gains), **where)
             self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse, kinds), n=len(gains), **where)
 
+    def recomputing(self) -> None:
+        """Gain over the default (drop the largest) in measured time, of sets that store at most half of the bytes."""
+        found = [self.kept(f"remat.{number}") for number in range(1000, 1000 + self.arguments.remat)]
+        groups = [one["template"] for one in found]
+        for name in ("model", "flops", "oracle", "random"):
+            gains = []
+            for one in found:
+                judged = np.array(one["second"])
+                by = one["first"] if name == "oracle" else one.get(name)
+                spent = judged.mean() if by is None else judged[int(np.argmin(by))]
+                gains.append(float(1 - spent / judged[0]))
+            worse = [float(one < -0.02) for one in gains]
+            self.add(name, "gain", float(np.mean(gains)), ci=bootstrap_ci(gains, groups), n=len(gains), study="recompute")
+            self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse, groups), n=len(gains), study="recompute")
+        sets = float(np.mean([len(one["second"]) for one in found]))
+        self.add("default", "candidates", sets, n=len(found), study="recompute")
 
-STEPS = ("corpus", "plans", "models", "ensemble", "order", "speed", "transfer", "fusion", "unroll", "report")
+
+STEPS = ("corpus", "plans", "models", "ensemble", "order", "speed", "transfer", "fusion", "unroll", "remat", "report")
 
 
 def main() -> None:
@@ -640,6 +699,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3181)
     parser.add_argument("--graphs", type=int, default=100, help="of the fusion study")
     parser.add_argument("--tuning", type=int, default=100, help="further graphs, which choose the margins")
+    parser.add_argument("--remat", type=int, default=60, help="graphs of the recomputation study")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from broadsheet.methods.estimates.mlir_cost_model.labels import peak_live_bytes
 from broadsheet.methods.estimates.mlir_cost_model.models import Line, Scale, TokenModel, Trees
 from broadsheet.methods.estimates.mlir_cost_model.networks import KINDS, GraphNetwork, Network, Training, live, run_networks
 from broadsheet.methods.estimates.mlir_cost_model.nodes import NodeVocabulary
+from broadsheet.methods.estimates.mlir_cost_model.recompute import Recompute
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse
 from broadsheet.methods.estimates.mlir_cost_model.tokens import Encoded
 
@@ -307,6 +308,41 @@ def test_gain_and_worse():
     assert choice.worse("random")
     assert recovered([choice], "model") == pytest.approx(0.75)
     assert recovered([choice], "bytes") == pytest.approx(0.5)
+
+
+def test_what_is_stored_fits_and_the_segments_compute_the_graph():
+    jax = pytest.importorskip("jax")
+    graph = whole("gated_mlp", np.random.default_rng(5))
+    rng, first = np.random.default_rng(6), len(graph.parameters)
+    known = {n: rng.standard_normal(shape).astype(np.float32) * 0.1 for n, shape in enumerate(graph.parameters)}
+    expected = jax.jit(graph.function())(*known.values())
+    checked = 0
+    for cut in range(1, len(graph.nodes)):
+        try:
+            decision = Recompute(graph, cut)
+        except ValueError:
+            continue
+        if checked:
+            break
+        for stored in decision.sets[:2]:
+            fixed = [value for value in stored if value not in decision.free]
+            assert decision.nbytes(stored) - decision.nbytes(fixed) <= 0.5 * decision.nbytes(decision.free)
+            before, after = decision.segments(stored)
+            have = dict(known)
+            if stored:
+                needs = sorted({v for p in graph.makers(stored) for v in graph.nodes[p].inputs if v < first})
+                have |= dict(zip(stored, jax.jit(before.function())(*[known[v] for v in needs]), strict=True))
+            again = [p for p in graph.makers(graph.outputs, stored) if p < cut]
+            chosen = [*again, *range(cut, len(graph.nodes))]
+            needs = sorted({v for p in chosen for v in graph.nodes[p].inputs} - {first + p for p in chosen})
+            for one, other in zip(jax.jit(after.function())(*[have[v] for v in needs]), expected, strict=True):
+                assert np.allclose(one, other, rtol=1e-4, atol=1e-5)
+            checked += 1
+    assert checked == 2
+    with pytest.raises(ValueError, match="the cut is between 1"):
+        Recompute(graph, 0)
+    with pytest.raises(ValueError, match="one way to keep the budget"):
+        Recompute(whole("mlp", np.random.default_rng(1)), 1)
 
 
 # --- the public class -------------------------------------------------------------------------------------------------
