@@ -41,7 +41,7 @@ from broadsheet.methods.estimates.mlir_cost_model.labels import (
     TARGETS,
     compile_text,
     compiler_version,
-    label,
+    label_for,
     machine,
     measure,
     measure_net,
@@ -81,7 +81,7 @@ ORDER = {"trees": 3000, "bag_ops": 3000, "bag": 3000, "conv_ops": 6000, "conv": 
 RANDOM = ("mean", "flops", "additive", "trees")
 #: rows of the second target to learn from
 FEW = (20, 50, 100, 200)
-ISA = "AVX2"
+ISAS = ("AVX2", "SSE4_2")
 #: processors of the unrolling study: 16 and 32 vector registers
 CPUS = ("haswell", "skylake-avx512")
 
@@ -276,8 +276,9 @@ class Study:
         """The first fold's model on another instruction set: as it is, adapted from a few rows, and trees from those alone.
 
         The few rows are of templates that the model knows, the test rows of those that it does not."""
-        self.cell("second", self.second_labels)
-        self.cell("transfer", self.fit_transfer)
+        for isa in ISAS:
+            self.cell(f"second.{isa}", lambda isa=isa: self.second_labels(isa))
+            self.cell(f"transfer.{isa}", lambda isa=isa: self.fit_transfer(isa))
 
     def second_places(self) -> tuple[list[int], list[int]]:
         """Places of the rows to learn from and to test on."""
@@ -285,19 +286,19 @@ class Study:
         train = np.setdiff1d(np.arange(len(self.rows)), test)
         return rng.permutation(train)[: max(FEW)].tolist(), rng.permutation(test)[:200].tolist()
 
-    def second_labels(self) -> list[dict[str, Any]]:
+    def second_labels(self, isa: str) -> list[dict[str, Any]]:
         pin()
         few, test = self.second_places()
         places = few + test
         found: list[dict[str, Any]] = []
-        for at in range(0, len(places), 50):
-            found += label([self.rows[place]["text"] for place in places[at : at + 50]], ISA)
+        for at in range(0, len(places), 100):
+            found += label_for([self.rows[place]["text"] for place in places[at : at + 100]], isa)
         return found
 
-    def fit_transfer(self) -> dict[str, list[list[float]]]:
+    def fit_transfer(self, isa: str) -> dict[str, list[list[float]]]:
         few, test = self.second_places()
-        labels = self.kept("second")
-        rows = [{**self.rows[place], "labels": one, "isa": ISA} for place, one in zip(few + test, labels, strict=True)]
+        labels = self.kept(f"second.{isa}")
+        rows = [{**self.rows[place], "labels": one, "isa": isa} for place, one in zip(few + test, labels, strict=True)]
         model = CostModel.load(self.work / "fold0.safetensors")
         programs = [self.programs[place] for place in test]
 
@@ -605,18 +606,19 @@ class Study:
 
     def second(self) -> None:
         """Errors on the second instruction set: RMSE of log(1 + value), by rows learnt from."""
-        found = {name: np.array(rows, dtype=float) for name, rows in self.kept("transfer").items()}
-        truth = found.pop("truth")
-        for name, said in found.items():
-            method, number = ("trees", name.split(".")[1]) if "." in name else ("model", name)
-            for column, target in enumerate(NAMES):
-                known = ~np.isnan(truth[:, column])
-                a, b = said[known, column], truth[known, column]
-                if target != "vector_util":
-                    a, b = np.log1p(a), np.log1p(b)
-                for metric, value in (("rmse", np.sqrt(((a - b) ** 2).mean())), ("spearman", spearmanr(a, b).statistic)):
-                    value = float(np.nan_to_num(value))
-                    self.add(method, f"transfer_{metric}", value, n=len(b), isa=ISA, adapted=int(number), target=target)
+        for isa in ISAS:
+            found = {name: np.array(rows, dtype=float) for name, rows in self.kept(f"transfer.{isa}").items()}
+            truth = found.pop("truth")
+            for name, said in found.items():
+                method, number = ("trees", name.split(".")[1]) if "." in name else ("model", name)
+                for column, target in enumerate(NAMES):
+                    known = ~np.isnan(truth[:, column])
+                    a, b = said[known, column], truth[known, column]
+                    if target != "vector_util":
+                        a, b = np.log1p(a), np.log1p(b)
+                    for metric, value in (("rmse", np.sqrt(((a - b) ** 2).mean())), ("spearman", spearmanr(a, b).statistic)):
+                        value = float(np.nan_to_num(value))
+                        self.add(method, f"transfer_{metric}", value, n=len(b), isa=isa, adapted=int(number), target=target)
 
     def decisions(self) -> None:
         """The fusion study: gain over the default on the mean, part of the oracle's, how often worse than the default."""

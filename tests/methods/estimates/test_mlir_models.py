@@ -297,7 +297,7 @@ def test_the_margin_is_what_would_have_gained_most():
         promised[1], cost[1] = promise, truth
         return decision, promised, cost
 
-    assert best_margin([case(9.6, 12.0), case(7.0, 7.5)]) == 0.2
+    assert best_margin([case(9.6, 12.0), case(6.9, 7.5)]) == 0.3  # of equal margins the most careful
     assert best_margin([case(5.0, 12.0)]) == 1.0
 
 
@@ -310,35 +310,38 @@ def test_gain_and_worse():
     assert recovered([choice], "bytes") == pytest.approx(0.5)
 
 
-def test_what_is_stored_fits_and_the_segments_compute_the_graph():
-    jax = pytest.importorskip("jax")
-    graph = whole("gated_mlp", np.random.default_rng(5))
-    rng, first = np.random.default_rng(6), len(graph.parameters)
-    known = {n: rng.standard_normal(shape).astype(np.float32) * 0.1 for n, shape in enumerate(graph.parameters)}
-    expected = jax.jit(graph.function())(*known.values())
+def expressions(graph, arguments):
+    """Of the outputs: what is computed, written out."""
+    values = list(arguments)
+    for node in graph.nodes:
+        values.append((node.op, *(values[value] for value in node.inputs), node.options))
+    return [values[value] for value in graph.outputs]
+
+
+@pytest.mark.parametrize("template", ["gated_mlp", "moe", "recurrent"])
+def test_what_is_stored_fits_and_the_segments_compute_the_graph(template):
+    graph = whole(template, np.random.default_rng(5))
+    first = len(graph.parameters)
+    expected = expressions(graph, range(first))
     checked = 0
     for cut in range(1, len(graph.nodes)):
         try:
             decision = Recompute(graph, cut)
         except ValueError:
             continue
-        if checked:
-            break
-        for stored in decision.sets[:2]:
+        for stored in decision.sets:
             fixed = [value for value in stored if value not in decision.free]
             assert decision.nbytes(stored) - decision.nbytes(fixed) <= 0.5 * decision.nbytes(decision.free)
             before, after = decision.segments(stored)
-            have = dict(known)
-            if stored:
-                needs = sorted({v for p in graph.makers(stored) for v in graph.nodes[p].inputs if v < first})
-                have |= dict(zip(stored, jax.jit(before.function())(*[known[v] for v in needs]), strict=True))
-            again = [p for p in graph.makers(graph.outputs, stored) if p < cut]
-            chosen = [*again, *range(cut, len(graph.nodes))]
+            makers = graph.makers(stored)
+            needs = sorted({v for p in makers for v in graph.nodes[p].inputs} - {first + p for p in makers})
+            have = dict(enumerate(range(first))) | dict(zip(stored, expressions(before, needs), strict=True))
+            chosen = [*[p for p in graph.makers(graph.outputs, stored) if p < cut], *range(cut, len(graph.nodes))]
             needs = sorted({v for p in chosen for v in graph.nodes[p].inputs} - {first + p for p in chosen})
-            for one, other in zip(jax.jit(after.function())(*[have[v] for v in needs]), expected, strict=True):
-                assert np.allclose(one, other, rtol=1e-4, atol=1e-5)
+            assert expressions(after, [have[value] for value in needs]) == expected
+            assert decision.flops()[decision.sets.index(stored)] >= graph.flops
             checked += 1
-    assert checked == 2
+    assert checked >= 2
     with pytest.raises(ValueError, match="the cut is between 1"):
         Recompute(graph, 0)
     with pytest.raises(ValueError, match="one way to keep the budget"):

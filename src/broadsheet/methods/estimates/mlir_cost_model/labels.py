@@ -12,6 +12,7 @@ All bytes are bytes, all times microseconds.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -196,11 +198,11 @@ def compiler_version() -> str:
     return f"jaxlib {version('jaxlib')}"
 
 
-def compile_text(text: str, isa: str = "", inspect: bool = True) -> Compiled:
+def compile_text(text: str, inspect: bool = True) -> Compiled:
     """Compiles StableHLO text with XLA for this CPU and reads what came out.
 
-    ``isa``: the most that XLA may use of it ("AVX2", "SSE4_2", ...; empty: all). ``inspect`` False leaves the object code
-    unread, which is faster and enough for times. Raises ValueError where XLA refuses.
+    ``inspect`` False leaves the object code unread, which is faster and enough for times. Raises ValueError where XLA
+    refuses.
     """
     from jax import local_devices
     from jaxlib import xla_client
@@ -209,7 +211,7 @@ def compile_text(text: str, isa: str = "", inspect: bool = True) -> Compiled:
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(dir=place, prefix="xla-"))
     options = xla_client.CompileOptions()
-    options.env_option_overrides = [("xla_dump_to", str(folder))] * inspect + [("xla_cpu_max_isa", isa)] * bool(isa)
+    options.env_option_overrides = [("xla_dump_to", str(folder))] * inspect
     began = time.perf_counter()
     try:
         devices = xla_client.DeviceList(tuple(local_devices(backend="cpu")[:1]))
@@ -356,10 +358,22 @@ def measure_net(programs: Sequence[Compiled]) -> tuple[list[Timing], float]:
     return [timing.above(call) for timing in timings], call
 
 
-def label(texts: Sequence[str], isa: str = "") -> list[dict[str, float | None]]:
+def label(texts: Sequence[str]) -> list[dict[str, float | None]]:
     """All labels of programs that are timed by turns."""
-    compiled = [compile_text(text, isa) for text in texts]
+    compiled = [compile_text(text) for text in texts]
     return [
         {**one.labels(), "time": net.time, "time_again": net.again, "wall": net.wall, "noise": net.noise}
         for one, net in zip(compiled, measure_net(compiled)[0], strict=True)
     ]
+
+
+def label_for(texts: Sequence[str], isa: str) -> list[dict[str, float | None]]:
+    """As `label`, where XLA may use no more than an instruction set ("AVX2", "SSE4_2", ...); in a process of its own, because
+    XLA reads that once."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _limit, (isa,)) as pool:
+        return pool.submit(label, list(texts)).result()
+
+
+def _limit(isa: str) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa={isa}".strip()
