@@ -368,8 +368,8 @@ def label(texts: Sequence[str]) -> list[dict[str, float | None]]:
 
 
 def label_for(texts: Sequence[str], isa: str) -> list[dict[str, float | None]]:
-    """As `label`, where XLA may use no more than an instruction set ("AVX2", "SSE4_2", ...); in a process of its own, because
-    XLA reads that once."""
+    """As `label`, where XLA may use no more than an instruction set ("AVX2", "SSE4_2", ...); in a process of its own,
+    because XLA reads that once."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, _limit, (isa,)) as pool:
         return pool.submit(label, list(texts)).result()
