@@ -313,11 +313,11 @@ class Study:
         return found
 
     def plans(self) -> None:
-        """Times of the candidates: first of the graphs to be decided, then of those that choose the margins."""
+        """Times of the candidates of the fusion study."""
         pin()
-        for start in range(0, self.arguments.graphs + self.arguments.tuning, 8):
-            numbers = [n for n in range(start, start + 8) if not self.path(f"fusion.{n}").exists()]
-            numbers = [n for n in numbers if n < self.arguments.graphs + self.arguments.tuning]
+        for start in range(0, self.arguments.graphs, 8):
+            some = range(start, min(start + 8, self.arguments.graphs))
+            numbers = [n for n in some if not self.path(f"fusion.{n}").exists()]
             for number, found in zip(numbers, self.measure_plans(numbers) if numbers else [], strict=True):
                 self.cell(f"fusion.{number}", lambda found=found: found)
 
@@ -344,8 +344,7 @@ class Study:
         ]
 
     def fusion(self) -> None:
-        count = self.arguments.graphs + self.arguments.tuning
-        for number in range(count):
+        for number in range(self.arguments.graphs):
             self.cell(f"promise.{number}", lambda number=number: self.promises(number))
         margins = {fold: self.margins(fold) for fold in range(FOLDS)}
         for number in range(self.arguments.graphs):
@@ -379,13 +378,10 @@ class Study:
         return decision, promised, first, second, found["call"]
 
     def margins(self, fold: int) -> dict[str, float]:
-        """Chosen on other graphs, none of a template of the fold; each was predicted by a model that did not know its own
-        template."""
-        cases = [
-            case
-            for number in range(self.arguments.graphs, self.arguments.graphs + self.arguments.tuning)
-            if self.fold_of((case := self.case(number))[0].graph.template) != fold
-        ]
+        """For graphs of the fold's templates, chosen on the graphs of all others; each was predicted by a model that did not
+        know its own template."""
+        every = [self.case(number) for number in range(self.arguments.graphs)]
+        cases = [case for case in every if self.fold_of(case[0].graph.template) != fold]
         return {
             name: best_margin([(d, d.costs(said[name], call), d.costs(second, call)) for d, said, _, second, call in cases])
             for name in ("model", "model_seen", "trees")
@@ -700,7 +696,6 @@ def main() -> None:
     parser.add_argument("--work", default="mlir_cost", help="folder of the corpus and of what the steps found")
     parser.add_argument("--rows", type=int, default=3181)
     parser.add_argument("--graphs", type=int, default=100, help="of the fusion study")
-    parser.add_argument("--tuning", type=int, default=100, help="further graphs, which choose the margins")
     parser.add_argument("--remat", type=int, default=60, help="graphs of the recomputation study")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
