@@ -2,7 +2,7 @@
 
     python benchmarks/mlir_cost_study.py corpus    # two to four programs a second; stopped and resumed at will
     python benchmarks/mlir_cost_study.py plans      # measures the candidates of the fusion study, as long
-    python benchmarks/mlir_cost_study.py ensemble models order speed transfer fusion unroll remat report
+    python benchmarks/mlir_cost_study.py ensemble models order speed clock transfer fusion unroll remat report
 
 What a step finds is kept in ``--work``, cell by cell, so that every step goes on where it was stopped; ``report`` writes the
 records. Four folds of templates: a program is predicted by models that saw no program of its template ("template"); all
@@ -272,6 +272,24 @@ class Study:
         answers = {"training": known, "held_out": own, "linalg": foreign}
         return {name: [float(bool(one.abstain)) for one in some] for name, some in answers.items()}
 
+    def clock(self) -> None:
+        """The same programs at five moments, each timed on end and all by turns: does the time depend on the moment?"""
+        pin()
+        self.cell("clock", self.measure_moments)
+
+    def measure_moments(self) -> dict[str, list[list[list[float]]]]:
+        """[moments, programs, (even rounds, odd rounds)]."""
+        rows = self.rows[:: len(self.rows) // 40][:40]
+        compiled = [compile_text(row["text"], inspect=False) for row in rows]
+        found: dict[str, list[list[list[float]]]] = {"on_end": [], "by_turns": []}
+        for _ in range(5):
+            for name, timings in (
+                ("on_end", [measure([one])[0] for one in compiled]), ("by_turns", measure(compiled)),
+            ):  # fmt: skip
+                found[name].append([[one.time, one.again] for one in timings])
+            time.sleep(5)
+        return found
+
     def transfer(self) -> None:
         """The first fold's model on another instruction set: as it is, adapted from a few rows, and trees from those alone.
 
@@ -488,6 +506,13 @@ class Study:
         self.add("corpus", "noise_median", float(np.median(noise)), n=len(noise))
         self.add("corpus", "noisy_dropped", int((noise > 0.2).sum()), n=len(noise))
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
+        for name, moments in self.kept("clock").items():
+            times = np.log(np.array(moments))
+            repeat, away = np.abs(times[..., 0] - times[..., 1]), times[..., 0].max(0) - times[..., 0].min(0)
+            self.add(name, "clock_repeat", float(np.exp(np.median(repeat)) - 1), n=repeat.size)
+            for share in (0.5, 0.9):
+                between = float(np.exp(np.quantile(away, share)) - 1)
+                self.add(name, "clock_between_moments", between, n=len(away), quantile=share)
         self.splits()
         self.intervals()
         for name, rows in ORDER.items():
@@ -687,7 +712,20 @@ class Study:
         self.add("default", "candidates", sets, n=len(found), study="recompute")
 
 
-STEPS = ("corpus", "plans", "models", "ensemble", "order", "speed", "transfer", "fusion", "unroll", "remat", "report")
+STEPS = (
+    "corpus",
+    "plans",
+    "models",
+    "ensemble",
+    "order",
+    "speed",
+    "clock",
+    "transfer",
+    "fusion",
+    "unroll",
+    "remat",
+    "report",
+)
 
 
 def main() -> None:
