@@ -129,7 +129,7 @@ class CostModel:
             held.append(np.flatnonzero(out))
         self._calibrate(codes, x, y, names, held)
         self.card = {
-            "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)), "dialect": "stablehlo",
+            "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)), "dialect": rows[0].get("dialect", "stablehlo"),
             "machine": rows[0].get("machine", ""), "compiler": rows[0].get("compiler", ""), "isa": rows[0].get("isa", ""),
         }  # fmt: skip
         return self
