@@ -129,8 +129,8 @@ class CostModel:
             held.append(np.flatnonzero(out))
         self._calibrate(codes, x, y, names, held)
         self.card = {
-            "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)), "dialect": rows[0].get("dialect", "stablehlo"),
-            "machine": rows[0].get("machine", ""), "compiler": rows[0].get("compiler", ""), "isa": rows[0].get("isa", ""),
+            "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)),
+            **{key: rows[0].get(key, "") for key in ("dialect", "machine", "compiler", "isa")},
         }  # fmt: skip
         return self
 
