@@ -500,12 +500,34 @@ class Study:
     # --- records ----------------------------------------------------------------------------------------------------
 
     def report(self) -> None:
+        """Records of every step that has run; the others are named."""
+        parts = (
+            self.labels, self.moments, self.splits, self.intervals, self.pairs, self.milliseconds, self.second, self.decisions,
+            self.unrolling, self.recomputing,
+        )  # fmt: skip
+        for part in parts:
+            before = len(self.records)
+            try:
+                part()
+            except ValueError as error:
+                del self.records[before:]
+                print(f"{part.__name__}: {error}", file=sys.stderr)
+        path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
+        write_results(self.records, path)
+        sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
+        corpora.write(sample, path.with_name("mlir_cost_corpus.sample.jsonl.gz"))
+        print(f"{len(self.records)} records in {path}")
+
+    def labels(self) -> None:
         noise = np.array([row["labels"]["noise"] for row in self.rows])
         self.add("corpus", "rows", len(self.rows))
         self.add("corpus", "duplicates", len(self.rows) - len({row["id"] for row in self.rows}), n=len(self.rows))
         self.add("corpus", "noise_median", float(np.median(noise)), n=len(noise))
         self.add("corpus", "noisy_dropped", int((noise > 0.2).sum()), n=len(noise))
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
+
+    def moments(self) -> None:
+        """How far apart a time's two halves are, and how far its values of five moments."""
         for name, moments in self.kept("clock").items():
             times = np.log(np.array(moments))
             repeat, away = np.abs(times[..., 0] - times[..., 1]), times[..., 0].max(0) - times[..., 0].min(0)
@@ -513,25 +535,18 @@ class Study:
             for share in (0.5, 0.9):
                 between = float(np.exp(np.quantile(away, share)) - 1)
                 self.add(name, "clock_between_moments", between, n=len(away), quantile=share)
-        self.splits()
-        self.intervals()
+
+    def pairs(self) -> None:
         for name, rows in ORDER.items():
             for kind, right in self.kept(f"order.{name}.{rows}").items():
                 accuracy, interval = float(np.mean(right)), bootstrap_ci(right)
                 self.add(name, "order_accuracy", accuracy, ci=interval, n=len(right), pairs=kind, programs=rows)
+
+    def milliseconds(self) -> None:
         for name, value in self.kept("speed").items():
             self.add("model", f"speed_{name}", value, "" if name == "operations" else "ms")
         for name, found in self.kept("dialects").items():
             self.add("model", "abstain", float(np.mean(found)), n=len(found), on=name)
-        self.second()
-        self.decisions()
-        self.unrolling()
-        self.recomputing()
-        path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
-        write_results(self.records, path)
-        sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
-        corpora.write(sample, path.with_name("mlir_cost_corpus.sample.jsonl.gz"))
-        print(f"{len(self.records)} records in {path}")
 
     def add(
         self, method: str, metric: str, value: float, unit: str = "", ci: tuple[float, float] | None = None, n: int = 1,
