@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -502,8 +502,8 @@ class Study:
     def report(self) -> None:
         """Records of every step that has run; the others are named."""
         parts = (
-            self.labels, self.moments, self.splits, self.intervals, self.pairs, self.milliseconds, self.second, self.decisions,
-            self.unrolling, self.recomputing,
+            self.labels, self.moments, self.splits, self.intervals, self.pairs, self.milliseconds,
+            *[partial(self.second, isa) for isa in ISAS], self.decisions, self.unrolling, self.recomputing,
         )  # fmt: skip
         for part in parts:
             before = len(self.records)
@@ -511,7 +511,7 @@ class Study:
                 part()
             except ValueError as error:
                 del self.records[before:]
-                print(f"{part.__name__}: {error}", file=sys.stderr)
+                print(error, file=sys.stderr)
         path = Path(__file__).parent / "results" / "mlir_cost_study.records.json"
         write_results(self.records, path)
         sample = [row for row in self.rows if row["number"] % 3 < 2][:2000]
@@ -640,21 +640,20 @@ class Study:
             self.add("model", "coverage", float(np.mean(inside)), ci=interval, n=len(inside), target=target)
             self.add("model", "interval_factor", float(np.median(width)), n=len(width), target=target)
 
-    def second(self) -> None:
-        """Errors on the second instruction set: RMSE of log(1 + value), by rows learnt from."""
-        for isa in ISAS:
-            found = {name: np.array(rows, dtype=float) for name, rows in self.kept(f"transfer.{isa}").items()}
-            truth = found.pop("truth")
-            for name, said in found.items():
-                method, number = ("trees", name.split(".")[1]) if "." in name else ("model", name)
-                for column, target in enumerate(NAMES):
-                    known = ~np.isnan(truth[:, column])
-                    a, b = said[known, column], truth[known, column]
-                    if target != "vector_util":
-                        a, b = np.log1p(a), np.log1p(b)
-                    for metric, value in (("rmse", np.sqrt(((a - b) ** 2).mean())), ("spearman", spearmanr(a, b).statistic)):
-                        value = float(np.nan_to_num(value))
-                        self.add(method, f"transfer_{metric}", value, n=len(b), isa=isa, adapted=int(number), target=target)
+    def second(self, isa: str) -> None:
+        """Errors on another instruction set: RMSE of log(1 + value), by rows learnt from."""
+        found = {name: np.array(rows, dtype=float) for name, rows in self.kept(f"transfer.{isa}").items()}
+        truth = found.pop("truth")
+        for name, said in found.items():
+            method, number = ("trees", name.split(".")[1]) if "." in name else ("model", name)
+            for column, target in enumerate(NAMES):
+                known = ~np.isnan(truth[:, column])
+                a, b = said[known, column], truth[known, column]
+                if target != "vector_util":
+                    a, b = np.log1p(a), np.log1p(b)
+                for metric, value in (("rmse", np.sqrt(((a - b) ** 2).mean())), ("spearman", spearmanr(a, b).statistic)):
+                    value = float(np.nan_to_num(value))
+                    self.add(method, f"transfer_{metric}", value, n=len(b), isa=isa, adapted=int(number), target=target)
 
     def decisions(self) -> None:
         """The fusion study: gain over the default on the mean, part of the oracle's, how often worse than the default."""
