@@ -70,7 +70,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "conv_ops": lambda: TokenModel(NAMES, "conv", "ops"),
     "conv": lambda: TokenModel(NAMES, "conv"),
     "lstm": lambda: TokenModel(NAMES, "lstm"),
-    "transformer": lambda: TokenModel(NAMES, "transformer", training=Training(epochs=5)),
+    "transformer": lambda: TokenModel(NAMES, "transformer", training=Training(epochs=4, batch=8, lr=1e-3)),
 }
 #: on all folds of templates; the others on the first alone, to keep the study within an hour or two of one core
 EVERY_FOLD = ("mean", "flops", "roofline", "additive", "trees")

@@ -227,11 +227,18 @@ class Training:
     seed: int = 0
 
 
+#: a batch has at most so many places for each program that it may hold: long programs come in smaller batches
+_PLACES = 256
+
+
 def _batches(network: AnyNetwork, programs: Sequence[Any], size: int) -> list[tuple[list[int], Batch]]:
     """Programs of similar length together: (their places, what the network takes)."""
-    order = sorted(range(len(programs)), key=lambda place: programs[place].length)
-    parts = (order[at : at + size] for at in range(0, len(order), size))
-    return [(chosen, network.collate([programs[place] for place in chosen])) for chosen in parts]
+    parts: list[list[int]] = [[]]
+    for place in sorted(range(len(programs)), key=lambda place: programs[place].length):
+        if parts[-1] and (len(parts[-1]) + 1) * programs[place].length > size * _PLACES or len(parts[-1]) == size:
+            parts.append([])
+        parts[-1].append(place)
+    return [(chosen, network.collate([programs[place] for place in chosen])) for chosen in parts if chosen]
 
 
 def fit_network(
