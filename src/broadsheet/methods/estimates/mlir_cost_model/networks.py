@@ -235,7 +235,7 @@ def _batches(network: AnyNetwork, programs: Sequence[Any], size: int) -> list[tu
     """Programs of similar length together: (their places, what the network takes)."""
     parts: list[list[int]] = [[]]
     for place in sorted(range(len(programs)), key=lambda place: programs[place].length):
-        if parts[-1] and (len(parts[-1]) + 1) * programs[place].length > size * _PLACES or len(parts[-1]) == size:
+        if (parts[-1] and (len(parts[-1]) + 1) * programs[place].length > size * _PLACES) or len(parts[-1]) == size:
             parts.append([])
         parts[-1].append(place)
     return [(chosen, network.collate([programs[place] for place in chosen])) for chosen in parts if chosen]
