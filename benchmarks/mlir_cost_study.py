@@ -74,8 +74,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 #: on all folds of templates; the others on the first alone, to keep the study within an hour or two of one core
 EVERY_FOLD = ("mean", "flops", "roofline", "additive", "trees")
-#: parts of the ensemble, reported beside the whole: its networks on graphs alone, its trees alone
-PARTS = ("graph", "forest", "model")
+#: the whole and its networks alone
+PARTS = ("graph", "model")
 #: model of order pairs -> programs it learns from; what can only guess guesses from fewer
 ORDER = {"trees": 3000, "bag_ops": 3000, "bag": 3000, "conv_ops": 6000, "conv": 6000}
 RANDOM = ("mean", "flops", "additive", "trees")
@@ -198,9 +198,9 @@ class Study:
             model.save(SHIPPED["stablehlo-cpu"])
         counts = [count(self.programs[place]) for place in test]
         answers = model.answers([self.programs[place] for place in test])
-        networks, forests = (part.mean(0) for part in model.parts(counts))
+        networks = model.parts(counts)[0].mean(0)
         return {
-            "graph": model.scale.backward(networks).tolist(), "forest": model.scale.backward(forests).tolist(),
+            "graph": model.scale.backward(networks).tolist(),
             "mix": model.mix.tolist(),
             "predictions": [[tuple(one.predictions[name]) for name in NAMES] for one in answers],
             "abstain": [one.abstain for one in answers],
@@ -256,7 +256,7 @@ class Study:
         measured = (time.process_time() - began) * 1e3
         return {
             "operations": len(function), "parse": least(lambda: parse(text)),
-            "network": least(lambda: run_networks([model.models[0].network], codes)),
+            "network": least(lambda: run_networks(model.networks[:1], codes)),
             "answer": least(lambda: model.answer(function)), "compile_and_measure": measured,
             "compile": compiled.seconds * 1e3,
         }  # fmt: skip

@@ -1,12 +1,13 @@
-"""An ensemble with intervals: fit, predict, rank, adapt, save, load.
+"""Networks and trees with intervals: fit, predict, rank, adapt, save, load.
 
-A few members, each trained without a part of the *templates*; a member is a network on the program's graph and
-gradient-boosted trees on its counts. What members say of templates that they never saw decides twice: how much of each
-target the networks and how much the trees are believed (the stacking of Wolpert 1992, one number a target), and how wide
-the intervals are (their half width is the 90 % quantile of those errors: split conformal prediction, as in the CV+ of
-Barber et al. 2021 with groups as folds; every template has the same weight). They also say when to abstain: where too
-many words are unknown, where members differ more than one that did not know the template differed from the others, or
-where the program is longer than what was learnt from.
+A few networks on the program's graph, each trained without a part of the *templates*, and gradient-boosted trees on its
+counts. Every part of the templates also has trees that were trained without it. What these networks and trees say of the
+templates that they never saw decides twice: how much of each target the networks and how much the trees are believed (the
+stacking of Wolpert 1992, one number a target), and how wide the intervals are (their half width is the 90 % quantile of
+those errors: split conformal prediction, as in the CV+ of Barber et al. 2021 with groups as folds; every template has the
+same weight). The trees that answer are then trained on all templates. When to abstain: where too many words are unknown,
+where the networks differ more than one that did not know the template differed from the others, or where the program is
+longer than what was learnt from.
 """
 
 from __future__ import annotations
@@ -68,24 +69,19 @@ def values(rows: Sequence[Row], targets: Sequence[str], limit: float = NOISE_LIM
     return found, int(noisy.sum())
 
 
-@dataclass(frozen=True)
-class Member:
-    network: GraphNetwork
-    forest: Forest
-
-
 @dataclass
 class CostModel:
-    """``members`` at least 2 and at most the number of templates; ``trees``: boosting iterations of each target. Raises
-    ValueError for settings out of range."""
+    """``members``: networks, at least 2 and at most as many as templates; ``trees``: boosting iterations of each target.
+    Raises ValueError for settings out of range."""
 
     targets: tuple[str, ...] = tuple(TARGETS)
     members: int = 3
-    trees: int = 100
+    trees: int = 150
     level: float = 0.9
     training: Training = field(default_factory=lambda: Training(lr=1e-3))
     seed: int = 0
-    models: list[Member] = field(default_factory=list, repr=False)
+    networks: list[GraphNetwork] = field(default_factory=list, repr=False)
+    forest: Forest | None = field(default=None, repr=False)
     vocabulary: NodeVocabulary = field(default_factory=lambda: NodeVocabulary((), 0), repr=False)
     features: Features = field(default_factory=lambda: Features(()), repr=False)
     totals: TotalScale = field(default_factory=lambda: TotalScale(()), repr=False)
@@ -116,18 +112,29 @@ class CostModel:
         self.totals = TotalScale.fit(np.array([one.totals for one in programs]), goal)
         codes, x, y = self.encode(programs), self.features(programs), self.scale.forward(goal)
         inputs = np.array([one.totals for one in codes], float)
-        self.models, held = [], []
+        self.networks = []
+        strange = np.zeros((2, *y.shape))  # what the network and the trees say that were trained without the row's template
+        member_of = np.array([part_of[name] for name in names])
         for member in range(self.members):
-            out = np.array([part_of[name] == member for name in names])
+            out = member_of == member
             torch.manual_seed(self.training.seed + member)
             network = GraphNetwork(len(self.vocabulary), len(self.targets), self.totals.width)
             network.head.start(inputs[~out], y[~out])
             training = replace(self.training, seed=self.training.seed + member)
             say = (lambda epoch, loss, m=member: tick(m, epoch, loss)) if tick else None
             fit_network(network, codes, y, np.flatnonzero(out).tolist(), training, say)
-            self.models.append(Member(network, Forest.fit(x[~out], y[~out], self.trees, self.seed)))
-            held.append(np.flatnonzero(out))
-        self._calibrate(codes, x, y, names, held)
+            self.networks.append(network)
+            strange[1, out] = Forest.fit(x[~out], y[~out], self.trees, self.seed)(x[out])
+        said = run_networks(self.networks, codes)
+        strange[0] = said[member_of, np.arange(len(names))]
+        weight = np.array([1 / names.count(name) for name in names])
+        self._calibrate(strange[0], strange[1], y, weight)
+        others = (said.sum(0) - strange[0]) / (self.members - 1)
+        self.limits = {
+            "spread": float(np.quantile(np.abs(strange[0] - others).max(1), 0.95)),
+            "unknown": max(0.02, float(np.quantile([one.unknown for one in codes], 0.99))),
+        }
+        self.forest = Forest.fit(x, y, self.trees, self.seed)
         self.card = {
             "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)),
             **{key: rows[0].get(key, "") for key in ("dialect", "machine", "compiler", "isa")},
@@ -138,52 +145,26 @@ class CostModel:
         totals = self.totals(np.array([one.totals for one in programs]))
         return [self.vocabulary.encode(one, row) for one, row in zip(programs, totals, strict=True)]
 
-    def _parts(self, codes: Sequence[EncodedGraph], x: Array) -> tuple[Array, Array]:
-        """What the networks and what the forests say, each [members, programs, targets], standardised."""
-        networks = run_networks([one.network for one in self.models], codes)
-        return networks, np.stack([one.forest(x) for one in self.models])
-
-    def _calibrate(
-        self, codes: Sequence[EncodedGraph], x: Array, y: Array, names: Sequence[str], held: Sequence[Array]
-    ) -> None:
-        networks, forests = self._parts(codes, x)
-        member_of = np.zeros(len(names), int)
-        for member, places in enumerate(held):
-            member_of[places] = member
-        every = np.arange(len(names))
-        sizes = {name: names.count(name) for name in set(names)}
-        weight = np.array([1 / sizes[name] for name in names])
-        # w of |y - (w network + (1 - w) forest)|^2, by every row's own stranger
-        network, forest = networks[member_of, every], forests[member_of, every]
+    def _calibrate(self, network: Array, forest: Array, y: Array, weight: Array) -> None:
+        """``mix`` and ``half`` from predictions of rows of unknown templates, all [rows, targets]; ``weight`` [rows]."""
         apart = np.where(np.isnan(y), 0, network - forest) * weight[:, None]
         share = (apart * np.nan_to_num(y - forest)).sum(0) / np.maximum((apart * (network - forest)).sum(0), 1e-9)
-        self.mix = np.clip(share, 0, 1)
-        said = self.mix * networks + (1 - self.mix) * forests
-        own = said[member_of, every]
-        others = (said.sum(0) - own) / (len(self.models) - 1)
-        self.half = np.array([_quantile(column, weight, self.level) for column in np.abs(own - y).T])
-        self.limits = {
-            "spread": float(np.quantile(np.abs(own - others).max(1), 0.95)),
-            "unknown": max(0.02, float(np.quantile([one.unknown for one in codes], 0.99))),
-        }
+        self.mix = np.clip(share, 0, 1)  # least squares of y on mix * network + (1 - mix) * forest
+        errors = np.abs(self.mix * network + (1 - self.mix) * forest - y)
+        self.half = np.array([_quantile(column, weight, self.level) for column in errors.T])
 
-    def parts(self, programs: Sequence[Counts]) -> tuple[Array, Array]:
-        """(networks, forests) alone. Raises ValueError where nothing is trained."""
-        if not self.models:
-            raise ValueError("the model is not trained; load one (CostModel.load) or fit it")
-        return self._parts(self.encode(programs), self.features(programs))
-
-    def members_say(self, programs: Sequence[Counts]) -> tuple[Array, list[EncodedGraph]]:
-        """(predictions of every member [members, programs, targets], standardised; the programs encoded)."""
-        if not self.models:
+    def parts(self, programs: Sequence[Counts]) -> tuple[Array, Array, list[EncodedGraph]]:
+        """(what every network says [members, programs, targets], what the trees say [programs, targets], both standardised;
+        the programs encoded). Raises ValueError where nothing is trained."""
+        if self.forest is None:
             raise ValueError("the model is not trained; load one (CostModel.load) or fit it")
         codes = self.encode(programs)
-        networks, forests = self._parts(codes, self.features(programs))
-        return self.mix * networks + (1 - self.mix) * forests, codes
+        return run_networks(self.networks, codes), self.forest(self.features(programs)), codes
 
     def member_values(self, programs: Sequence[Counts], target: str) -> Array:
         """What every member says of one target, in its unit [members, programs]: their differences say how sure they are."""
-        said, _ = self.members_say(programs)
+        networks, forest, _ = self.parts(programs)
+        said = self.mix * networks + (1 - self.mix) * forest
         return np.stack([self.scale.backward(one)[:, self.targets.index(target)] for one in said])
 
     def answer(self, program: str | Function) -> Answer:
@@ -191,8 +172,8 @@ class CostModel:
         return self.answers([program])[0]
 
     def answers(self, programs: Sequence[str | Function]) -> list[Answer]:
-        said, codes = self.members_say([count(parse(one) if isinstance(one, str) else one) for one in programs])
-        mean, spread = said.mean(0), said.std(0).max(1)
+        networks, forest, codes = self.parts([count(parse(one) if isinstance(one, str) else one) for one in programs])
+        mean, spread = self.mix * networks.mean(0) + (1 - self.mix) * forest, networks.std(0).max(1)
         value, low, high = (self.scale.backward(mean + sign * self.half) for sign in (0, -1, 1))
         answers = []
         for place, code in enumerate(codes):
@@ -210,27 +191,30 @@ class CostModel:
         if cut:
             return f"the program is {cut} operations longer than what the model has seen"
         if spread > self.limits["spread"]:
-            return f"the models disagree by {spread:.2f} standard deviations (limit {self.limits['spread']:.2f})"
+            return f"the networks disagree by {spread:.2f} standard deviations (limit {self.limits['spread']:.2f})"
         return ""
 
     def adapt(self, rows: Sequence[Row]) -> CostModel:
         """The model for another compiler or machine, from a few rows labelled there.
 
-        Networks and forests are brought to the new labels by a line of their own for each target; then every network is
+        Networks and trees are brought to the new labels by a line of their own for each target; then every network is
         trained on from there, without the validation that a few rows cannot spare. Intervals become the quantile of the
         new rows' errors where that is wider.
         """
         programs = [count(parse(row["text"])) for row in rows]
         goal, _ = values(rows, self.targets)
-        y, x = self.scale.forward(goal), self.features(programs)
-        codes, models = self.encode(programs), []
-        for one in self.models:
-            network = deepcopy(one.network)
-            network.head.rescale(*_lines(run_networks([network], codes)[0], y))
+        y = self.scale.forward(goal)
+        said, forest, codes = self.parts(programs)
+        assert self.forest is not None
+        networks = []
+        for one, before in zip(self.networks, said, strict=True):
+            network = deepcopy(one)
+            network.head.rescale(*_lines(before, y))
             fit_network(network, codes, y, [], replace(self.training, epochs=5, lr=self.training.lr / 4))
-            models.append(Member(network, one.forest.rescaled(*_lines(one.forest(x), y))))
-        adapted = replace(self, models=models)
-        errors = np.abs(adapted.members_say(programs)[0].mean(0) - y)
+            networks.append(network)
+        adapted = replace(self, networks=networks, forest=self.forest.rescaled(*_lines(forest, y)))
+        said, forest, _ = adapted.parts(programs)
+        errors = np.abs(self.mix * said.mean(0) + (1 - self.mix) * forest - y)
         wide = [_quantile(column, np.ones(len(rows)), self.level) for column in errors.T]
         adapted.half = np.maximum(self.half, wide)
         adapted.card = self.card | {
@@ -267,11 +251,11 @@ class CostModel:
         """One safetensors file: weights and trees, and as its metadata everything else."""
         from safetensors.torch import save_file
 
-        tensors = {}
-        for member, one in enumerate(self.models):
-            arrays = {f"forest.{name}": torch.from_numpy(array) for name, array in asdict(one.forest).items()}
-            for name, tensor in (one.network.state_dict() | arrays).items():
-                tensors[f"{member}.{name}"] = tensor.contiguous()
+        if self.forest is None:
+            raise ValueError("the model is not trained; fit it before it is saved")
+        tensors = {f"forest.{name}": torch.from_numpy(array) for name, array in asdict(self.forest).items()}
+        for member, network in enumerate(self.networks):
+            tensors |= {f"{member}.{name}": tensor.contiguous() for name, tensor in network.state_dict().items()}
         state = {
             "targets": self.targets, "members": self.members, "trees": self.trees, "level": self.level, "seed": self.seed,
             "words": self.vocabulary.words, "limit": self.vocabulary.limit, "opcodes": self.features.opcodes,
@@ -304,13 +288,13 @@ class CostModel:
         model.scale = Scale(model.targets, tuple(state["mean"]), tuple(state["std"]))
         model.mix, model.half = np.array(state["mix"]), np.array(state["half"])
         model.limits, model.card = state["limits"], state["card"]
+        model.forest = Forest(**{name: tensors[f"forest.{name}"].numpy() for name in FOREST})
         for member in range(model.members):
             prefix = f"{member}."
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            forest = Forest(**{name: own.pop(f"forest.{name}").numpy() for name in FOREST})
             network = GraphNetwork(len(model.vocabulary), len(model.targets), model.totals.width)
             network.load_state_dict(own)
-            model.models.append(Member(network.eval(), forest))
+            model.networks.append(network.eval())
         return model
 
 
