@@ -669,6 +669,19 @@ class Study:
             self.add(name, "recovered", recovered(choices, name), n=count, study="fusion")
             worse = [float(one.worse(name)) for one in choices]
             self.add(name, "worse", float(np.mean(worse)), ci=bootstrap_ci(worse), n=count, study="fusion")
+        for name in ("model", "trees"):
+            promised, true, ranks = list[float](), list[float](), list[float]()
+            for number in range(count):
+                decision, said, _, second, call = self.case(number)
+                costs, judged = decision.costs(said[name], call).mean(1), decision.costs(second, call)
+                promised += np.log(costs[1:] / costs[0]).tolist()
+                true += np.log(judged[1:] / judged[0]).tolist()
+                ranks.append(float(np.nan_to_num(spearmanr(costs, judged).statistic)))
+            error = float(np.median(np.abs(np.array(promised) - np.array(true))))
+            self.add(name, "plan_ratio_error", error, n=len(true), study="fusion")
+            self.add(name, "plan_spearman", float(np.mean(ranks)), n=count, study="fusion")
+        away = [1 - choice.oracle / choice.default for choice in choices]
+        self.add("oracle", "gain_median", float(np.median(away)), n=count, study="fusion")
         whole = [1 - one / choice.oracle for choice, (_, one, _) in zip(choices, found, strict=True)]
         self.add("whole", "gain_over_oracle", float(np.median(whole)), n=count, study="fusion")
         slower = [float(one < -0.1) for one in whole]
