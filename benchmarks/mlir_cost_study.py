@@ -527,12 +527,14 @@ class Study:
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
 
     def moments(self) -> None:
-        """How far apart a time's two halves are, and how far its values of five moments."""
+        """How far apart a time's two halves are; how far apart, at five moments, its ratio to the moment's median program is."""
         for name, moments in self.kept("clock").items():
             times = np.log(np.array(moments))
-            repeat, away = np.abs(times[..., 0] - times[..., 1]), times[..., 0].max(0) - times[..., 0].min(0)
+            repeat = np.abs(times[..., 0] - times[..., 1])
+            ratio = times[..., 0] - np.median(times[..., 0], 1, keepdims=True)
+            away = ratio.max(0) - ratio.min(0)
             self.add(name, "clock_repeat", float(np.exp(np.median(repeat)) - 1), n=repeat.size)
-            for share in (0.5, 0.9):
+            for share in (0.5, 0.9, 1.0):
                 between = float(np.exp(np.quantile(away, share)) - 1)
                 self.add(name, "clock_between_moments", between, n=len(away), quantile=share)
 
