@@ -527,7 +527,7 @@ class Study:
         self.add("corpus", "compile_ms_median", float(np.median([row["labels"]["compile_ms"] for row in self.rows])), "ms")
 
     def moments(self) -> None:
-        """How far apart a time's two halves are; how far apart, at five moments, its ratio to the moment's median program is."""
+        """How far apart a time's two halves are; and at five moments its ratio to the moment's median program."""
         for name, moments in self.kept("clock").items():
             times = np.log(np.array(moments))
             repeat = np.abs(times[..., 0] - times[..., 1])
@@ -763,7 +763,7 @@ def main() -> None:
     parser.add_argument("--work", default="mlir_cost", help="folder of the corpus and of what the steps found")
     parser.add_argument("--rows", type=int, default=3181)
     parser.add_argument("--graphs", type=int, default=100, help="of the fusion study")
-    parser.add_argument("--remat", type=int, default=60, help="graphs of the recomputation study")
+    parser.add_argument("--remat", type=int, default=40, help="graphs of the recomputation study")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
