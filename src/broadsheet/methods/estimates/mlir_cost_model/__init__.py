@@ -2,11 +2,12 @@
 
 Das and Mannarswamy 2023, "ML-driven Hardware Cost Model for MLIR", arXiv 2302.11405.
 
-The text of one MLIR function is read as language: tokens (`tokens`), an embedding, a stack of one-dimensional
-convolutions and dense layers with a head for each target (`models`). Graph passes ask it which of several programs is
-cheaper (`fusion`). The paper's labels come from the compiler of an accelerator; here they come from XLA's CPU compiler,
-the object code it makes and the clock (`labels`). Beyond the paper: sizes beside tokens, totals of the program, intervals
-and abstention (`cost_model`). The paper gives no sizes of layers and no data; those here are ours.
+The paper reads the text of one MLIR function as language: tokens (`tokens`), an embedding, a stack of one-dimensional
+convolutions and dense layers (`networks.Network`). Its labels come from the compiler of an accelerator; here they come from
+XLA's CPU compiler, the object code it makes and the clock (`labels`). What is shipped (`cost_model`) goes beyond the paper: a
+network on the program's graph (`nodes`) beside trees on its counts (`forest`), intervals and abstention. Compilers ask it
+which of several programs is cheaper: `fusion`, `unroll`, `recompute`, `xdsl_pass`. The paper gives no sizes of layers and no
+data; those here are ours.
 
 Peak live bytes follow from the text alone and are given exactly beside the prediction.
 """
