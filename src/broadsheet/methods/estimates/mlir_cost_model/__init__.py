@@ -4,7 +4,7 @@ Das and Mannarswamy 2023, "ML-driven Hardware Cost Model for MLIR", arXiv 2302.1
 
 The paper reads the text of one MLIR function as language: tokens (`tokens`), an embedding, a stack of one-dimensional
 convolutions and dense layers (`networks.Network`). Its labels come from the compiler of an accelerator; here they come from
-XLA's CPU compiler, the object code it makes and the clock (`labels`). What is shipped (`cost_model`) goes beyond the paper: a
+XLA's CPU compiler, the object code it makes and the clock (`labels`). What is shipped (`cost_model`) goes beyond it: a
 network on the program's graph (`nodes`) beside trees on its counts (`forest`), intervals and abstention. Compilers ask it
 which of several programs is cheaper: `fusion`, `unroll`, `recompute`, `xdsl_pass`. The paper gives no sizes of layers and no
 data; those here are ours.
