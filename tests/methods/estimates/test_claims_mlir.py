@@ -33,7 +33,7 @@ def test_operands_must_know_and_names_must_not():
             one
             for pairs in ("operands", "order")
             for one in (
-                record("conv_ops", "order_accuracy", ops, pairs=pairs),
+                record("conv_ops" if pairs == "operands" else "bag_ops", "order_accuracy", ops, pairs=pairs),
                 record("conv", "order_accuracy", operands, (operands - 0.02, operands + 0.02), pairs=pairs),
             )
         ]
@@ -59,7 +59,7 @@ def test_bag_and_sequence_over_all_targets():
         records = [
             record(name, "rmse", 1.0 if name == "bag" else 1.1 if n < worse else 0.9, split="template-0", target=target)
             for n, target in enumerate(targets)
-            for name in ("bag", "conv", "lstm")
+            for name in ("bag", "conv", "lstm", "transformer")
         ]
         return sequence_over_bag(records)[0]
 

@@ -19,6 +19,9 @@ from broadsheet.methods.estimates.mlir_cost_model.labels import (
     compile_text,
     count_kernels,
     label,
+    label_for,
+    machine,
+    measure,
     peak_live_bytes,
     random_arguments,
     read_assembly,
@@ -147,7 +150,7 @@ def test_labels_of_a_program():
     import jax.numpy as jnp
 
     text = capture(lambda x, w: jax.nn.softmax(jnp.tanh(x @ w)), jnp.ones((32, 64)), jnp.ones((64, 128)))
-    found = label(text, 1.0)
+    (found,) = label([text])
     assert found["peak_bytes"] >= 4 * (32 * 64 + 64 * 128 + 2 * 32 * 128)
     assert found["kernels"] >= found["fusions"] >= 1
     assert found["instructions"] > 50
@@ -155,8 +158,37 @@ def test_labels_of_a_program():
     assert found["flops"] >= 2 * 32 * 64 * 128
     assert found["time"] > 0
     assert found["noise"] >= 0
-    empty = compile_text(EMPTY)
-    assert empty.measure(blocks=3).time < 200
+    empty = compile_text(EMPTY, inspect=False)
+    assert empty.code.instructions == 0
+    (timing,) = measure([empty], rounds=4)
+    assert timing.time < 200
+    assert timing.above(timing.time).time == 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump (binutils) is not installed")
+@pytest.mark.skipif("avx" not in machine(), reason="this CPU has one instruction set to compile for")
+def test_an_older_instruction_set_needs_more_instructions():
+    pytest.importorskip("jax")
+    import jax.numpy as jnp
+
+    text = capture(lambda x: jnp.tanh(x) * jnp.exp(x), jnp.ones((64, 256)))
+    (wide,), (narrow,) = label([text]), label_for([text], "SSE4_2")
+    assert narrow["instructions"] > 1.3 * wide["instructions"]
+
+
+def test_programs_are_timed_by_turns():
+    """A disturbance of one round leaves the lower quartile as it is, for whomever it meets."""
+    jax = pytest.importorskip("jax")
+    import jax.numpy as jnp
+
+    large, small = (
+        compile_text(capture(lambda x: jnp.sin(x) @ x, jax.ShapeDtypeStruct((n, n), "float32")), inspect=False)
+        for n in (256, 8)
+    )
+    slow, quick = measure([large, small], rounds=8)
+    assert slow.time > 3 * quick.time
+    assert slow.again > 3 * quick.again
 
 
 def test_xla_refuses_in_one_line():
@@ -241,7 +273,7 @@ def test_a_value_without_use_is_refused():
 def test_a_corpus_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("jax")
     path = tmp_path / "corpus.jsonl"
-    corpus.build(path, 2)
+    corpus.build(path, 2, together=2)
     before = path.read_text()
     with path.open("a") as file:
         file.write('{"id": "torn')

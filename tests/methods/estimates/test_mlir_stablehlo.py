@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from broadsheet.methods.estimates.mlir_cost_model import order
-from broadsheet.methods.estimates.mlir_cost_model.features import Features, TotalScale, flops, interface, totals, traffic
+from broadsheet.methods.estimates.mlir_cost_model.features import Features, TotalScale, count, flops, interface
+from broadsheet.methods.estimates.mlir_cost_model.nodes import NodeVocabulary, nodes
 from broadsheet.methods.estimates.mlir_cost_model.stablehlo import parse, tensor_type
 from broadsheet.methods.estimates.mlir_cost_model.tokens import Vocabulary, detokenise, program_id, tokenise
 
@@ -209,20 +210,18 @@ def test_attributes_that_cost_are_kept():
 def test_vocabulary_is_of_the_training_programs():
     rng = np.random.default_rng(2)
     programs = [parse(order.program(rng)) for _ in range(40)]
-    vocabulary = Vocabulary.build(programs)
+    vocabulary = Vocabulary.build([tokenise(program) for program in programs])
     code = vocabulary.encode(tokenise(programs[0]))
     seen = Counter(word for program in programs for word in set(tokenise(program).words))
     assert code.unknown == sum(seen[word] < 8 for word in tokenise(programs[0]).words) / len(code.numbers)
     assert code.cut == 0
-    assert len(code.numbers) == len(code.sizes)
     strange = parse(SOFTMAX)
     code = vocabulary.encode(tokenise(strange))
     assert 0 < code.unknown < 1
-    short = Vocabulary(vocabulary.scheme, vocabulary.words, 10)
+    short = Vocabulary(vocabulary.words, 10)
     assert short.encode(tokenise(strange)).cut == len(code.numbers) - 10
-    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
     # A shape that is in one group alone is no word: it would be that group's name.
-    lone = Vocabulary.build(programs, groups=[0] * len(programs))
+    lone = Vocabulary.build([tokenise(program) for program in programs], groups=[0] * len(programs))
     assert not any(word.startswith("tensor") for word in lone.words)
 
 
@@ -232,16 +231,17 @@ def test_flops_and_bytes():
     assert flops(function) == dot + reduce + subtract + add
     assert interface(function) == 4 * (8 * 64 + 64 * 16 + 8 * 16)
     matrix, row = 4 * 8 * 16, 4 * 8
-    assert (
-        traffic(function) == 4 * (8 * 64 + 64 * 16) + matrix + (matrix + 4 + row) + (row + matrix) + 3 * matrix + 3 * matrix
-    )
-    assert totals(function)[0] == dot
-    assert totals(function)[-1] == len(function) == 7
+    traffic = 4 * (8 * 64 + 64 * 16) + matrix + (matrix + 4 + row) + (row + matrix) + 3 * matrix + 3 * matrix
+    counts = count(function)
+    assert counts.totals == (dot, 0, reduce, subtract + add, traffic, interface(function), 4 * 64 * 16, 7)
+    assert counts.flops == (dot, 0, reduce, 0, subtract, add, 0)
+    assert counts.number["subtract"] == 1
+    assert counts.size["dot_general"] == matrix
 
 
 def test_features_have_a_column_for_every_opcode():
-    features = Features.build([parse(SOFTMAX)])
-    rows = features([parse(SOFTMAX), parse(WHILE)])
+    features = Features.build([count(parse(SOFTMAX))])
+    rows = features([count(parse(SOFTMAX)), count(parse(WHILE))])
     assert rows.shape[0] == 2
     assert rows[0, features.opcodes.index("add")] == 1
 
@@ -249,5 +249,50 @@ def test_features_have_a_column_for_every_opcode():
 def test_the_weighted_sum_finds_additive_costs():
     rng = np.random.default_rng(3)
     raw = rng.uniform(1e4, 1e7, (200, 8))
-    scale = TotalScale.fit(raw, raw @ np.array([2e-5, 0, 3e-4, 0, 0, 0, 0, 0]) + 7)
-    assert np.allclose(np.array(scale.weights)[[0, 2]], [2e-5, 3e-4], rtol=0.01)
+    first, second = np.array([2e-5, 0, 3e-4, 0, 0, 0, 0, 0]), np.array([0, 1.0, 0, 0, 2.0, 0, 0, 0])
+    scale = TotalScale.fit(raw, np.stack([raw @ first + 7, raw @ second], 1))
+    assert np.allclose(np.array(scale.weights)[0, [0, 2]], [2e-5, 3e-4], rtol=0.01)
+    assert np.allclose(scale.sums(raw)[:, 1], np.log2(raw @ second), atol=0.01)
+    assert scale(raw).shape == (200, scale.width)
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_has_an_edge_for_every_operand():
+    found = nodes(count(parse(SOFTMAX)))
+    names = [words[0] for words in found.words]
+    assert names == [
+        "argument", "argument", "dot_general", "constant", "reduce", "broadcast_in_dim", "subtract", "add", "func.return",
+    ]  # fmt: skip
+    assert found.edges == [(2, 0), (2, 1), (4, 2), (4, 3), (5, 4), (6, 2), (6, 5), (7, 6), (7, 6), (8, 7)]
+    assert found.last == [8, 8, 6, 4, 5, 6, 7, 8, 8]
+    assert [row[-1] for row in found.sizes] == [1, 1, 2, 1, 1, 1, 2, 1, 0]
+    assert found.sizes[2][:6] == (2 * 8 * 16 * 64, 4 * 8 * 16, 4 * (8 * 64 + 64 * 16), 16, 8, 64)
+    assert "contracting_dims[1]" in found.words[2]
+
+
+def test_what_stands_in_a_region_says_so():
+    found = nodes(count(parse(WHILE)))
+    assert [words[0] for words in found.words if "in while" in words].count("compare") == 1
+    assert all(reader > read for reader, read in found.edges)
+
+
+@pytest.mark.parametrize("text", [SOFTMAX, WHILE, GENERIC])
+def test_graphs_know_no_names(text):
+    rng = np.random.default_rng(0)
+    assert nodes(count(parse(renamed(text, rng)))) == nodes(count(parse(text)))
+
+
+def test_words_of_graphs_and_what_is_cut():
+    programs = [count(parse(order.program(np.random.default_rng(seed)))) for seed in range(40)]
+    vocabulary = NodeVocabulary.build(programs)
+    code = vocabulary.encode(programs[0], np.ones(3))
+    assert code.words.shape[0] == code.length == len(programs[0].operations) + 1
+    assert code.unknown < 0.1
+    assert code.cut == 0
+    assert vocabulary.encode(count(parse(WHILE)), np.ones(3)).unknown > 0.2
+    short = NodeVocabulary(vocabulary.words, 5).encode(programs[0], np.ones(3))
+    assert (short.length, short.cut) == (5, code.length - 5)
+    assert short.edges.max() < 5
+    assert short.last.max() == 4

@@ -20,7 +20,7 @@ def low_error(records: Sequence[Record]) -> Verdict:
     """The best model against the line in log FLOPs on time, by at least 0.05 in rank correlation and a quarter in RMSE."""
     line = [_one(records, "flops", metric, split="template", target="time") for metric in ("spearman", "rmse")]
     best: tuple[str, Record, Record] | None = None
-    for name in ("model", "trees", "additive", "conv_sizes"):
+    for name in ("model", "trees", "additive"):
         rank, error = (_one(records, name, metric, split="template", target="time") for metric in ("spearman", "rmse"))
         if rank and error and (best is None or error.value < best[2].value):
             best = (name, rank, error)
@@ -36,34 +36,43 @@ def low_error(records: Sequence[Record]) -> Verdict:
             ranges.append(f"{target} {100 * share.value:.0f} % (the mean alone {100 * mean.value:.0f} %)")
     text = (
         f"time on held-out templates: {name} Spearman {rank.value:.2f} against {line[0].value:.2f} of the FLOPs line, "
-        f"RMSE {100 * cut:.0f} % lower; RMSE of the log range with convolutions: {', '.join(ranges)}"
+        f"RMSE {100 * cut:.0f} % lower; RMSE of the log range with the cost model: {', '.join(ranges)}"
     )
     return graded([gain >= 0.05, cut >= 0.25], [gain > 0, cut > 0]), text
 
 
 def sequence_over_bag(records: Sequence[Record]) -> Verdict:
-    """Convolutions and the LSTM against a bag of the same tokens, all without our sizes, over all targets."""
-    conv, lstm, parts = list[bool](), list[bool](), list[str]()
+    """Convolutions, the LSTM and (beside the paper) a transformer against a bag of the same tokens, over all targets."""
+    better: dict[str, list[bool]] = {"conv": [], "lstm": [], "transformer": []}
+    parts = list[str]()
     for target in ("time", "peak_bytes", "temp_bytes", "kernels", "fusions", *_PRESSURE):
-        found = [_one(records, name, "rmse", split="template-0", target=target) for name in ("conv", "lstm", "bag")]
+        bag = _one(records, "bag", "rmse", split="template-0", target=target)
+        found = [_one(records, name, "rmse", split="template-0", target=target) for name in better]
         values = [record.value for record in found if record]
-        if len(values) < 3:
+        if bag is None or len(values) < len(better):
             return None
-        conv.append(values[0] < values[2])
-        lstm.append(values[1] < values[2])
-        parts.append(f"{target} {'/'.join(f'{value:.2f}' for value in values)}")
-    shuffled = _one(records, "conv_sizes", "r2", split="shuffled-0", target="time")
+        for name, value in zip(better, values, strict=True):
+            better[name].append(value < bag.value)
+        parts.append(f"{target} {'/'.join(f'{value:.2f}' for value in (*values, bag.value))}")
+    shuffled = _one(records, "bag", "r2", split="shuffled-0", target="time")
     control = f"; shuffled labels R² {shuffled.value:.2f}" if shuffled else ""
-    count = f"convolution better in {sum(conv)}, LSTM in {sum(lstm)} of {len(conv)} targets"
-    text = f"RMSE of convolution/LSTM/bag on held-out templates: {', '.join(parts)}; {count}{control}"
-    return graded([all(conv), all(lstm)], [sum(one) > len(one) / 2 for one in (conv, lstm)]), text
+    count = ", ".join(f"{name} better in {sum(wins)}" for name, wins in better.items())
+    errors = f"RMSE of conv/LSTM/transformer/bag on held-out templates: {', '.join(parts)}"
+    text = f"{errors}; {count} of {len(parts)} targets{control}"
+    papers = [better["conv"], better["lstm"]]
+    return graded([all(wins) for wins in papers], [sum(wins) > len(wins) / 2 for wins in papers]), text
 
 
 def operands_help(records: Sequence[Record]) -> Verdict:
-    """Which of two programs of the same operations has more bytes live: names alone must not know, operands must."""
+    """Which of two programs of the same operations has more bytes live: names alone must not know, operands must.
+
+    In "operands" pairs the names stand in the same order, and no model of names can tell them apart. In "order" pairs they
+    do not, and what sees the order of names may know a little (the record of "conv_ops" says how much); there names alone
+    are a bag.
+    """
     certain, likely, parts = [], [], []
-    for pairs in ("operands", "order"):
-        ops, operands = (_one(records, name, "order_accuracy", pairs=pairs) for name in ("conv_ops", "conv"))
+    for pairs, names in (("operands", "conv_ops"), ("order", "bag_ops")):
+        ops, operands = (_one(records, name, "order_accuracy", pairs=pairs) for name in (names, "conv"))
         if not ops or not operands or not operands.ci:
             return None
         certain.append(ops.value <= 0.55 and operands.value >= 0.9)
@@ -84,7 +93,7 @@ def fast_inference(records: Sequence[Record]) -> Verdict:
     whole = value["answer"] + value["parse"]
     ratio = value["compile_and_measure"] / whole
     text = (
-        f"{value['operations']:.0f} operations: one network {value['network']:.1f} ms, the ensemble from parsed text "
+        f"{value['operations']:.0f} operations: one network {value['network']:.1f} ms, the whole model from parsed text "
         f"{value['answer']:.1f} ms, with parsing {whole:.1f} ms; compiling and measuring takes {ratio:.0f}x as long"
     )
     return graded([whole <= 2, ratio >= 50], [ratio >= 50]), text

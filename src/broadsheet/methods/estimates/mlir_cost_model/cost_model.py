@@ -1,10 +1,13 @@
-"""An ensemble of networks with intervals: fit, predict, rank, save, load.
+"""Networks and trees with intervals: fit, predict, rank, adapt, save, load.
 
-A few networks, each trained without a part of the *templates*. What a member says of the templates that it never saw
-shows how wrong it is on a new kind of program: the 90 % quantile of those errors is the interval's half width (split
-conformal prediction, as in the CV+ of Barber et al. 2021 with groups as folds; every template has the same weight). The
-same members say when to abstain: where too many tokens are unknown, where they differ more than a member that did not
-know the template differed from the others, or where the program is longer than what was learnt from.
+A few networks on the program's graph, each trained without a part of the *templates*, and gradient-boosted trees on its
+counts. Every part of the templates also has trees that were trained without it. What these networks and trees say of the
+templates that they never saw decides twice: how much of each target the networks and how much the trees are believed (the
+stacking of Wolpert 1992, one number a target), and how wide the intervals are (their half width is the 90 % quantile of
+those errors: split conformal prediction, as in the CV+ of Barber et al. 2021 with groups as folds; every template has the
+same weight). The trees that answer are then trained on all templates. When to abstain: where too many words are unknown,
+where the networks differ more than one that did not know the template differed from the others, or where the program is
+longer than what was learnt from.
 """
 
 from __future__ import annotations
@@ -12,20 +15,25 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .corpus import Row, folds
-from .features import TotalScale
+from .features import Counts, Features, TotalScale, count
+from .forest import Forest
 from .labels import TARGETS, machine
-from .models import Array, Kind, Network, Scale, TokenModel, Training
+from .models import Array, Scale
+from .networks import GraphNetwork, Training, fit_network, run_networks
+from .nodes import EncodedGraph, NodeVocabulary
 from .stablehlo import Function, parse
-from .tokens import Encoded, Scheme, Vocabulary
 
 SHIPPED = {"stablehlo-cpu": Path(__file__).parent / "stablehlo-cpu.safetensors"}
+FOREST = tuple(one.name for one in fields(Forest))
 #: time labels whose repetition differs by more are left out
 NOISE_LIMIT = 0.2
 
@@ -63,19 +71,24 @@ def values(rows: Sequence[Row], targets: Sequence[str], limit: float = NOISE_LIM
 
 @dataclass
 class CostModel:
-    """``members`` at least 2 and at most the number of templates. Raises ValueError for settings out of range."""
+    """``members``: networks, at least 2 and at most as many as templates; ``trees``: boosting iterations of each target.
+    Raises ValueError for settings out of range."""
 
     targets: tuple[str, ...] = tuple(TARGETS)
-    kind: Kind = "conv"
-    scheme: Scheme = "operands"
-    sizes: bool = True
-    members: int = 5
+    members: int = 3
+    trees: int = 150
     level: float = 0.9
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(lr=1e-3))
     seed: int = 0
-    models: list[TokenModel] = field(default_factory=list, repr=False)
-    half: Array = field(default_factory=lambda: np.zeros(0), repr=False)  #: half widths, standardised
-    limits: dict[str, float] = field(default_factory=dict)  #: of unknown tokens and spread
+    networks: list[GraphNetwork] = field(default_factory=list, repr=False)
+    forest: Forest | None = field(default=None, repr=False)
+    vocabulary: NodeVocabulary = field(default_factory=lambda: NodeVocabulary((), 0), repr=False)
+    features: Features = field(default_factory=lambda: Features(()), repr=False)
+    totals: TotalScale = field(default_factory=lambda: TotalScale(()), repr=False)
+    scale: Scale = field(default_factory=lambda: Scale((), (), ()), repr=False)
+    mix: Array = field(default_factory=lambda: np.zeros(0), repr=False)  #: share of the networks [targets]
+    half: Array = field(default_factory=lambda: np.zeros(0), repr=False)  #: half widths, standardised [targets]
+    limits: dict[str, float] = field(default_factory=dict)  #: of unknown words and spread
     card: dict[str, Any] = field(default_factory=dict, repr=False)  #: what it was trained on
 
     def __post_init__(self) -> None:
@@ -86,71 +99,82 @@ class CostModel:
 
     def fit(self, rows: Sequence[Row], tick: Callable[[int, int, float], None] | None = None) -> CostModel:
         """``tick(member, epoch, validation loss)``. Raises ValueError for fewer templates than members."""
-        from dataclasses import replace
-
         names = [row["template"] for row in rows]
         if len(set(names)) < self.members:
             raise ValueError(f"{self.members} members need as many templates to leave out; the rows have {len(set(names))}")
-        programs = [parse(row["text"]) for row in rows]
+        programs = [count(parse(row["text"])) for row in rows]
         goal, noisy = values(rows, self.targets)
         parts = list(folds(names, self.members, self.seed))
         part_of = {name: part for part, some in enumerate(parts) for name in some}
         # One vocabulary for all, of words from at least two parts: every member has learnt from each of them.
-        vocabulary = Vocabulary.build(programs, self.scheme, [part_of[name] for name in names])
-        self.models, held = [], []
+        self.vocabulary = NodeVocabulary.build(programs, [part_of[name] for name in names])
+        self.features, self.scale = Features.build(programs), Scale.fit(self.targets, goal)
+        self.totals = TotalScale.fit(np.array([one.totals for one in programs]), goal)
+        codes, x, y = self.encode(programs), self.features(programs), self.scale.forward(goal)
+        inputs = np.array([one.totals for one in codes], float)
+        self.networks = []
+        strange = np.zeros((2, *y.shape))  # what the network and the trees say that were trained without the row's template
+        member_of = np.array([part_of[name] for name in names])
         for member in range(self.members):
-            validation = [place for place, name in enumerate(names) if part_of[name] == member]
+            out = member_of == member
+            torch.manual_seed(self.training.seed + member)
+            network = GraphNetwork(len(self.vocabulary), len(self.targets), self.totals.width)
+            network.head.start(inputs[~out], y[~out])
             training = replace(self.training, seed=self.training.seed + member)
-            model = TokenModel(self.targets, self.kind, self.scheme, self.sizes, training)
             say = (lambda epoch, loss, m=member: tick(m, epoch, loss)) if tick else None
-            self.models.append(model.fit(programs, goal, validation, vocabulary, say))
-            held.append(validation)
-        self._calibrate(programs, goal, names, held)
+            fit_network(network, codes, y, np.flatnonzero(out).tolist(), training, say)
+            self.networks.append(network)
+            strange[1, out] = Forest.fit(x[~out], y[~out], self.trees, self.seed)(x[out])
+        said = run_networks(self.networks, codes)
+        strange[0] = said[member_of, np.arange(len(names))]
+        weight = np.array([1 / names.count(name) for name in names])
+        self._calibrate(strange[0], strange[1], y, weight)
+        others = (said.sum(0) - strange[0]) / (self.members - 1)
+        self.limits = {
+            "spread": float(np.quantile(np.abs(strange[0] - others).max(1), 0.95)),
+            "unknown": max(0.02, float(np.quantile([one.unknown for one in codes], 0.99))),
+        }
+        self.forest = Forest.fit(x, y, self.trees, self.seed)
         self.card = {
-            "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)), "dialect": "stablehlo",
-            "machine": rows[0].get("machine", ""), "compiler": rows[0].get("compiler", ""),
+            "rows": len(rows), "noisy_times": noisy, "templates": sorted(set(names)),
+            **{key: rows[0].get(key, "") for key in ("dialect", "machine", "compiler", "isa")},
         }  # fmt: skip
         return self
 
-    def _scaled(self, programs: Sequence[Encoded]) -> Array:
-        """[members, programs, targets], standardised by the first member's scale so that members can be compared."""
-        base = self.models[0].scale
-        return np.stack([base.forward(model.run(programs)) for model in self.models])
+    def encode(self, programs: Sequence[Counts]) -> list[EncodedGraph]:
+        totals = self.totals(np.array([one.totals for one in programs]))
+        return [self.vocabulary.encode(one, row) for one, row in zip(programs, totals, strict=True)]
 
-    def _calibrate(
-        self, programs: Sequence[Function], goal: Array, names: Sequence[str], held: Sequence[Sequence[int]]
-    ) -> None:
-        codes = self.models[0].encode(programs)
-        said, truth = self._scaled(codes), self.models[0].scale.forward(goal)
-        errors, apart, unknown, weight = [], [], [], []
-        for member, places in enumerate(held):
-            others = np.delete(said, member, 0)[:, places].mean(0)
-            errors.append(np.abs(said[member][places] - truth[places]))
-            apart.append(np.abs(said[member][places] - others).max(1))
-            unknown += [codes[place].unknown for place in places]
-            sizes = {name: sum(names[place] == name for place in places) for name in {names[place] for place in places}}
-            weight += [1 / sizes[names[place]] for place in places]
-        every = np.concatenate(errors)
-        self.half = np.array(
-            [_quantile(every[:, place], np.array(weight), self.level) for place in range(len(self.targets))]
-        )
-        self.limits = {
-            "spread": float(np.quantile(np.concatenate(apart), 0.95)),
-            "unknown": max(0.02, float(np.quantile(unknown, 0.99))),
-        }
+    def _calibrate(self, network: Array, forest: Array, y: Array, weight: Array) -> None:
+        """``mix`` and ``half`` from predictions of rows of unknown templates, all [rows, targets]; ``weight`` [rows]."""
+        apart = np.where(np.isnan(y), 0, network - forest) * weight[:, None]
+        share = (apart * np.nan_to_num(y - forest)).sum(0) / np.maximum((apart * (network - forest)).sum(0), 1e-9)
+        self.mix = np.clip(share, 0, 1)  # least squares of y on mix * network + (1 - mix) * forest
+        errors = np.abs(self.mix * network + (1 - self.mix) * forest - y)
+        self.half = np.array([_quantile(column, weight, self.level) for column in errors.T])
+
+    def parts(self, programs: Sequence[Counts]) -> tuple[Array, Array, list[EncodedGraph]]:
+        """(what every network says [members, programs, targets], what the trees say [programs, targets], both standardised;
+        the programs encoded). Raises ValueError where nothing is trained."""
+        if self.forest is None:
+            raise ValueError("the model is not trained; load one (CostModel.load) or fit it")
+        codes = self.encode(programs)
+        return run_networks(self.networks, codes), self.forest(self.features(programs)), codes
+
+    def member_values(self, programs: Sequence[Counts], target: str) -> Array:
+        """What every member says of one target, in its unit [members, programs]: their differences say how sure they are."""
+        networks, forest, _ = self.parts(programs)
+        said = self.mix * networks + (1 - self.mix) * forest
+        return np.stack([self.scale.backward(one)[:, self.targets.index(target)] for one in said])
 
     def answer(self, program: str | Function) -> Answer:
         """Everything about one program. Raises ValueError for text that cannot be read (with its line)."""
         return self.answers([program])[0]
 
     def answers(self, programs: Sequence[str | Function]) -> list[Answer]:
-        if not self.models:
-            raise ValueError("the model is not trained; load one (CostModel.load) or fit it")
-        read = [parse(one) if isinstance(one, str) else one for one in programs]
-        codes = self.models[0].encode(read)
-        said = self._scaled(codes)
-        mean, spread = said.mean(0), said.std(0).max(1)
-        value, low, high = (self.models[0].scale.backward(mean + sign * self.half) for sign in (0, -1, 1))
+        networks, forest, codes = self.parts([count(parse(one) if isinstance(one, str) else one) for one in programs])
+        mean, spread = self.mix * networks.mean(0) + (1 - self.mix) * forest, networks.std(0).max(1)
+        value, low, high = (self.scale.backward(mean + sign * self.half) for sign in (0, -1, 1))
         answers = []
         for place, code in enumerate(codes):
             row = {
@@ -158,17 +182,46 @@ class CostModel:
                 for column, name in enumerate(self.targets)
             }
             reason = self._reason(code.unknown, float(spread[place]), code.cut)
-            answers.append(Answer(row, reason, code.unknown, float(spread[place]), len(code.numbers) + code.cut))
+            answers.append(Answer(row, reason, code.unknown, float(spread[place]), code.length + code.cut))
         return answers
 
     def _reason(self, unknown: float, spread: float, cut: int) -> str:
         if unknown > self.limits["unknown"]:
-            return f"{unknown:.0%} of its tokens are unknown to the model (limit {self.limits['unknown']:.0%})"
+            return f"{unknown:.0%} of its words are unknown to the model (limit {self.limits['unknown']:.0%})"
         if cut:
-            return f"the program is {cut} tokens longer than what the model has seen"
+            return f"the program is {cut} operations longer than what the model has seen"
         if spread > self.limits["spread"]:
-            return f"the models disagree by {spread:.2f} standard deviations (limit {self.limits['spread']:.2f})"
+            return f"the networks disagree by {spread:.2f} standard deviations (limit {self.limits['spread']:.2f})"
         return ""
+
+    def adapt(self, rows: Sequence[Row]) -> CostModel:
+        """The model for another compiler or machine, from a few rows labelled there.
+
+        Networks and trees are brought to the new labels by a line of their own for each target; then every network is
+        trained on from there, without the validation that a few rows cannot spare. Intervals become the quantile of the
+        new rows' errors where that is wider.
+        """
+        programs = [count(parse(row["text"])) for row in rows]
+        goal, _ = values(rows, self.targets)
+        y = self.scale.forward(goal)
+        said, forest, codes = self.parts(programs)
+        assert self.forest is not None
+        networks = []
+        for one, before in zip(self.networks, said, strict=True):
+            network = deepcopy(one)
+            network.head.rescale(*_lines(before, y))
+            fit_network(network, codes, y, [], replace(self.training, epochs=5, lr=self.training.lr / 4))
+            networks.append(network)
+        adapted = replace(self, networks=networks, forest=self.forest.rescaled(*_lines(forest, y)))
+        said, forest, _ = adapted.parts(programs)
+        errors = np.abs(self.mix * said.mean(0) + (1 - self.mix) * forest - y)
+        wide = [_quantile(column, np.ones(len(rows)), self.level) for column in errors.T]
+        adapted.half = np.maximum(self.half, wide)
+        adapted.card = self.card | {
+            "adapted_rows": len(rows),
+            **{key: rows[0].get(key, "") for key in ("machine", "compiler", "isa")},
+        }
+        return adapted
 
     def predict(self, program: str | Function, targets: Sequence[str] = ()) -> dict[str, Prediction]:
         """(value, low, high) of every target asked for; all without any. Warns where the model had better abstain, and
@@ -195,21 +248,19 @@ class CostModel:
         return sorted(range(len(costs)), key=costs.__getitem__)
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file: the weights, and as its metadata everything else."""
+        """One safetensors file: weights and trees, and as its metadata everything else."""
         from safetensors.torch import save_file
 
-        tensors = {
-            f"{member}.{name}": tensor.contiguous()
-            for member, model in enumerate(self.models)
-            for name, tensor in model.network.state_dict().items()
-        }
+        if self.forest is None:
+            raise ValueError("the model is not trained; fit it before it is saved")
+        tensors = {f"forest.{name}": torch.from_numpy(array) for name, array in asdict(self.forest).items()}
+        for member, network in enumerate(self.networks):
+            tensors |= {f"{member}.{name}": tensor.contiguous() for name, tensor in network.state_dict().items()}
         state = {
-            "targets": self.targets, "kind": self.kind, "scheme": self.scheme, "level": self.level, "seed": self.seed,
+            "targets": self.targets, "members": self.members, "trees": self.trees, "level": self.level, "seed": self.seed,
+            "words": self.vocabulary.words, "limit": self.vocabulary.limit, "opcodes": self.features.opcodes,
+            "totals": self.totals.weights, "mean": self.scale.mean, "std": self.scale.std, "mix": self.mix.tolist(),
             "half": self.half.tolist(), "limits": self.limits, "card": self.card,
-            "sizes": self.sizes, "vocabulary": self.models[0].vocabulary.to_json(),
-            "members": [
-                {"mean": model.scale.mean, "std": model.scale.std, "totals": model.totals.weights} for model in self.models
-            ],
         }  # fmt: skip
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, str(path), {"cost_model": json.dumps(state)})
@@ -230,24 +281,34 @@ class CostModel:
                 state = json.loads((file.metadata() or {})["cost_model"])
         except (SafetensorError, KeyError, json.JSONDecodeError):
             raise ValueError(f"{path} is no cost model; give a file that CostModel.save wrote") from None
-        model = cls(
-            tuple(state["targets"]), state["kind"], state["scheme"], state["sizes"], len(state["members"]), state["level"],
-            seed=state["seed"],
-        )  # fmt: skip
-        vocabulary = Vocabulary.from_json(state["vocabulary"])
-        model.half, model.limits, model.card = np.array(state["half"]), state["limits"], state["card"]
-        for member, row in enumerate(state["members"]):
-            one = TokenModel(model.targets, model.kind, model.scheme, model.sizes)
-            one.vocabulary, one.totals = vocabulary, TotalScale(tuple(row["totals"]))
-            one.scale = Scale(model.targets, tuple(row["mean"]), tuple(row["std"]))
-            one.network = Network(model.kind, len(vocabulary), len(model.targets), model.sizes)
+        model = cls(tuple(state["targets"]), state["members"], state["trees"], state["level"], seed=state["seed"])
+        model.vocabulary = NodeVocabulary(tuple(state["words"]), state["limit"])
+        model.features = Features(tuple(state["opcodes"]))
+        model.totals = TotalScale(tuple(map(tuple, state["totals"])))
+        model.scale = Scale(model.targets, tuple(state["mean"]), tuple(state["std"]))
+        model.mix, model.half = np.array(state["mix"]), np.array(state["half"])
+        model.limits, model.card = state["limits"], state["card"]
+        model.forest = Forest(**{name: tensors[f"forest.{name}"].numpy() for name in FOREST})
+        for member in range(model.members):
             prefix = f"{member}."
-            one.network.load_state_dict(
-                {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            )
-            one.network.eval()
-            model.models.append(one)
+            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            network = GraphNetwork(len(model.vocabulary), len(model.targets), model.totals.width)
+            network.load_state_dict(own)
+            model.networks.append(network.eval())
         return model
+
+
+def _lines(x: Array, y: Array) -> tuple[Array, Array]:
+    """Slopes and intercepts of y on x, column by column, where y is known; drawn towards the slope 1."""
+    slopes, shifts = np.ones(y.shape[1]), np.zeros(y.shape[1])
+    for column in range(y.shape[1]):
+        known = ~np.isnan(y[:, column])
+        if known.any():
+            a, b = x[known, column], y[known, column]
+            ridge, away = 0.01 * len(a), a - a.mean()
+            slopes[column] = (away @ b + ridge) / (away @ away + ridge)
+            shifts[column] = b.mean() - slopes[column] * a.mean()
+    return slopes, shifts
 
 
 def _quantile(values: Array, weight: Array, level: float) -> float:

@@ -4,9 +4,9 @@ roofline."""
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import log2, prod
 from typing import Any
 
@@ -23,14 +23,9 @@ _MOVES = frozenset(
 )
 
 
-def flops(function: Function) -> float:
+def operation_flops(one: Operation, function: Function) -> int:
     """Multiplications and additions: of contractions 2 x result x contracted size; of a reduction its input; of other
     arithmetic one for each element. A loop's body counts once: the text does not say how often it runs."""
-    return float(sum(operation_flops(one, function) for one in function.walk()))
-
-
-def operation_flops(one: Operation, function: Function) -> int:
-    """See `flops`."""
     if not one.types or one.opcode in _MOVES:
         return 0
     size = one.types[0].elements
@@ -48,21 +43,82 @@ def operation_flops(one: Operation, function: Function) -> int:
 
 def _contracted(one: Operation, function: Function) -> int:
     left = function.types[one.operands[0]].shape
-    axes = re.search(r"contracting_dims \[ ((?:\d+ )*)\]", one.attributes) or re.search(
-        r"lhs_contracting_dimensions = \[([\d, ]*)\]", one.attributes
-    )
-    if axes:
-        return prod(left[int(axis)] for axis in re.findall(r"\d+", axes[1]))
+    axes = _contracted_axes(one.attributes)
+    if axes is not None:
+        return prod(left[axis] for axis in axes)
     return left[-1] if left else 1
 
 
-def traffic(function: Function) -> float:
-    """Bytes of all operands and results, as if nothing were fused."""
-    total = 0
-    for one in function.walk():
-        if one.opcode not in ("constant", "func.return", "return"):
-            total += sum(function.types[name].nbytes for name in one.operands) + sum(kind.nbytes for kind in one.types)
-    return float(total)
+@lru_cache(maxsize=4096)
+def _contracted_axes(attributes: str) -> tuple[int, ...] | None:
+    """Of the left operand; None where the text does not say."""
+    axes = re.search(r"contracting_dims \[ ((?:\d+ )*)\]", attributes) or re.search(
+        r"lhs_contracting_dimensions = \[([\d, ]*)\]", attributes
+    )
+    return tuple(int(axis) for axis in re.findall(r"\d+", axes[1])) if axes else None
+
+
+#: what takes many instructions an element
+_TRANSCENDENTAL = frozenset(
+    "exponential tanh logistic log log_plus_one exponential_minus_one sine cosine power rsqrt sqrt divide chlo.erf".split()
+)
+_CONTRACTIONS = frozenset(("dot_general", "dot", "convolution"))
+_REDUCTIONS = frozenset(("reduce", "reduce_window"))
+_FREE = frozenset(("constant", "func.return", "return"))
+TOTALS = 8
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one pass over a program counts; every model starts from it.
+
+    ``flops``: of each of ``operations``; ``number`` and ``size``: by opcode, how many and their result bytes; ``totals``:
+    the program in `TOTALS` numbers: FLOPs of contractions, of transcendental functions and divisions, inputs of reductions,
+    FLOPs of the rest; bytes of all operands and results (as if nothing were fused), of the interface, of the largest
+    value; operations.
+    """
+
+    function: Function
+    operations: tuple[Operation, ...]
+    flops: tuple[int, ...]
+    number: dict[str, int]
+    size: dict[str, int]
+    totals: tuple[float, ...]
+
+
+def count(function: Function) -> Counts:
+    types, operations = function.types, tuple(function.walk())
+    work = tuple(operation_flops(one, function) for one in operations)
+    number: dict[str, int] = {}
+    size: dict[str, int] = {}
+    contractions = transcendental = reduced = rest = moved = 0
+    for one, flops in zip(operations, work, strict=True):
+        opcode = one.opcode
+        made = 0
+        for kind in one.types:
+            made += kind.nbytes
+        number[opcode] = number.get(opcode, 0) + 1
+        size[opcode] = size.get(opcode, 0) + made
+        if opcode not in _FREE:
+            moved += made
+            for name in one.operands:
+                moved += types[name].nbytes
+        if opcode in _CONTRACTIONS:
+            contractions += flops
+        elif opcode in _REDUCTIONS:
+            reduced += flops
+        elif opcode in _TRANSCENDENTAL:
+            transcendental += flops
+        else:
+            rest += flops
+    largest = max((kind.nbytes for kind in types.values()), default=0)
+    found = (contractions, transcendental, reduced, rest, moved, interface(function), largest, len(operations))
+    return Counts(function, operations, work, number, size, tuple(float(value) for value in found))
+
+
+def flops(function: Function) -> float:
+    """See `operation_flops`."""
+    return float(sum(count(function).flops))
 
 
 def interface(function: Function) -> float:
@@ -71,55 +127,38 @@ def interface(function: Function) -> float:
     return float(sum(function.types[name].nbytes for name in (*function.arguments, *returned)))
 
 
-#: what takes many instructions an element
-_TRANSCENDENTAL = frozenset(
-    "exponential tanh logistic log log_plus_one exponential_minus_one sine cosine power rsqrt sqrt divide chlo.erf".split()
-)
-TOTALS = 8
-
-
-def totals(function: Function) -> tuple[float, ...]:
-    """A program in `TOTALS` numbers: FLOPs of contractions, of transcendental functions and divisions, inputs of reductions,
-    FLOPs of the rest; traffic, bytes of the interface, of the largest value; operations."""
-    contractions = transcendental = rest = reduced = count = 0
-    for one in function.walk():
-        work = operation_flops(one, function)
-        count += 1
-        if one.opcode in ("dot_general", "dot", "convolution"):
-            contractions += work
-        elif one.opcode in ("reduce", "reduce_window"):
-            reduced += work
-        elif one.opcode in _TRANSCENDENTAL:
-            transcendental += work
-        else:
-            rest += work
-    largest = max((kind.nbytes for kind in function.types.values()), default=0)
-    found = (contractions, transcendental, reduced, rest, traffic(function), interface(function), largest, count)
-    return tuple(float(number) for number in found)
-
-
 @dataclass(frozen=True)
 class TotalScale:
-    """Totals as inputs: their logarithms, about standardised, and one more, the logarithm of their weighted sum.
+    """Totals as inputs: their logarithms, about standardised, and for every target the logarithm of their weighted sum.
 
-    Cost adds up, and a logarithm of parts cannot add them: the weights (not negative; the last is a constant) fit the
-    first target by least squares of relative errors.
+    Cost adds up, and a logarithm of parts cannot add them: the weights (not negative; the last is a constant) fit each
+    target by least squares of relative errors.
     """
 
-    weights: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
 
     @classmethod
     def fit(cls, raw: Array, values: Array) -> TotalScale:
-        """``raw`` [programs, TOTALS] and one target [programs]; NaN where it is not known."""
-        known = ~np.isnan(values)
-        scale = 1 / (1 + values[known, None])
-        return cls(tuple(nnls(_with_one(raw[known]) * scale, np.ones(known.sum()))[0].tolist()))
+        """``raw`` [programs, TOTALS] and ``values`` [programs, targets], NaN where not known."""
+        rows = []
+        for column in values.T:
+            known = ~np.isnan(column)
+            scale = 1 / (1 + column[known, None])
+            rows.append(tuple(nnls(_with_one(raw[known]) * scale, np.ones(known.sum()))[0].tolist()))
+        return cls(tuple(rows))
+
+    @property
+    def width(self) -> int:
+        return TOTALS + len(self.weights)
+
+    def sums(self, raw: Array) -> Array:
+        """log2 of the weighted sums, [programs, targets]."""
+        return np.log2(np.maximum(_with_one(raw) @ np.array(self.weights).T, 1e-3))
 
     def __call__(self, raw: Array) -> Array:
-        """[programs, TOTALS + 1]."""
+        """[programs, width]."""
         logs = np.log2(1 + raw)
-        added = np.log2(np.maximum(_with_one(raw) @ np.array(self.weights), 1e-3))[:, None]
-        return np.concatenate([(logs[:, :-1] - 16) / 3, logs[:, -1:] - 5, (added - 5) / 2], 1)
+        return np.concatenate([(logs[:, :-1] - 16) / 3, logs[:, -1:] - 5, (self.sums(raw) - 5) / 4], 1)
 
 
 def _with_one(raw: Array) -> Array:
@@ -137,22 +176,18 @@ class Features:
     sized: bool = True
 
     @classmethod
-    def build(cls, programs: Iterable[Function], sized: bool = True) -> Features:
+    def build(cls, programs: Iterable[Counts], sized: bool = True) -> Features:
         """Opcodes of the training programs."""
-        return cls(tuple(sorted({one.opcode for program in programs for one in program.walk()})), sized)
+        return cls(tuple(sorted({opcode for program in programs for opcode in program.number})), sized)
 
-    def __call__(self, programs: Sequence[Function]) -> Array:
+    def __call__(self, programs: Sequence[Counts]) -> Array:
         """[programs, features]."""
         return np.array([self.row(program) for program in programs], dtype=np.float64)
 
-    def row(self, program: Function) -> list[float]:
-        count: Counter[str] = Counter()
-        size: Counter[str] = Counter()
-        for one in program.walk():
-            count[one.opcode] += 1
-            size[one.opcode] += sum(kind.nbytes for kind in one.types)
-        row = [float(count[name]) for name in self.opcodes]
+    def row(self, program: Counts) -> list[float]:
+        number, size = program.number, program.size
+        row = [float(number.get(name, 0)) for name in self.opcodes]
         if self.sized:
-            row += [log2(1 + size[name]) for name in self.opcodes]
-            row += [log2(1 + number) for number in totals(program)]
-        return [*row, float(sum(count.values())), float(len(program.arguments))]
+            row += [log2(1 + size.get(name, 0)) for name in self.opcodes]
+            row += [log2(1 + value) for value in program.totals]
+        return [*row, float(len(program.operations)), float(len(program.function.arguments))]

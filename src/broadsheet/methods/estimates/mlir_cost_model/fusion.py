@@ -7,27 +7,31 @@ call. (Without a limit one segment is mostly the best on XLA's CPU backend, whic
 study says how often it is not.)
 
 Who decides: ``default``; ``random`` (the mean over all candidates); ``bytes``, the static rule that lets the fewest bytes
-cross a cut; a model; ``oracle``, which measures all. Measured twice: the oracle chooses by the first time and is judged,
-as all are, by the second, else it would be paid for noise.
+cross a cut; a model; ``oracle``, which measures all. Measured twice by turns: the oracle chooses by the first time and is
+judged, as all are, by the second, else it would be paid for noise.
+
+A model leaves the default only for a plan whose promised gain, less the spread of what its members promise, exceeds a
+margin; else it abstains. The margin is chosen on other graphs (`best_margin`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import ceil, prod
+from typing import Any
 
 import numpy as np
 
 from .capture import capture
 from .generate import Graph
 
+Array = np.ndarray[Any, Any]
 Span = tuple[int, int]
-#: what "cautious" models must promise
-CAUTION = 0.1
 Plan = tuple[Span, ...]
+MARGINS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,30 +97,44 @@ class Decision:
         """Bytes of the values that live across its cuts."""
         return sum(4 * prod(self.graph.shape(v)) for _, stop in plan[:-1] for v in self.graph.live(stop - 1))
 
-    def choose(self, cost: Callable[[Plan], float], caution: float = 0.0) -> Plan:
-        """The cheapest; of equals the first, so that a model without an opinion keeps the default. With ``caution`` only
-        where it promises to be cheaper than the default by more than that part."""
-        best = min(self.plans, key=cost)
-        return best if cost(best) < (1 - caution) * cost(self.plans[0]) else self.plans[0]
+    def costs(self, times: dict[Span, Any], call: float) -> Array:
+        """Of every plan: microseconds of its segments (numbers, or one for each member), each with a call."""
+        return np.array([sum(np.asarray(times[span]) + call for span in plan) for plan in self.plans])
+
+    def choose(self, promised: Array, margin: float = 0.0) -> int:
+        """Place of the plan: the one with the largest gain over the default that the members [plans, members] agree on, if
+        that exceeds the margin; else the default."""
+        gains = np.log(promised[0] / promised)
+        agreed = gains.mean(1) - gains.std(1)
+        best = int(np.argmax(agreed))
+        return best if 1 - np.exp(-agreed[best]) > margin else 0
 
     def decide(
-        self, first: dict[Span, float], second: dict[Span, float], predicted: dict[str, dict[Span, float]], call: float
-    ) -> Choice:
+        self, first: dict[Span, float], second: dict[Span, float], predicted: dict[str, dict[Span, Any]], call: float,
+        margins: dict[str, float],
+    ) -> Choice:  # fmt: skip
         """``first`` and ``second``: measured microseconds of every segment, without what a call costs (``call``).
-        ``predicted``: the same by each model; each also decides with caution ("name_cautious")."""
-
-        def cost(times: dict[Span, float], plan: Plan) -> float:
-            return sum(times[span] + call for span in plan)
-
-        judged = {plan: cost(second, plan) for plan in self.plans}
-        models = {name: judged[self.choose(partial(cost, times))] for name, times in predicted.items()}
-        models |= {
-            f"{name}_cautious": judged[self.choose(partial(cost, times), CAUTION)] for name, times in predicted.items()
-        }
+        ``predicted``: the same by each model, a number or one for each of its members; ``margins``: of each model."""
+        judged = self.costs(second, call)
+        models = {}
+        for name, times in predicted.items():
+            promised = self.costs(times, call)
+            models[name] = float(judged[self.choose(promised.reshape(len(judged), -1), margins[name])])
+        crossing = [self.crossing(plan) for plan in self.plans]
         return Choice(
-            self.graph.template, len(self.plans), judged[self.plans[0]], float(np.mean(list(judged.values()))),
-            judged[self.choose(self.crossing)], judged[self.choose(partial(cost, first))], models,
+            self.graph.template, len(self.plans), float(judged[0]), float(judged.mean()),
+            float(judged[int(np.argmin(crossing))]), float(judged[int(np.argmin(self.costs(first, call)))]), models,
         )  # fmt: skip
+
+
+def best_margin(decisions: Sequence[tuple[Decision, Array, Array]]) -> float:
+    """The margin that would have gained most: of (decision, promised [plans, members], measured costs [plans]) of graphs
+    that are not those to be decided. 1 (never leave the default) where none gains."""
+
+    def gained(margin: float) -> float:
+        return float(np.mean([np.log(cost[0] / cost[one.choose(said, margin)]) for one, said, cost in decisions]))
+
+    return max(reversed(MARGINS), key=gained)
 
 
 def _spans(places: Sequence[int], count: int) -> Plan:

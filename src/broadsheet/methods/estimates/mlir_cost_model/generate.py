@@ -65,19 +65,33 @@ class Graph:
 
     def piece(self, start: int, stop: int) -> Graph:
         """Nodes ``start`` to ``stop`` alone: what they need becomes parameters, what is needed later becomes outputs."""
-        first, nodes = len(self.parameters), self.nodes[start:stop]
-        inside = range(first + start, first + start + len(nodes))
-        outer = sorted({value for node in nodes for value in node.inputs} - set(inside))
-        places = {value: place for place, value in enumerate(outer)}
-        places |= {value: len(outer) + place for place, value in enumerate(inside)}
-        outputs = [value for value in self.live(start + len(nodes) - 1) if value in inside]
-        sizes = dict(self.ids)
+        first = len(self.parameters)
+        outputs = [value for value in self.live(start + len(self.nodes[start:stop]) - 1) if value >= first + start]
+        return self.part(range(start, min(stop, len(self.nodes))), outputs)
+
+    def part(self, chosen: Sequence[int], outputs: Sequence[int]) -> Graph:
+        """Some nodes alone, in their order; ``outputs``: values that they make. What else they need becomes parameters."""
+        inside = [len(self.parameters) + place for place in chosen]
+        outer = sorted({value for place in chosen for value in self.nodes[place].inputs} - set(inside))
+        places = {value: place for place, value in enumerate([*outer, *inside])}
+        nodes, sizes = [self.nodes[place] for place in chosen], dict(self.ids)
         return Graph(
             self.template, tuple(self.shape(value) for value in outer),
             tuple(replace(node, inputs=tuple(places[value] for value in node.inputs)) for node in nodes),
             tuple(places[value] for value in outputs),
             tuple((places[value], sizes[value]) for value in outer if value in sizes),
         )  # fmt: skip
+
+    def makers(self, values: Sequence[int], given: Sequence[int] = ()) -> list[int]:
+        """Nodes that make the values from parameters and from what is ``given``, in order."""
+        first, found = len(self.parameters), set[int]()
+        waiting = list(values)
+        while waiting:
+            place = waiting.pop() - first
+            if place >= 0 and place not in found:
+                found.add(place)
+                waiting += [value for value in self.nodes[place].inputs if value not in given]
+        return sorted(found)
 
     def function(self) -> Callable[..., tuple[Any, ...]]:
         """The graph as a JAX function of its parameters; returns a tuple."""

@@ -5,23 +5,24 @@
   accessed; fusions and kernels after optimisation; and of the object code that it made for this program (`ObjectCode`):
   instructions, vector share, frame traffic. Calls into libraries (large matrix products, convolutions) are in the time
   but not in that code.
-- `Compiled.measure`: CPU time of a call. The process is pinned to one core.
+- `measure`: CPU time of a call, of many programs by turns. The process is pinned to one core.
 
 All bytes are bytes, all times microseconds.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -197,8 +198,12 @@ def compiler_version() -> str:
     return f"jaxlib {version('jaxlib')}"
 
 
-def compile_text(text: str) -> Compiled:
-    """Compiles StableHLO text with XLA for this CPU and reads what came out. Raises ValueError where XLA refuses."""
+def compile_text(text: str, inspect: bool = True) -> Compiled:
+    """Compiles StableHLO text with XLA for this CPU and reads what came out.
+
+    ``inspect`` False leaves the object code unread, which is faster and enough for times. Raises ValueError where XLA
+    refuses.
+    """
     from jax import local_devices
     from jaxlib import xla_client
 
@@ -206,13 +211,13 @@ def compile_text(text: str) -> Compiled:
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(dir=place, prefix="xla-"))
     options = xla_client.CompileOptions()
-    options.env_option_overrides = [("xla_dump_to", str(folder))]
+    options.env_option_overrides = [("xla_dump_to", str(folder))] * inspect
     began = time.perf_counter()
     try:
         devices = xla_client.DeviceList(tuple(local_devices(backend="cpu")[:1]))
         loaded = backend.compile_and_load(text, devices, options)
         seconds = time.perf_counter() - began
-        code = read_assembly(disassemble(sorted(folder.glob("*.o"))))
+        code = read_assembly(disassemble(sorted(folder.glob("*.o"))) if inspect else "")
     except Exception as error:
         if type(error).__module__.startswith(("jax", "xla")):
             raise ValueError(f"XLA refuses the program: {str(error).splitlines()[0]}") from None
@@ -224,9 +229,8 @@ def compile_text(text: str) -> Compiled:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call. ``time``: CPU time, the median over blocks; ``again``: the same a second time; ``wall``: by the
-    clock on the wall, which other work on the machine lengthens. ``noise``: what the two differ by, relative to their
-    mean."""
+    """Microseconds of CPU time a call: ``time`` of the even rounds, ``again`` of the odd. ``wall``: the same by the clock on
+    the wall, of all rounds. ``noise``: what the two differ by, relative to their mean."""
 
     time: float
     again: float
@@ -235,6 +239,10 @@ class Timing:
     @property
     def noise(self) -> float:
         return abs(self.time - self.again) / ((self.time + self.again) / 2)
+
+    def above(self, dispatch: float) -> Timing:
+        """Without what a call costs that computes nothing; at least 0.1 us."""
+        return Timing(*(max(value - dispatch, 0.1) for value in (self.time, self.again, self.wall)))
 
 
 @dataclass(frozen=True)
@@ -260,28 +268,35 @@ class Compiled:
             "compile_ms": self.seconds * 1e3,
         }  # fmt: skip
 
-    def measure(self, blocks: int = 9, calls: int = 8, seed: int = 0, block_us: float = 300.0) -> Timing:
-        """Runs the program on random arguments: 2 x ``blocks`` blocks of at least ``calls`` calls (more, up to
-        ``block_us``, where a call is short). Blocks of the first and the second measurement alternate."""
-        import jax
 
-        arguments = [jax.device_put(one) for one in random_arguments(self.function, seed)]
+def measure(programs: Sequence[Compiled], rounds: int = 24, block_us: float = 300.0) -> list[Timing]:
+    """Times programs by turns: every round runs a block of calls of each, at least 4 and up to ``block_us``.
 
-        def block(count: int) -> tuple[float, float]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            for _ in range(count):
-                out = self.loaded.execute_sharded(arguments)
-            for one in out.disassemble_into_single_device_arrays():
-                one[0].block_until_ready()
-            return (time.process_time() - cpu) / count * 1e6, (time.perf_counter() - wall) / count * 1e6
+    Other work on the machine makes a program slower for seconds at a time, by factors of two and more, and a program that
+    is timed twice on end looks stable all the same. By turns every program meets the same disturbances, and because these
+    only add, the lower quartile over the rounds stands for the program.
+    """
+    import jax
+    import numpy as np
 
-        block(2)  # the first call allocates
-        one = block(calls)[0]
-        count = max(calls, min(64, int(block_us / max(one, 1.0))))
-        pairs = [(block(count), block(count)) for _ in range(blocks)]
-        first, second = ([pair[which][0] for pair in pairs] for which in (0, 1))
-        wall = statistics.median(value[1] for pair in pairs for value in pair)
-        return Timing(statistics.median(first), statistics.median(second), wall)
+    arguments = [[jax.device_put(one) for one in random_arguments(program.function)] for program in programs]
+
+    def block(place: int, calls: int) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(calls):
+            out = programs[place].loaded.execute_sharded(arguments[place])
+        for one in out.disassemble_into_single_device_arrays():
+            one[0].block_until_ready()
+        return (time.process_time() - cpu) / calls * 1e6, (time.perf_counter() - wall) / calls * 1e6
+
+    calls = []
+    for place in range(len(programs)):
+        block(place, 2)  # the first call allocates
+        calls.append(max(4, min(64, int(block_us / max(block(place, 4)[0], 1.0)))))
+    spent = np.array([[block(place, count) for place, count in enumerate(calls)] for _ in range(rounds)])
+    cpu, wall = spent[..., 0], spent[..., 1]
+    quartiles = zip(*(np.quantile(part, 0.25, 0).tolist() for part in (cpu[::2], cpu[1::2], wall)), strict=True)
+    return [Timing(*row) for row in quartiles]
 
 
 def random_arguments(function: Function, seed: int = 0) -> list[Any]:
@@ -336,15 +351,29 @@ EMPTY = """func.func @main(%arg0: tensor<f32>) -> tensor<f32> {
 }"""
 
 
-def dispatch_us(repeats: int = 5) -> float:
-    """What a call costs that computes nothing, in microseconds of CPU time: subtracted from every measured time."""
-    compiled = compile_text(EMPTY)
-    return min(compiled.measure(seed=seed).time for seed in range(repeats))
+def measure_net(programs: Sequence[Compiled]) -> tuple[list[Timing], float]:
+    """(times above what a call costs that computes nothing, that cost), all by turns."""
+    *timings, empty = measure([*programs, compile_text(EMPTY, inspect=False)])
+    call = min(empty.time, empty.again)
+    return [timing.above(call) for timing in timings], call
 
 
-def label(text: str, dispatch: float) -> dict[str, float | None]:
-    """All labels of a program. ``dispatch``: `dispatch_us`; times are above it, at least 0.1 us, and so is their noise."""
-    compiled = compile_text(text)
-    timing = compiled.measure()
-    net = Timing(max(timing.time - dispatch, 0.1), max(timing.again - dispatch, 0.1), timing.wall)
-    return {**compiled.labels(), "time": net.time, "time_again": net.again, "wall": net.wall, "noise": net.noise}
+def label(texts: Sequence[str]) -> list[dict[str, float | None]]:
+    """All labels of programs that are timed by turns."""
+    compiled = [compile_text(text) for text in texts]
+    return [
+        {**one.labels(), "time": net.time, "time_again": net.again, "wall": net.wall, "noise": net.noise}
+        for one, net in zip(compiled, measure_net(compiled)[0], strict=True)
+    ]
+
+
+def label_for(texts: Sequence[str], isa: str) -> list[dict[str, float | None]]:
+    """As `label`, where XLA may use no more than an instruction set ("AVX2", "SSE4_2", ...); in a process of its own,
+    because XLA reads that once."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _limit, (isa,)) as pool:
+        return pool.submit(label, list(texts)).result()
+
+
+def _limit(isa: str) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa={isa}".strip()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -21,17 +21,18 @@ _RETURNS = frozenset(
     ("return", "func.return", "stablehlo.return", "mhlo.return", "affine.yield", "scf.yield", "linalg.yield")
 )
 _CALLS = ("call", "func.call")
-_LEXEME = re.compile(
-    r"""(?P<skip>\s+|//[^\n]*)
+_LEXEME = re.compile(  # blanks come with what follows them; the most frequent first
+    r"""[ \t]*(?:(?P<value>%[\w$.]+(?:\#\d+)?)
+    |(?P<type>(?:tensor|memref|vector)<[\w?]+>)
+    |(?P<skip>\s+|//[^\n]*)
     |(?P<string>"(?:[^"\\]|\\.)*")
-    |(?P<value>%[\w$.]+(?:\#\d+)?)
     |(?P<symbol>@(?:[\w$.]+|"[^"]*"))
     |(?P<open>(?:[\#!]?[A-Za-z_][\w.$]*)<)
     |(?P<attr>[\#!][\w.$]+)
     |(?P<block>\^\w+)
     |(?P<number>-?(?:0x[0-9A-Fa-f]+|\d+(?:\.\d*)?(?:[eE][+-]?\d+)?))
     |(?P<word>[A-Za-z_][\w.$]*)
-    |(?P<punct>->|[-(){}\[\]<>,:=*?+/|])""",
+    |(?P<punct>->|[-(){}\[\]<>,:=*?+/|]))""",
     re.VERBOSE,
 )
 
@@ -44,11 +45,11 @@ class TensorType:
     dtype: str
     shape: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the dense array; types below 8 bits take a byte an element, as XLA's CPU backend stores them."""
         return self.elements * ((_width(self.dtype) + 7) // 8)
@@ -66,7 +67,7 @@ class Operation:
     regions: tuple[Block, ...]
     line: int
 
-    @property
+    @cached_property
     def opcode(self) -> str:
         """The name without its dialect, where that is StableHLO: "add", "func.call"."""
         return self.name.removeprefix("stablehlo.")
@@ -160,26 +161,28 @@ class _Lexeme(NamedTuple):
 
 
 def _lex(text: str) -> list[_Lexeme]:
+    text = text.rstrip()
     found: list[_Lexeme] = []
-    at, line, end, match, add = 0, 1, len(text), _LEXEME.match, found.append
+    at, line, end, match, add, make = 0, 1, len(text), _LEXEME.match, found.append, _Lexeme
     while at < end:
         hit = match(text, at)
         if hit is None:
-            raise ValueError(f"line {line}: cannot read {text[at : at + 20].splitlines()[0]!r}")
-        kind, start, at, word = hit.lastgroup or "", at, hit.end(), hit.group()
+            raise ValueError(f"line {line}: cannot read {text[at : at + 20].splitlines()[0].lstrip()!r}")
+        kind, at = hit.lastgroup or "", hit.end()
+        word = hit[kind]
         if kind == "skip":
             line += word.count("\n")
         elif kind == "open":
             at = _balanced(text, at - 1, line, "<", ">")
             kind = "type" if word in ("tensor<", "memref<", "vector<") else "attr"
-            whole = text[start:at]
-            add(_Lexeme(kind, "".join(whole.split()), line))
+            whole = text[hit.start("open") : at]
+            add(make(kind, "".join(whole.split()), line))
             line += whole.count("\n")
         elif word == "loc" and text[at : at + 1] == "(":
-            at = _balanced(text, at, line, "(", ")")  # a location says where, not what
+            start, at = at, _balanced(text, at, line, "(", ")")  # a location says where, not what
             line += text.count("\n", start, at)
         else:
-            add(_Lexeme(kind, word, line))
+            add(make(kind, word, line))
     return found
 
 
@@ -477,7 +480,9 @@ def _inlined(function: Function, functions: dict[str, Function], above: tuple[st
             operands = tuple(names.get(name, name) for name in operation.operands)
             if operation.name != "func.call":
                 regions = tuple(block(region, names) for region in operation.regions)
-                done.append(replace(operation, operands=operands, regions=regions))
+                if regions or operands != operation.operands:
+                    operation = replace(operation, operands=operands, regions=regions)
+                done.append(operation)
                 continue
             callee = functions.get(operation.attributes.split(" ")[0])
             if callee is None:

@@ -6,9 +6,7 @@
   stands nothing that the text does not say.
 
 A whole tensor type is one token where it is frequent; a rare one is its dtype and a token for the size of each dimension
-(log2, in halves). Beside its number a token has two sizes, 0 where there are none: log2 of the operation's FLOPs or the
-type's bytes, and of the type's last dimension (our addition: numbers that a network can calculate with, where tokens can
-only be looked up). Regions stand between ``begin`` and ``end``. What does not affect cost (locations, names, layouts of
+(log2, in halves). Regions stand between ``begin`` and ``end``. What does not affect cost (locations, names, layouts of
 the printer) leaves no token; the attributes that do are numbers of contracted, reduced or batch dimensions (``dims`` and
 so on) and the operation a reduction applies.
 """
@@ -21,9 +19,9 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
-from .features import operation_flops, totals
 from .stablehlo import Block, Function, Operation, TensorType
 
 Scheme = Literal["ops", "operands"]
@@ -34,12 +32,9 @@ _KEPT = re.compile(r"stablehlo\.\w+|LT|LE|GT|GE|EQ|NE|stride|contracting_dims|ba
 
 @dataclass(frozen=True)
 class Tokens:
-    """``words``: tokens before any vocabulary, types as one token each; ``flops``: of operations, 0 of other words;
-    ``totals``: see `features.totals`; ``types``: what the words for types stand for."""
+    """``words``: tokens before any vocabulary, types as one token each; ``types``: what the words for types stand for."""
 
     words: tuple[str, ...]
-    flops: dict[int, int]
-    totals: tuple[float, ...]
     types: dict[str, TensorType]
 
 
@@ -50,7 +45,6 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
     words: list[str] = []
     types: dict[str, TensorType] = {}
     names: dict[str, str] = {}
-    work: dict[int, int] = {}
     full = scheme == "operands"
 
     def kind(one: TensorType) -> None:
@@ -67,12 +61,10 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
             kind(function.types[value])
 
     def operation(one: Operation) -> None:
-        if count := operation_flops(one, function):
-            work[len(words)] = count
         words.append(one.opcode)
         if full:
             words.extend(name(value) for value in one.operands)
-            words.extend(_attributes(one))
+            words.extend(attribute_words(one.attributes))
             shown = one.types[0] if one.types else None
             for value in one.operands:
                 if one.types and function.types[value] != shown:
@@ -92,14 +84,15 @@ def tokenise(function: Function, scheme: Scheme = "operands") -> Tokens:
         words.append("end")
 
     block(function.body)
-    return Tokens(tuple(words), work, totals(function), types)
+    return Tokens(tuple(words), types)
 
 
-def _attributes(one: Operation) -> list[str]:
+@lru_cache(maxsize=4096)
+def attribute_words(attributes: str) -> tuple[str, ...]:
     """Kept words of the attributes, each with the numbers that follow it as one token: "dims[0,1]"."""
     found: list[str] = []
     open_word = False
-    for word in one.attributes.split(" "):
+    for word in attributes.split(" "):
         if _KEPT.fullmatch(word):
             found.append(word.removeprefix("stablehlo."))
             open_word = True
@@ -110,7 +103,18 @@ def _attributes(one: Operation) -> list[str]:
             found[-1] += ("," if found[-1][-1] != "[" else "") + word
         else:
             open_word = False
-    return found
+    return tuple(found)
+
+
+def frequent(seen: Sequence[set[str]], groups: Sequence[Hashable] = (), least: int = 8) -> tuple[str, ...]:
+    """Padding, the unknown word, and the words that ``least`` programs have (of pieces of types, "<...>", two). With
+    ``groups`` (one a program) a word must occur in two: what only one kind of program has would be its name."""
+    number = Counter(word for words in seen for word in words)
+    where: dict[str, set[Hashable]] = {}
+    for words, group in zip(seen, groups or range(len(seen)), strict=True):
+        for word in words:
+            where.setdefault(word, set()).add(group)
+    return (PAD, UNK, *sorted(w for w, n in number.items() if n >= (2 if w[0] == "<" else least) and len(where[w]) > 1))
 
 
 def program_id(function: Function) -> str:
@@ -142,54 +146,36 @@ def _half(size: int) -> str:
     return f"{round(2 * math.log2(size)) / 2:g}" if size > 0 else "0"
 
 
-_NOTHING = (0.0, 0.0)
-
-
-def _size(number: int) -> float:
-    """FLOPs or bytes on a log scale, about standardised over programs that run for microseconds to milliseconds."""
-    return (math.log2(1 + number) - 12) / 3
-
-
 class Encoded(NamedTuple):
-    """``numbers`` and ``sizes``: of each token; ``unknown``: share of tokens without a number of their own; ``cut``: how
-    many
-    tokens did not fit."""
+    """``numbers``: of each token; ``unknown``: share of tokens without a number of their own; ``cut``: how
+    many tokens did not fit."""
 
     numbers: list[int]
-    sizes: list[tuple[float, float]]
-    totals: tuple[float, ...]
     unknown: float
     cut: int
+
+    @property
+    def length(self) -> int:
+        return len(self.numbers)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Token -> number; padding is 0, the unknown 1. ``limit``: programs are cut after so many tokens."""
 
-    scheme: Scheme
     words: tuple[str, ...]
     limit: int
 
     @classmethod
-    def build(
-        cls, programs: Sequence[Function], scheme: Scheme = "operands", groups: Sequence[Hashable] = (), least: int = 8
-    ) -> Vocabulary:
-        """Of the training programs alone: words (types too) that occur in ``least`` of them, and all decomposed pieces;
-        ``limit`` is the 99th percentile of their lengths. With ``groups`` (one a program) a word must occur in two: a
-        shape that only one kind of program has would be its name and not its size."""
-        seen: Counter[str] = Counter()
-        where: dict[str, set[Hashable]] = {}
-        split = [tokenise(program, scheme) for program in programs]
-        for tokens, group in zip(split, groups or range(len(split)), strict=True):
-            pieces = {piece for kind in tokens.types.values() for piece in decomposed(kind)}
-            found = set(tokens.words) | pieces
-            seen.update(found)
-            for word in found:
-                where.setdefault(word, set()).add(group)
-        words = sorted(w for w, n in seen.items() if n >= (2 if w[0] == "<" else least) and len(where[w]) > 1)
-        built = cls(scheme, (PAD, UNK, *words), 10**9)
+    def build(cls, split: Sequence[Tokens], groups: Sequence[Hashable] = (), least: int = 8) -> Vocabulary:
+        """Of the training programs alone: their `frequent` words (types too); ``limit`` is the 99th percentile of their
+        lengths."""
+        seen = [
+            set(tokens.words) | {piece for kind in tokens.types.values() for piece in decomposed(kind)} for tokens in split
+        ]
+        built = cls(frequent(seen, groups, least), 10**9)
         lengths = sorted(len(built.encode(tokens).numbers) for tokens in split)
-        return cls(scheme, built.words, lengths[min(len(lengths) - 1, math.ceil(0.99 * len(lengths)))] if lengths else 1)
+        return cls(built.words, lengths[min(len(lengths) - 1, math.ceil(0.99 * len(lengths)))] if lengths else 1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_numbers", {word: number for number, word in enumerate(self.words)})
@@ -199,31 +185,7 @@ class Vocabulary:
 
     def encode(self, tokens: Tokens) -> Encoded:
         known: dict[str, int] = self._numbers  # type: ignore[attr-defined]  # set in __post_init__
-        numbers: list[int] = []
-        sizes: list[tuple[float, float]] = []
-        types: dict[str, tuple[list[int], list[tuple[float, float]]]] = {}
-        for place, word in enumerate(tokens.words):
-            if word in tokens.types:
-                if word not in types:
-                    types[word] = self._type(tokens.types[word], known)
-                numbers += types[word][0]
-                sizes += types[word][1]
-            else:
-                numbers.append(known.get(word, 1))
-                sizes.append((_size(tokens.flops[place]), 0.0) if place in tokens.flops else _NOTHING)
+        parts = {word: [word] if word in known else decomposed(kind) for word, kind in tokens.types.items()}
+        numbers = [known.get(part, 1) for word in tokens.words for part in parts.get(word, (word,))]
         unknown = numbers.count(1) / max(len(numbers), 1)
-        return Encoded(numbers[: self.limit], sizes[: self.limit], tokens.totals, unknown, max(0, len(numbers) - self.limit))
-
-    @staticmethod
-    def _type(kind: TensorType, known: dict[str, int]) -> tuple[list[int], list[tuple[float, float]]]:
-        parts = [kind.text] if kind.text in known else decomposed(kind)
-        last = (math.log2(1 + kind.shape[-1]) - 5) / 2 if kind.shape else 0.0
-        sizes = [(_size(kind.nbytes), last), *[_NOTHING] * (len(parts) - 1)]
-        return [known.get(part, 1) for part in parts], sizes
-
-    def to_json(self) -> dict[str, Any]:
-        return {"scheme": self.scheme, "words": list(self.words), "limit": self.limit}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Vocabulary:
-        return cls(row["scheme"], tuple(row["words"]), row["limit"])
+        return Encoded(numbers[: self.limit], unknown, max(0, len(numbers) - self.limit))
