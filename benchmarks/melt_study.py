@@ -534,7 +534,7 @@ def main() -> None:
     parser.add_argument("--llama-server", default="", help="llama.cpp's llama-server")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", default=str(OUT))
