@@ -79,7 +79,7 @@ bench: install              ## rewrites every committed number under benchmarks/
 	$(BIN)/python benchmarks/megascale_goodput.py
 	$(BIN)/python benchmarks/melt_study.py
 	$(BIN)/python benchmarks/mlir_cost_study.py corpus
-	$(BIN)/python benchmarks/mlir_cost_study.py models ensemble order speed fusion report
+	$(BIN)/python benchmarks/mlir_cost_study.py models ensemble order speed clock transfer plans fusion unroll remat report
 	$(BIN)/python benchmarks/evals_over_http.py
 	$(BIN)/python benchmarks/web_search.py
 	$(BIN)/python benchmarks/web_faults.py
